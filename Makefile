@@ -1,0 +1,68 @@
+# Everything runs in the environment that scripts/setup_env.py makes; 'make help' lists the targets.
+
+VENV ?= .venv
+NP ?= 2
+ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+# The programs of the environment (mpirun, horovodrun, pytest, ...) come first.
+IN_VENV := PATH="$(BIN):$$PATH"
+TESTS := $(wildcard tests/unit tests/parallel)
+
+# Open MPI refuses to work for root unless it is told twice; in a container, root is often the only user.
+ifeq ($(shell id -u),0)
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-cluster lint ruff mypy format clean distclean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "Variables: VENV=.venv  NP=2 (ranks of the demo)  ARGS=... (more arguments for the demo or pytest)"
+	@echo "           PYTHON=python3.11  MPI=wheel|system  GPU=0|1  TORCH=x.y.z TORCHVISION=a.b.c (of the set-up)"
+	@echo "'python3 scripts/setup_env.py --help' explains those of the set-up."
+
+setup: ## Make the environment, or complete it: venv, packages, MPI and Horovod
+	@python="$(PYTHON)"; \
+	for candidate in python3.11 python3.12 python3.13 python3.10 python3; do \
+	    test -z "$$python" || break; \
+	    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then python=$$candidate; fi; \
+	done; \
+	if ! command -v "$$python" >/dev/null; then \
+	    echo "setup: Python 3.10 or newer is needed and $${python:-none} was not found: install it (for example" \
+	        "'apt install python3.11 python3.11-venv' or 'module load python') or name it with PYTHON=." >&2; \
+	    exit 2; \
+	fi; \
+	VENV="$(VENV)" "$$python" scripts/setup_env.py
+
+demo: setup ## Train a small detector on a synthetic data set with NP ranks
+	$(IN_VENV) horovodrun -np $(NP) $(BIN)/python train.py --config configs/demo.yaml $(ARGS)
+
+test: setup ## Run the unit tests and the tests with several ranks
+	$(IN_VENV) python -m pytest $(TESTS) $(ARGS)
+
+test-cluster: setup ## Run the tests that need several hosts
+	$(IN_VENV) python -m pytest tests/cluster $(ARGS)
+
+lint: ruff mypy ## Check style, format and types
+
+ruff: setup ## Check style and format only
+	$(IN_VENV) ruff check .
+	$(IN_VENV) ruff format --check .
+
+mypy: setup ## Check types only
+	$(IN_VENV) mypy
+
+format: setup ## Format the sources and sort the imports
+	$(IN_VENV) ruff check --select I --fix .
+	$(IN_VENV) ruff format .
+
+clean: ## Remove what was built, cached, trained and generated, but not the environment
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs data/synthetic
+	find . -path $(abspath $(VENV)) -prune -o -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+distclean: clean ## Remove the environment as well
+	@if test -e "$(VENV)/pyvenv.cfg" || test -e "$(VENV)/.setup"; then echo "rm -rf $(VENV)"; rm -rf "$(VENV)"; fi

@@ -1,0 +1,142 @@
+"""The ``megdet`` command: everything around training that needs no launcher (``evaluate`` may have one)."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from horovod_megdet import main as frame
+from horovod_megdet.config import Config
+from horovod_megdet.errors import EXIT_USER_ERROR, UserError
+
+
+def main() -> int:
+    """Entry point of the ``megdet`` console script; returns the exit code."""
+    arguments = _parser().parse_args()
+    try:
+        return arguments.run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megdet", description="Plan, check, evaluate and look at training runs of horovod_megdet; train.py trains."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    plan = commands.add_parser("plan", help="print the schedule that a configuration has on so many ranks")
+    frame.add_config_arguments(plan)
+    plan.add_argument("--ranks", type=_positive, required=True, help="number of ranks (GPUs)")
+    plan.add_argument("--images", type=_positive, help="images of the training set, where the data is not at hand")
+    plan.set_defaults(run=_plan)
+
+    check = commands.add_parser("check-data", help="list everything that is wrong with the data of a configuration")
+    frame.add_config_arguments(check)
+    check.add_argument(
+        "--decode", action="store_true", help="decode every image completely: slow, finds truncated files"
+    )
+    check.set_defaults(run=_check_data)
+
+    synth = commands.add_parser("synth", help="generate the embedded data set (train.py does it by itself)")
+    synth.add_argument("folder", type=Path)
+    synth.add_argument("--train", type=_positive, default=600, help="training images (default: %(default)s)")
+    synth.add_argument("--val", type=_positive, default=100, help="validation images (default: %(default)s)")
+    synth.add_argument("--seed", type=int, default=0, help="other seeds give other images (default: %(default)s)")
+    synth.set_defaults(run=_synth)
+
+    evaluate = commands.add_parser("evaluate", help="COCO metrics of a checkpoint; also under mpirun or horovodrun")
+    evaluate.add_argument("checkpoint", help="a checkpoint folder, or a run directory for its newest")
+    evaluate.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides", help="as for train.py"
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+    predict = commands.add_parser("predict", help="detections of a checkpoint on images, as JSON and drawn")
+    predict.add_argument("checkpoint", help="a checkpoint folder, or a run directory for its newest")
+    predict.add_argument("images", nargs="+", type=Path, help="image files or folders")
+    predict.add_argument(
+        "--output", type=Path, default=Path("predictions"), help="folder to write (default: %(default)s)"
+    )
+    predict.add_argument("--score", type=float, default=0.5, help="lowest score drawn (default: %(default)s)")
+    predict.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    predict.set_defaults(run=_predict)
+
+    report = commands.add_parser("report", help="draw the curves of a run directory again")
+    report.add_argument("run_dir", type=Path)
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from horovod_megdet.report.tables import console, two_columns
+    from horovod_megdet.solver.schedule import make_schedule
+
+    config = frame.config_of(arguments)
+    images = arguments.images or _training_images(config)
+    schedule = make_schedule(config.solver, images, arguments.ranks, config.data.images_per_rank)
+    console().print(two_columns("Schedule", schedule.table()))
+    return 0
+
+
+def _training_images(config: Config) -> int:
+    from horovod_megdet.data.configured import load_split
+
+    try:
+        return len(load_split(config.data, training=True))
+    except UserError as error:
+        raise UserError(f"{error}\nTo plan without the data, give the number of its images: --images 117266.") from None
+
+
+def _check_data(arguments: argparse.Namespace) -> int:
+    from horovod_megdet.data.coco import check_dataset
+    from horovod_megdet.data.configured import split_paths
+
+    config = frame.config_of(arguments)
+    found = 0
+    for training in (True, False):
+        annotations, images = split_paths(config.data, training)
+        problems = check_dataset(annotations, images, "decode" if arguments.decode else config.data.check_images)
+        for problem in problems:
+            print(problem)
+        print(f"{annotations}: {len(problems)} problems")
+        found += len(problems)
+    return EXIT_USER_ERROR if found else 0
+
+
+def _synth(arguments: argparse.Namespace) -> int:
+    from horovod_megdet.data.synthetic import ensure_synthetic
+
+    ensure_synthetic(arguments.folder, arguments.train, arguments.val, arguments.seed)
+    print(f"{arguments.folder}: {arguments.train} training and {arguments.val} validation images")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    return frame.evaluate_checkpoint(arguments.checkpoint, arguments.overrides)
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from horovod_megdet.predict import predict_images
+
+    return predict_images(
+        arguments.checkpoint,
+        arguments.images,
+        arguments.output,
+        score_threshold=arguments.score,
+        device=arguments.device,
+    )
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from horovod_megdet.report.curves import write_curves
+
+    print(write_curves(arguments.run_dir))
+    return 0

@@ -1,0 +1,255 @@
+"""Everything that leaves a rank goes through here: the only module that imports Horovod or mpi4py.
+
+All functions except :func:`init` and :func:`abort` are collective where they communicate: every rank of the group has
+to call them in the same order.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import horovod.torch as hvd
+import torch
+from torch import Tensor, nn
+
+from horovod_megdet.errors import UserError
+
+T = TypeVar("T")
+
+LostRankError = hvd.HorovodInternalError
+
+LAUNCH_DEFAULTS = {
+    # Without yielding, an idle rank's busy wait steals the core that another rank or Horovod's own thread needs.
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    # Milliseconds between two negotiations. Horovod's 1 ms suits a few large messages; CGBN sends many small ones.
+    "HOROVOD_CYCLE_TIME": "0.05",
+    # CGBN groups are process sets that are made after the configuration is known.
+    "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
+}
+"""Environment variables that :func:`init` sets where the user did not."""
+
+LAUNCHER_VARIABLES = {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "HOROVOD_RANK"}
+"""One of these is set by whatever starts several ranks: Open MPI, PMIx (srun), MPICH and its kin, horovodrun --gloo."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that communicate among themselves: the world, or a Horovod process set."""
+
+    ranks: tuple[int, ...]
+    process_set: Any
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+def init(deterministic: bool = False) -> None:
+    """Starts Horovod, under any launcher or alone.
+
+    ``deterministic`` turns off fusion: each tensor is then summed on its own, in an order that depends on nothing but
+    its size and the number of ranks, and not on what else happened to be ready.
+    """
+    for name, value in LAUNCH_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if deterministic:
+        os.environ["HOROVOD_FUSION_THRESHOLD"] = "0"
+    if not LAUNCHER_VARIABLES & os.environ.keys():
+        # A process that no launcher started is alone. MPI could start that way too, but only with its daemon beside it.
+        os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = "gloo"
+    hvd.init()
+
+
+def rank() -> int:
+    """This rank, 0 to size() - 1; 0 before :func:`init`."""
+    return hvd.rank() if hvd.is_initialized() else 0
+
+
+def size() -> int:
+    """Number of ranks; 1 before :func:`init`, so that models can be built without a launcher."""
+    return hvd.size() if hvd.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """This rank among those of its host: the GPU it uses."""
+    return hvd.local_rank() if hvd.is_initialized() else 0
+
+
+def local_size() -> int:
+    """Number of ranks on this host."""
+    return hvd.local_size() if hvd.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """True on the rank that prints and writes files."""
+    return rank() == 0
+
+
+def host() -> str:
+    """Name of this host."""
+    return socket.gethostname()
+
+
+def controller() -> str:
+    """``mpi`` or ``gloo``: who moves the messages."""
+    return "mpi" if hvd.mpi_enabled() else "gloo"
+
+
+def launch_settings() -> dict[str, str]:
+    """The values in force of :data:`LAUNCH_DEFAULTS`, with who set them."""
+    return {
+        name: f"{os.environ.get(name)} ({'default' if os.environ.get(name) == default else 'yours'})"
+        for name, default in LAUNCH_DEFAULTS.items()
+    }
+
+
+def world() -> Group:
+    """All ranks."""
+    return Group(tuple(range(size())), hvd.global_process_set)
+
+
+def split_world(ranks_per_group: int) -> Group:
+    """Divides the world into groups of consecutive ranks and returns the one that this rank is in.
+
+    Launchers number the ranks host by host, so consecutive ranks are on as few hosts as possible. Collective.
+    """
+    if size() % ranks_per_group:
+        raise ValueError(f"{size()} ranks cannot be divided into groups of {ranks_per_group}")
+    if ranks_per_group == size():
+        return world()
+    mine = None
+    for first in range(0, size(), ranks_per_group):
+        ranks = list(range(first, first + ranks_per_group))
+        process_set = hvd.add_process_set(ranks)
+        if rank() in ranks:
+            mine = Group(tuple(ranks), process_set)
+    assert mine is not None
+    return mine
+
+
+def sum_(tensor: Tensor, name: str, group: Group | None = None) -> Tensor:
+    """Replaces ``tensor`` by its sum over the group's ranks, and returns it.
+
+    ``name`` has to be the same on every rank and belong to one shape: Horovod caches what it negotiated per name.
+    """
+    group = group or world()
+    if group.size == 1:
+        return tensor
+    return hvd.allreduce_(tensor, op=hvd.Sum, name=name, process_set=group.process_set)
+
+
+def gather(tensor: Tensor, name: str) -> Tensor:
+    """Returns the ranks' 1-d float tensors, all of one length, as the rows of a (size, length) tensor."""
+    if size() == 1:
+        return tensor[None].clone()
+    return hvd.allgather(tensor[None].contiguous(), name=name)
+
+
+def gather_objects(value: T, name: str) -> list[T]:
+    """Returns the ranks' values, in rank order, on every rank."""
+    return [value] if size() == 1 else hvd.allgather_object(value, name=name)
+
+
+def broadcast_object(value: T, name: str, root: int = 0) -> T:
+    """Returns the root's value on every rank."""
+    return value if size() == 1 else hvd.broadcast_object(value, root_rank=root, name=name)
+
+
+def broadcast_weights(module: nn.Module) -> None:
+    """Copies rank 0's parameters and buffers to all ranks."""
+    if size() > 1:
+        hvd.broadcast_parameters(module.state_dict(), root_rank=0)
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    if size() > 1:
+        hvd.barrier()
+
+
+def distributed_optimizer(
+    optimizer: torch.optim.Optimizer, module: nn.Module, passes_per_step: int, fp16: bool
+) -> torch.optim.Optimizer:
+    """Wraps ``optimizer`` so that gradients are averaged over passes and ranks while the backward pass runs."""
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return hvd.DistributedOptimizer(
+        optimizer,
+        named_parameters=named,
+        compression=hvd.Compression.fp16 if fp16 else hvd.Compression.none,
+        backward_passes_per_step=passes_per_step,
+        op=hvd.Average,
+    )
+
+
+@contextlib.contextmanager
+def agreement(name: str) -> Iterator[None]:
+    """Runs the block on every rank; a :class:`UserError` on any of them becomes one on all of them.
+
+    The message says which ranks and hosts it happened on unless it happened everywhere. Any other exception passes
+    through: a rank that crashes ends the job (see :func:`abort`).
+    """
+    mine: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        mine = error
+    reports = gather_objects((host(), mine and str(mine), mine and mine.exit_code), f"agreement.{name}")
+    failed = [(number, *report) for number, report in enumerate(reports) if report[1]]
+    if not failed:
+        return
+    sentences: dict[str, list[str]] = {}
+    for number, where, message, _ in failed:
+        sentences.setdefault(message, []).append(f"rank {number} on {where}")
+    everywhere = len(failed) == size() and len(sentences) == 1
+    lines = [text if everywhere else f"{text} ({', '.join(who)})" for text, who in sentences.items()]
+    error = UserError("\n".join(lines))
+    error.on_all_ranks = True
+    error.exit_code = max(code for *_, code in failed)
+    raise error
+
+
+def check_same(values: dict[str, str], name: str) -> None:
+    """Raises a :class:`UserError` on all ranks, naming ranks, hosts and values, where one differs from rank 0's."""
+    reports = gather_objects((host(), values), f"check_same.{name}")
+    reference_host, reference = reports[0]
+    lines = []
+    for number, (where, theirs) in enumerate(reports):
+        for key, expected in reference.items():
+            if theirs.get(key) != expected:
+                lines.append(
+                    f"{key} differs: {theirs.get(key)} on rank {number} ({where}), {expected} on rank 0 ({reference_host})"
+                )
+    if lines:
+        error = UserError("The ranks do not agree, so they cannot train together.\n" + "\n".join(lines))
+        error.on_all_ranks = True
+        raise error
+
+
+def say(text: str) -> None:
+    """Writes a line to standard error in one system call, so that the lines of many ranks do not tear."""
+    sys.stdout.flush()
+    os.write(2, (text.rstrip("\n") + "\n").encode())
+
+
+def shutdown() -> None:
+    """Ends Horovod in an orderly way, when all ranks do."""
+    if hvd.is_initialized():
+        hvd.shutdown()
+
+
+def abort(exit_code: int) -> None:
+    """Ends this rank at once, and with it the others: they may be waiting for it in a collective.
+
+    Under MPI the job is aborted; under Gloo the launcher ends the other ranks when it sees this one's exit code.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if hvd.is_initialized() and hvd.mpi_enabled() and size() > 1:
+        from mpi4py import MPI  # importing it initialises MPI, which must not happen under Gloo
+
+        MPI.COMM_WORLD.Abort(exit_code)
+    os._exit(exit_code)

@@ -1,0 +1,40 @@
+"""The data sets that a configuration names."""
+
+from pathlib import Path
+
+from horovod_megdet.config import DataConfig
+from horovod_megdet.data.coco import CocoDataset, load_dataset
+from horovod_megdet.data.synthetic import ensure_synthetic
+
+SYNTHETIC = "synthetic:"
+
+
+def make_synthetic(data: DataConfig) -> None:
+    """Generates the embedded data set where the configuration names it and it is not there yet."""
+    if SYNTHETIC in data.train_annotations + data.val_annotations:
+        ensure_synthetic(Path(data.synthetic_root), data.synthetic_train_images, data.synthetic_val_images)
+
+
+def split_paths(data: DataConfig, training: bool) -> tuple[Path, Path]:
+    """Annotation file and image folder of the training or validation set."""
+    annotations, images = (
+        (data.train_annotations, data.train_images) if training else (data.val_annotations, data.val_images)
+    )
+    if annotations.startswith(SYNTHETIC):
+        split = annotations.removeprefix(SYNTHETIC)
+        root = Path(data.synthetic_root)
+        return root / "annotations" / f"{split}.json", root / "images" / split
+    return Path(data.root, annotations), Path(data.root, images)
+
+
+def load_split(data: DataConfig, training: bool) -> CocoDataset:
+    """Loads the training or the validation set of a configuration."""
+    annotations, images = split_paths(data, training)
+    return load_dataset(
+        annotations,
+        images,
+        training=training,
+        keep_empty=data.keep_empty_images or not training,
+        bad=data.bad_annotations,
+        check_images=data.check_images,
+    )

@@ -1,0 +1,195 @@
+"""Batches for training and evaluation, read and resized in worker processes."""
+
+import math
+import multiprocessing
+import multiprocessing.forkserver
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from horovod_megdet.config import DataConfig
+from horovod_megdet.data.coco import CocoDataset
+from horovod_megdet.data.images import ImageFileError
+from horovod_megdet.data.sampler import GroupedBatchSampler, ImageStream, PlannedImage, evaluation_shard
+from horovod_megdet.data.transforms import DetectionTransform, build_transform
+
+PREFETCH = 2
+"""Batches that each worker keeps ready, in shared memory (/dev/shm)."""
+
+WORKER_SIGNALS = {signal.SIGINT, signal.SIGUSR1}
+"""Signals that reach the whole process group and that the main process answers for its workers."""
+
+
+@dataclass
+class Batch:
+    """The images of one forward pass of one rank, or the reason why there are none."""
+
+    images: list[Tensor]
+    """uint8 (3, h, w) each, RGB, resized, with channels last in memory; sizes differ."""
+    targets: list[dict[str, Any]] = field(default_factory=list)
+    """For each image: `boxes` float32 (k, 4) xyxy in resized pixels, `labels` int64 (k,), `image_id` in the JSON,
+    `index` in the data set, `original_size` (height, width) in pixels after EXIF orientation, and `seed`, which depends
+    on the run's seed, the epoch and the index."""
+    error: str | None = None
+    """A sentence naming an image file that could not be read; the batch is then empty."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on ``device``; images stay uint8, which is a quarter of the bytes to copy."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker sends each tensor through a file descriptor and a connection of its own. One tensor for the whole
+        # batch is twice as quick, and large batches do not run out of descriptors.
+        # Decoded and resized images have their channels last in memory; kept so, nothing is transposed.
+        rows = [image.permute(1, 2, 0) for image in self.images]
+        pixels = torch.cat([part.reshape(-1) for part in rows] or [torch.empty(0, dtype=torch.uint8)])
+        targets = [
+            {name: value.numpy() if isinstance(value, Tensor) else value for name, value in target.items()}
+            for target in self.targets
+        ]
+        return _unpack, (pixels, [tuple(part.shape) for part in rows], targets, self.error)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        targets = [
+            {name: change(value) if isinstance(value, Tensor) else value for name, value in target.items()}
+            for target in self.targets
+        ]
+        return Batch([change(image) for image in self.images], targets, self.error)
+
+
+def _unpack(pixels: Tensor, shapes: list[tuple[int, ...]], targets: list[dict[str, Any]], error: str | None) -> Batch:
+    parts = pixels.split([math.prod(shape) for shape in shapes]) if shapes else ()
+    for target in targets:
+        target["boxes"] = torch.from_numpy(target["boxes"])
+        target["labels"] = torch.from_numpy(target["labels"])
+    images = [part.view(shape).permute(2, 0, 1) for part, shape in zip(parts, shapes, strict=True)]
+    return Batch(images, targets, error)
+
+
+class BatchReader(Dataset[Batch]):
+    """Reads and transforms the images of one batch; its index is a list of (epoch, index)."""
+
+    def __init__(self, dataset: CocoDataset, transform: DetectionTransform, seed: int) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+
+    def __getitem__(self, planned: list[PlannedImage]) -> Batch:
+        batch = Batch([])
+        for epoch, index in planned:
+            try:
+                image, target = self._read(epoch, index)
+            except ImageFileError as error:
+                return Batch([], error=f"{error}.")
+            batch.images.append(image)
+            batch.targets.append(target)
+        return batch
+
+    def _read(self, epoch: int, index: int) -> tuple[Tensor, dict[str, Any]]:
+        seed = image_seed(self.seed, epoch, index)
+        generator = torch.Generator().manual_seed(seed)
+        height, width = self.dataset.sizes[index].tolist()
+        new_size = self.transform.draw_size((height, width), generator)
+        image, boxes, labels = self.dataset.read(index, at_least=new_size)
+        image, boxes = self.transform.apply(image, boxes, (height, width), new_size, generator)
+        target = {
+            "boxes": boxes,
+            "labels": labels,
+            "image_id": int(self.dataset.image_ids[index]),
+            "index": index,
+            "original_size": (height, width),
+            "seed": seed,
+        }
+        return image, target
+
+
+def image_seed(seed: int, epoch: int, index: int) -> int:
+    """A 63-bit seed for all that is random about one image in one epoch."""
+    return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def build_train_loader(
+    dataset: CocoDataset,
+    data: DataConfig,
+    *,
+    seed: int,
+    rank: int,
+    ranks: int,
+    start: int,
+    stop: int,
+    pin_memory: bool = False,
+) -> DataLoader[Batch]:
+    """This rank's batches of ``images_per_rank`` images, from stream position ``start`` up to ``stop``.
+
+    The images and their augmentation depend on the seed and the stream position only: not on ranks or workers.
+    """
+    stream = ImageStream(dataset.sizes, data.images_per_rank, seed)
+    sampler = GroupedBatchSampler(stream, rank, ranks, start, stop)
+    return _build_loader(BatchReader(dataset, build_transform(data, training=True), seed), sampler, data, pin_memory)
+
+
+def build_eval_loader(
+    dataset: CocoDataset, data: DataConfig, *, rank: int, ranks: int, pin_memory: bool = False
+) -> DataLoader[Batch]:
+    """This rank's images, one in each batch, so that no padding makes a detection depend on the number of ranks."""
+    shard = [[(0, int(index))] for index in evaluation_shard(dataset.sizes, rank, ranks)]
+    return _build_loader(BatchReader(dataset, build_transform(data, training=False), 0), shard, data, pin_memory)
+
+
+def _build_loader(reader: BatchReader, sampler: Any, data: DataConfig, pin_memory: bool) -> DataLoader[Batch]:
+    # The loader draws a seed when it starts; from a generator of its own, the global one is left alone.
+    generator = torch.Generator().manual_seed(0)
+    if data.workers == 0:
+        return DataLoader(reader, batch_size=None, sampler=sampler, generator=generator, pin_memory=pin_memory)
+    _start_fork_server()
+    return DataLoader(
+        reader,
+        batch_size=None,
+        sampler=sampler,
+        generator=generator,
+        pin_memory=pin_memory,
+        num_workers=data.workers,
+        # Forked from this process, workers could crash: MPI does not survive a fork.
+        multiprocessing_context="forkserver",
+        worker_init_fn=_start_worker,
+        prefetch_factor=PREFETCH,
+        persistent_workers=True,
+    )
+
+
+def _start_worker(_: int) -> None:
+    """Leaves signals to the main process, and the other cores to the other workers."""
+    for number in WORKER_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _start_fork_server() -> None:
+    """Starts the process that workers are forked from, with this module imported and the workers' signals blocked."""
+    multiprocessing.set_forkserver_preload([__name__])
+    with _blocked(WORKER_SIGNALS):
+        multiprocessing.forkserver.ensure_running()
+
+
+@contextmanager
+def _blocked(signals: set[signal.Signals]) -> Iterator[None]:
+    """Holds signals back: processes started meanwhile inherit that, and this one gets them afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

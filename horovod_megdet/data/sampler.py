@@ -1,0 +1,88 @@
+"""Which image comes when: an infinite stream of images that does not depend on the number of ranks, and its dealing."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+
+PlannedImage = tuple[int, int]
+"""``(epoch, index)``: an image of the data set, as it is seen in one epoch."""
+
+
+class ImageStream:
+    """The images of epoch 0 in random order, then those of epoch 1, and so on for ever.
+
+    Stream positions ``b*j ... b*j + b-1`` (b = ``images_per_rank``) hold images of one aspect-ratio group, landscape
+    or portrait, so that little is padded in a batch; only left-overs, fewer than 2 b images in each epoch, are mixed.
+
+    ``sizes``: int (n, 2), (height, width) of each image.
+    """
+
+    def __init__(self, sizes: NDArray[np.integer], images_per_rank: int, seed: int) -> None:
+        assert len(sizes) > 0
+        assert images_per_rank > 0
+        self.images_per_rank = images_per_rank
+        self.seed = seed
+        self._portrait = np.asarray(sizes[:, 0] > sizes[:, 1])
+        self._cached_order = lru_cache(maxsize=2)(self._order)
+
+    def __len__(self) -> int:
+        """Images in one epoch."""
+        return len(self._portrait)
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """All indices in the order of ``epoch``, a permutation that depends on (seed, epoch) only."""
+        return self._cached_order(epoch)
+
+    def indices(self, position: int, count: int) -> list[PlannedImage]:
+        """``(epoch, index)`` at the stream positions ``position ... position + count - 1``."""
+        places = (divmod(at, len(self)) for at in range(position, position + count))
+        return [(epoch, int(self.order(epoch)[place])) for epoch, place in places]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        random = np.random.default_rng([self.seed, epoch])
+        shuffled = random.permutation(len(self))
+        groups = [shuffled[~self._portrait[shuffled]], shuffled[self._portrait[shuffled]]]
+        length = self.images_per_rank
+        runs = [group[at : at + length] for group in groups for at in range(0, len(group) - length + 1, length)]
+        rest = np.concatenate([group[len(group) - len(group) % length :] for group in groups])
+        # The epoch starts inside a run where the number of images is no multiple of its length.
+        head = min(-(epoch * len(self)) % length, len(self))
+        runs = [runs[at] for at in random.permutation(len(runs))]
+        if len(rest) < head:
+            rest = np.concatenate([rest, runs.pop()])
+        return np.concatenate([rest[:head], *runs, rest[head:]])
+
+
+class GroupedBatchSampler(Sampler[list[PlannedImage]]):
+    """This rank's part of the stream: one list of ``images_per_rank`` images per forward pass.
+
+    The pass at position p gives rank r the stream positions ``p + r*b ... p + (r+1)*b - 1``. All ranks make the same
+    number of passes, the last of which may reach past ``stop``.
+    """
+
+    def __init__(self, stream: ImageStream, rank: int, ranks: int, start: int, stop: int) -> None:
+        assert 0 <= rank < ranks
+        self.stream = stream
+        self.rank = rank
+        self.images_per_pass = ranks * stream.images_per_rank
+        self.positions = range(start, max(start, stop), self.images_per_pass)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __iter__(self) -> Iterator[list[PlannedImage]]:
+        per_rank = self.stream.images_per_rank
+        for position in self.positions:
+            yield self.stream.indices(position + self.rank * per_rank, per_rank)
+
+
+def evaluation_shard(sizes: NDArray[np.integer], rank: int, ranks: int) -> NDArray[np.int64]:
+    """Indices that ``rank`` evaluates: every image on exactly one rank, images of like shape and size dealt in turn.
+
+    Ranks get the same number of images, give or take one, and about the same number of pixels.
+    """
+    height, width = np.asarray(sizes, dtype=np.int64).T
+    return np.lexsort((width, height, height / width))[rank::ranks]

@@ -1,0 +1,87 @@
+"""Resizing and augmentation of uint8 images with their boxes, from random numbers of their own generator."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from horovod_megdet.config import DataConfig
+
+BRIGHTNESS = 0.125
+"""Brightness, contrast, saturation and hue are changed by at most these parts (SSD's values)."""
+CONTRAST = 0.5
+SATURATION = 0.5
+HUE = 0.05
+
+
+@dataclass(frozen=True)
+class DetectionTransform:
+    """Multi-scale resizing, horizontal flip and photometric distortion.
+
+    All random numbers come from the generator given, so that an image's augmentation depends on nothing else.
+    """
+
+    shorter_sides: tuple[int, ...]
+    longer_side: int
+    horizontal_flip: float = 0.0
+    photometric: bool = False
+
+    def draw_size(self, size: tuple[int, int], generator: torch.Generator) -> tuple[int, int]:
+        """The size ``(height, width)`` to resize an image of ``size`` to; draws the shorter side."""
+        choice = int(torch.randint(len(self.shorter_sides), (), generator=generator))
+        return fit_size(size, self.shorter_sides[choice], self.longer_side)
+
+    def apply(
+        self,
+        image: Tensor,
+        boxes: Tensor,
+        size: tuple[int, int],
+        new_size: tuple[int, int],
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:
+        """Resizes to ``new_size`` and augments.
+
+        ``image`` is uint8 (3, h, w), of any resolution; ``boxes`` float32 (k, 4) xyxy in the pixels of an image of
+        ``size = (height, width)``. Returns the uint8 image (3, *new_size), which need
+        not be contiguous, and the boxes in its pixels.
+        """
+        if self.photometric:
+            # Before resizing: training sizes tend to be larger than the files, and this costs more than all the rest.
+            image = distort(image, generator)
+        image = F.resize(image, list(new_size), antialias=True)
+        ratio_y, ratio_x = new_size[0] / size[0], new_size[1] / size[1]
+        boxes = boxes * boxes.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
+        if torch.rand((), generator=generator) < self.horizontal_flip:
+            image = F.horizontal_flip(image)
+            boxes = torch.stack([new_size[1] - boxes[:, 2], boxes[:, 1], new_size[1] - boxes[:, 0], boxes[:, 3]], dim=1)
+        return image, boxes
+
+    def __call__(self, image: Tensor, boxes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """:meth:`draw_size` and :meth:`apply` for an image (3, h, w) that is there in full."""
+        size = (image.shape[1], image.shape[2])
+        return self.apply(image, boxes, size, self.draw_size(size, generator), generator)
+
+
+def build_transform(data: DataConfig, training: bool) -> DetectionTransform:
+    """The transform of the training set (random) or of evaluation (one fixed size, nothing random)."""
+    if training:
+        return DetectionTransform(
+            data.shorter_side_train, data.longer_side_train, data.horizontal_flip, data.photometric
+        )
+    return DetectionTransform((data.shorter_side_test,), data.longer_side_test)
+
+
+def fit_size(size: tuple[int, int], shorter_side: int, longer_side: int) -> tuple[int, int]:
+    """Scales ``(height, width)`` to a shorter side, or less where the longer side would pass its upper bound."""
+    scale = min(shorter_side / min(size), longer_side / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def distort(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Random brightness, contrast, saturation and hue of a uint8 image (3, h, w)."""
+    brightness, contrast, saturation, hue = (2 * torch.rand(4, generator=generator) - 1).tolist()
+    image = F.adjust_brightness(image, 1 + BRIGHTNESS * brightness)
+    image = F.adjust_contrast(image, 1 + CONTRAST * contrast)
+    image = F.adjust_saturation(image, 1 + SATURATION * saturation)
+    return F.adjust_hue(image, HUE * hue)

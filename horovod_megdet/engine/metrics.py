@@ -1,0 +1,74 @@
+"""Metrics of a run: to the terminal or log, to ``metrics.jsonl`` and to TensorBoard. Rank 0 only."""
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from horovod_megdet.files import atomic_write
+from horovod_megdet.report.rows import METRICS_FILE, read_metrics
+from horovod_megdet.report.tables import console
+
+
+class MetricsLog:
+    """Writes rows of metrics. A resumed run first drops the rows that lie behind its checkpoint."""
+
+    def __init__(self, run_dir: Path, total_images: int, images_seen: int, step: int) -> None:
+        self.console = console()
+        self.total_images = total_images
+        path = run_dir / METRICS_FILE
+        kept = [row for row in read_metrics(path) if row["step"] <= step] if path.exists() else []
+        with atomic_write(path) as file:
+            file.writelines(json.dumps(row).encode() + b"\n" for row in kept)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("images"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("training", total=total_images, completed=images_seen)
+        self._progress.start()
+
+    def advance(self, images_seen: int) -> None:
+        """Moves the progress bar, where there is a terminal."""
+        self._progress.update(self._task, completed=images_seen)
+
+    def train(self, row: dict[str, Any]) -> None:
+        """Writes one row of training metrics, the means since the row before."""
+        self._write({"kind": "train", **row})
+        remaining = max(0, self.total_images - row["images_seen"]) / row["images_per_second"]
+        parts = " ".join(f"{key.removeprefix('loss_')} {value:.3f}" for key, value in row.items() if "loss_" in key)
+        self.console.print(
+            f"step {row['step']}  epoch {row['epoch']:.2f}  loss {row['loss']:.3f} ({parts})  lr {row['lr']:.4g}  "
+            f"{row['images_per_second']:.1f} images/s  step {row['step_seconds']:.2f} s "
+            f"(ranks {row['step_seconds_min']:.2f} to {row['step_seconds_max']:.2f})  data {row['data_seconds']:.2f} s  "
+            f"memory {row['memory_mb']:.0f} MB  ETA {timedelta(seconds=round(remaining))}"
+        )
+
+    def evaluation(self, row: dict[str, Any], table: Table) -> None:
+        """Writes one row of evaluation metrics and prints its table."""
+        self._write({"kind": "evaluation", **row})
+        self.console.print(table)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        for key, value in row.items():
+            if isinstance(value, int | float) and key not in ("step", "images_seen"):
+                self._tensorboard.add_scalar(f"{row['kind']}/{key}", value, row["step"])
+
+    def close(self) -> None:
+        """Ends the progress bar and flushes the files."""
+        self._progress.stop()
+        self._file.close()
+        self._tensorboard.close()

@@ -1,0 +1,179 @@
+"""From a configuration to a trainer, checking on the way that all ranks start from the same."""
+
+import hashlib
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from horovod_megdet import comm
+from horovod_megdet.config import Config
+from horovod_megdet.data.coco import CocoDataset, check_same_classes
+from horovod_megdet.data.configured import load_split, make_synthetic
+from horovod_megdet.engine import checkpoint, device, random_state
+from horovod_megdet.engine.signals import StopRequest
+from horovod_megdet.engine.trainer import Trainer, load_weights
+from horovod_megdet.errors import UserError
+from horovod_megdet.files import atomic_write
+from horovod_megdet.models.detector import Detector, bn_group, build_detector
+from horovod_megdet.report.tables import console, two_columns
+from horovod_megdet.solver.schedule import make_schedule
+
+PACKAGES = ("horovod", "torch", "torchvision", "mpi4py", "pycocotools", "numpy", "pyyaml", "pydantic")
+
+
+def build_trainer(config: Config, resume: bool) -> Trainer:
+    """Builds the trainer of this rank. Collective; raises :class:`UserError` on all ranks alike."""
+    comm.check_same({"configuration": config.fingerprint(), **versions()}, "start")
+    stop_request = StopRequest()
+    run_dir = Path(config.output.run_dir)
+    with comm.agreement("run directory"):
+        saved = claim_run_dir(run_dir, config, resume)
+    with comm.agreement("device"):
+        compute_device = device.choose(config.runtime)
+    train_set, val_set = load_datasets(config)
+    with comm.agreement("schedule"):
+        schedule = make_schedule(config.solver, len(train_set), comm.size(), config.data.images_per_rank)
+    detector = start_detector(config, len(train_set.class_names), compute_device)
+    description = {
+        "config": config.model_dump(mode="json"),
+        "class_names": train_set.class_names,
+        "category_ids": train_set.category_ids,
+        "training_data": train_set.fingerprint,
+        "versions": versions(),
+    }
+    trainer = Trainer(config, detector, train_set, val_set, schedule, compute_device, stop_request, description)
+    if resume:
+        with comm.agreement("resume"):
+            resume_from(trainer, saved)
+    if comm.is_main():
+        _print_start(trainer)
+    return trainer
+
+
+def claim_run_dir(run_dir: Path, config: Config, resume: bool) -> checkpoint.Checkpoint | None:
+    """On rank 0, makes the run directory or finds the checkpoint in it; other ranks return None.
+
+    Raises :class:`UserError` when it holds another run, cannot be written, or has nothing to resume.
+    """
+    if not comm.is_main():
+        return None
+    if resume:
+        return checkpoint.newest(run_dir, report=lambda sentence: comm.say(f"warning: {sentence}"))
+    if (run_dir / "config.yaml").exists() or checkpoint.folder(run_dir).exists():
+        raise UserError(
+            f"{run_dir}: this folder already holds a run. Add --resume to go on with it, or give another folder with "
+            "--run-dir."
+        )
+    try:
+        with atomic_write(run_dir / "config.yaml") as file:
+            file.write(config.to_yaml().encode())
+    except UserError as error:
+        raise UserError(f"{error} Choose another run directory with --run-dir.") from None
+    return None
+
+
+def resume_from(trainer: Trainer, found: checkpoint.Checkpoint | None) -> None:
+    """Loads on every rank the checkpoint that rank 0 found."""
+    path = comm.broadcast_object(found and str(found.path), "checkpoint path")
+    saved = found or checkpoint.read(path)
+    recorded = saved.description["training_data"]
+    if recorded != trainer.train_set.fingerprint:
+        raise UserError(
+            f"{saved.path}: the training data is not what this checkpoint was trained on ({trainer.config.data.train_annotations} "
+            "has changed), so its position in the data means nothing. Restore the data, or start a new run with "
+            "model.weights set to this checkpoint."
+        )
+    trainer.resume(saved)
+
+
+def load_datasets(config: Config) -> tuple[CocoDataset, CocoDataset]:
+    """Loads training and validation set on every rank and checks that all ranks see the same."""
+    data = config.data
+    with comm.agreement("data"):
+        make_synthetic(data)
+        train_set = load_split(data, training=True)
+        val_set = load_split(data, training=False)
+        check_same_classes(train_set, val_set)
+    comm.check_same({"training data": train_set.fingerprint, "validation data": val_set.fingerprint}, "data")
+    return train_set, val_set
+
+
+def start_detector(config: Config, num_classes: int, compute_device: torch.device) -> Detector:
+    """Builds the detector with its starting weights, equal on all ranks, on the device."""
+    group = bn_group(config.batch_norm, config.data.images_per_rank)
+    random_state.seed(config.runtime.seed)
+    with comm.agreement("model"):
+        detector = build_detector(config.model, config.batch_norm, num_classes, group=group)
+    if config.model.weights != "none":
+        comm.check_same({"starting weights": weights_hash(detector)}, "weights")
+    if config.runtime.channels_last:
+        detector = detector.to(memory_format=torch.channels_last)
+    detector = detector.to(compute_device)
+    comm.broadcast_weights(detector)
+    detector.train()
+    return detector
+
+
+def weights_hash(detector: Detector) -> str:
+    """SHA-256 of the backbone's weights, where pre-trained weights go."""
+    digest = hashlib.sha256()
+    for name, value in detector.state_dict().items():
+        if "backbone" in name:
+            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that could change the numbers."""
+    return {"Python": platform.python_version()} | {package: metadata.version(package) for package in PACKAGES}
+
+
+def build_for_evaluation(
+    config: Config, path: Path
+) -> tuple[Detector, CocoDataset, torch.device, checkpoint.Checkpoint]:
+    """Builds the detector of a checkpoint and the validation set of a configuration."""
+    with comm.agreement("device"):
+        compute_device = device.choose(config.runtime)
+    with comm.agreement("validation data"):
+        make_synthetic(config.data)
+        val_set = load_split(config.data, training=False)
+        saved = checkpoint.read(path)
+        if saved.description["class_names"] != val_set.class_names:
+            raise UserError(
+                f"{saved.path}: the checkpoint knows the classes {saved.description['class_names']}, the validation set has "
+                f"{val_set.class_names}."
+            )
+    comm.check_same({"validation data": val_set.fingerprint}, "validation data")
+    blank = config.model.model_copy(update={"weights": "none"})
+    detector = build_detector(blank, config.batch_norm, len(val_set.class_names), group=comm.world())
+    with comm.agreement("checkpoint"):
+        load_weights(detector, saved)
+    return detector.to(compute_device).eval(), val_set, compute_device, saved
+
+
+def _print_start(trainer: Trainer) -> None:
+    config, out = trainer.config, console()
+    environment = [
+        ("ranks", f"{comm.size()}, {comm.local_size()} on {comm.host()}, controller {comm.controller()}"),
+        ("device", f"{trainer.device}, {torch.get_num_threads()} threads per rank, amp {config.runtime.amp}"),
+        ("model", f"{config.model.backbone} FPN {config.model.fpn_channels}, weights {config.model.weights}"),
+        (
+            "training set",
+            f"{len(trainer.train_set)} images, {len(trainer.train_set.class_names)} classes: "
+            + ", ".join(trainer.train_set.class_names[:10]),
+        ),
+        ("validation set", f"{len(trainer.val_set)} images"),
+        ("run directory", config.output.run_dir),
+    ]
+    environment += [(name, value) for name, value in comm.launch_settings().items()]
+    out.print(two_columns("Run", environment))
+    out.print(two_columns("Schedule", trainer.schedule.table()))
+    skipped = len(trainer.train_set.problems) + len(trainer.val_set.problems)
+    if skipped:
+        out.print(f"{skipped} bad annotations or images are skipped; `megdet check-data` lists them.")
+    if trainer.position.step:
+        out.print(
+            f"Resuming after step {trainer.position.step}, epoch {trainer.schedule.epoch(trainer.position.images_seen):.2f}."
+        )

@@ -1,0 +1,178 @@
+"""Shard, predict, gather, COCO metrics."""
+
+import contextlib
+import io
+import json
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from horovod_megdet import comm
+from horovod_megdet.data.coco import CocoDataset
+from horovod_megdet.data.loader import Batch
+from horovod_megdet.errors import UserError
+from horovod_megdet.evaluation.detections import Detections, in_original_pixels
+from horovod_megdet.files import atomic_write
+from horovod_megdet.models.detector import Detector
+
+METRICS = (
+    "AP",
+    "AP50",
+    "AP75",
+    "AP_small",
+    "AP_medium",
+    "AP_large",
+    "AR_1",
+    "AR_10",
+    "AR_100",
+    "AR_small",
+    "AR_medium",
+    "AR_large",
+)
+"""COCO's twelve numbers, in the order of pycocotools."""
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found: small, and the same on every rank, but for ``detections``."""
+
+    metrics: dict[str, float]
+    """The numbers of :data:`METRICS`, 0 to 1; NaN where there is no ground truth (of that size)."""
+
+    per_class: dict[str, float]
+    """AP of each class; NaN for a class without ground truth, which AP leaves out too."""
+
+    images: int
+    """Images that were evaluated."""
+
+    category_ids: list[int]
+    """Ids of the JSON: label k + 1 is category_ids[k]."""
+
+    detections: Detections | None
+    """The detections of all images on rank 0, None on the others."""
+
+    def row(self) -> dict[str, Any]:
+        """The metrics and ``per_class`` for a line of JSON, with None for NaN."""
+        return _without_nan(self.metrics) | {"per_class": _without_nan(self.per_class)}
+
+    def write_detections(self, path: str | Path) -> None:
+        """Writes COCO's results JSON, which ``COCO.loadRes`` and the evaluation servers read. Rank 0 only."""
+        assert self.detections is not None, "only rank 0 holds the detections"
+        with atomic_write(path) as file:
+            file.write(json.dumps(self.detections.to_coco(self.category_ids)).encode())
+
+
+def evaluate(
+    detector: Detector,
+    dataset: CocoDataset,
+    loader: Iterable[Batch],
+    device: torch.device,
+    autocast: Autocast = contextlib.nullcontext,
+) -> Evaluation:
+    """Evaluates the detector on all images of ``dataset``; collective, and the result is on every rank.
+
+    ``loader`` gives this rank's shard: over all ranks every image exactly once, so that no padding or duplicate can
+    move a metric. Wrap it for a progress bar. The metrics are those of the boxes as :meth:`Evaluation.write_detections`
+    writes them. Raises :class:`UserError` on every rank when one of them finds an unreadable image.
+    """
+    with comm.agreement("evaluate"):
+        shard = predict_shard(detector, loader, device, autocast)
+    shards = comm.gather_objects(shard, "evaluate.detections")
+    evaluation = _measure(Detections.merge(shards), dataset) if comm.is_main() else None
+    small = comm.broadcast_object(evaluation and replace(evaluation, detections=None), "evaluate.metrics")
+    evaluation = evaluation or small
+    assert evaluation is not None
+    return evaluation
+
+
+@torch.inference_mode()
+def predict_shard(
+    detector: Detector, loader: Iterable[Batch], device: torch.device, autocast: Autocast = contextlib.nullcontext
+) -> Detections:
+    """Detections of the images that ``loader`` gives this rank, in pixels of the original images. Not collective.
+
+    The detector runs in evaluation mode and is put back into the mode it was in. Raises :class:`UserError` for an
+    unreadable image.
+    """
+    images = []
+    was_training = detector.training
+    detector.eval()
+    try:
+        for batch in loader:
+            if batch.error is not None:
+                raise UserError(batch.error)
+            batch = batch.to(device)
+            with autocast():
+                predictions = detector.predict(batch.images)
+            for image, target, prediction in zip(batch.images, batch.targets, predictions, strict=True):
+                size = (image.shape[-2], image.shape[-1])
+                arrays = in_original_pixels(prediction, size, target["original_size"])
+                images.append((int(target["image_id"]), arrays))
+    finally:
+        detector.train(was_training)
+    return Detections.of_images(images)
+
+
+def _measure(detections: Detections, dataset: CocoDataset) -> Evaluation:
+    expected = np.sort(np.asarray(dataset.image_ids, np.int64))
+    assert np.array_equal(detections.image_ids, expected), "the ranks' shards are not exactly the data set"
+    metrics, class_aps = coco_metrics(dataset.to_coco(), detections, dataset.category_ids)
+    per_class = dict(zip(_distinct(dataset.class_names, dataset.category_ids), class_aps, strict=True))
+    return Evaluation(metrics, per_class, len(expected), list(dataset.category_ids), detections)
+
+
+def coco_metrics(
+    ground_truth: COCO, detections: Detections, category_ids: list[int]
+) -> tuple[dict[str, float], list[float]]:
+    """COCO's twelve box metrics, and the AP of each of ``category_ids``, by pycocotools.
+
+    NaN where there is no ground truth to find. ``detections`` may be empty; its label k + 1 is category_ids[k].
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator = COCOeval(ground_truth, _as_results(ground_truth, detections, category_ids), "bbox")
+        evaluator.params.catIds = list(category_ids)
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    # precision: (IoU thresholds, recall thresholds, categories, areas, detections per image), -1 without ground truth
+    precision = evaluator.eval["precision"][:, :, :, 0, -1]
+    class_aps = [_mean_of_defined(precision[:, :, number]) for number in range(len(category_ids))]
+    metrics = {name: _nan_if_undefined(float(value)) for name, value in zip(METRICS, evaluator.stats, strict=True)}
+    return metrics, class_aps
+
+
+def _as_results(ground_truth: COCO, detections: Detections, category_ids: list[int]) -> COCO:
+    """What ``COCO.loadRes`` does for boxes, without its failure on an empty list and its copy of the data set."""
+    results = COCO()
+    results.dataset = {key: ground_truth.dataset[key] for key in ("images", "categories")}
+    results.dataset["annotations"] = detections.to_annotations(category_ids)
+    results.createIndex()
+    return results
+
+
+def _distinct(names: list[str], category_ids: list[int]) -> list[str]:
+    """The names, with the category id behind those that are given twice."""
+    return [name if names.count(name) == 1 else f"{name} ({id})" for name, id in zip(names, category_ids, strict=True)]
+
+
+def _mean_of_defined(precision: np.ndarray) -> float:
+    defined = precision[precision > -1]
+    return float(defined.mean()) if defined.size else math.nan
+
+
+def _nan_if_undefined(value: float) -> float:
+    return value if value > -1 else math.nan
+
+
+def _without_nan(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in values.items()}

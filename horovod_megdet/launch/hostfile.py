@@ -1,0 +1,172 @@
+"""Host files: which machines take part in a run, and how many ranks each takes.
+
+One host a line, or several that differ in a number:
+
+    # name          ranks it takes    ranks it may take at most
+    node[01-16]     slots=8           max_slots=8
+    10.0.0.7        slots=4
+
+The ranges are ours: launchers do not know them, see :func:`write_hostfile`.
+"""
+
+import difflib
+import ipaddress
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from horovod_megdet.errors import UserError
+from horovod_megdet.files import atomic_write
+
+MAX_HOSTS = 10_000
+"""More than this in one file is a slip of the pen, such as node[1-16000000]."""
+
+KEYS = ("slots", "max_slots")
+
+# What DNS allows, and no more: names are passed on to ssh, and by some launchers through the shell of another host.
+_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+_RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
+
+
+@dataclass(frozen=True)
+class Host:
+    """One machine."""
+
+    name: str
+    """Host name, or IPv4 or IPv6 address."""
+    slots: int
+    """Ranks that it takes: its number of GPUs."""
+    max_slots: int
+    """Ranks that it takes at most, when more are wanted than there are slots."""
+
+
+def parse_hostfile(path: str | Path) -> list[Host]:
+    """Reads a host file; the order of the hosts is the order of their ranks.
+
+    Raises :class:`UserError` naming file, line, the text in question and what to do about it.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such host file.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file.") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
+    hosts: dict[str, tuple[Host, int]] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            _add_line(line.partition("#")[0], number, hosts)
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+    if not hosts:
+        raise UserError(f"{path}: no host in it; write one a line, such as `node01 slots=8`.")
+    return [host for host, _ in hosts.values()]
+
+
+def write_hostfile(hosts: list[Host], path: str | Path) -> None:
+    """Writes hosts one a line and without ranges, as mpirun and horovodrun read them; raises :class:`UserError`."""
+    with atomic_write(path) as file:
+        for host in hosts:
+            # horovodrun takes everything behind the first `=` for the number, so nothing may follow it needlessly.
+            limit = f" max_slots={host.max_slots}" if host.max_slots > host.slots else ""
+            file.write(f"{host.name} slots={host.slots}{limit}\n".encode())
+
+
+def _add_line(line: str, number: int, hosts: dict[str, tuple[Host, int]]) -> None:
+    words = line.split()
+    if not words:
+        return
+    slots, max_slots = _parse_keys(words[1:])
+    for name in _expand(words[0]):
+        key = name.lower()
+        if key in hosts:
+            raise UserError(f"{name!r} is already in line {hosts[key][1]}; a host may be listed once.")
+        if len(hosts) == MAX_HOSTS:
+            raise UserError(f"{words[0]!r}: more than {MAX_HOSTS} hosts; look at its range.")
+        hosts[key] = Host(name, slots, max_slots), number
+
+
+def _parse_keys(words: list[str]) -> tuple[int, int]:
+    values: dict[str, int] = {}
+    for word in words:
+        key, _, text = word.partition("=")
+        if key not in KEYS:
+            raise UserError(f"{word!r}: {_unknown(key)}")
+        if key in values:
+            raise UserError(f"{word!r}: {key} is given twice.")
+        if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) == 0:
+            raise UserError(f"{word!r}: {key} needs a number, 1 or more, without spaces: {key}=8.")
+        values[key] = int(text)
+    if "slots" not in values:
+        raise UserError("slots is missing; say how many ranks (GPUs) the host takes, such as slots=8.")
+    slots = values["slots"]
+    max_slots = values.get("max_slots", slots)
+    if slots > max_slots:
+        raise UserError(f"slots={slots} is more than max_slots={max_slots}; raise max_slots or leave it out.")
+    return slots, max_slots
+
+
+def _unknown(key: str) -> str:
+    close = difflib.get_close_matches(key.lower().replace("-", "_"), KEYS, n=1)
+    remedy = f"did you mean {close[0]}=?" if close else "write `host slots=8` or `host slots=8 max_slots=8`."
+    return f"unknown key; {remedy}"
+
+
+def _expand(text: str) -> Iterator[str]:
+    """Yields the host names that one word stands for."""
+    if ":" in text:
+        yield _ipv6(text)
+        return
+    parts = re.split(r"\[([^][]*)\]", text)
+    if any(bracket in part for part in parts for bracket in "[]"):
+        raise UserError(f"{text!r}: a range is written [01-16] or [01-03,07]; one of its brackets is missing.")
+    choices = [_range(part, text) if odd else [part] for part, odd in zip(parts, itertools.cycle((False, True)))]
+    for combination in itertools.product(*choices):
+        name = "".join(combination)
+        _check_name(name)
+        yield name
+
+
+def _range(text: str, word: str) -> list[str]:
+    """The numbers of ``01-03,07``, with their leading zeros."""
+    numbers: list[str] = []
+    for item in text.split(","):
+        match = _RANGE.fullmatch(item)
+        if not match:
+            raise UserError(f"{word!r}: bad range [{text}]; write [01-16] or [01-03,07].")
+        first, last = match[1], match[2] or match[1]
+        if int(first) > int(last):
+            raise UserError(f"{word!r}: bad range [{text}]; {first} is more than {last}.")
+        if int(last) - int(first) >= MAX_HOSTS:
+            raise UserError(f"{word!r}: makes more than {MAX_HOSTS} hosts; look at its range.")
+        numbers += [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    return numbers
+
+
+def _check_name(name: str) -> None:
+    if re.fullmatch(r"[0-9.]+", name):
+        try:
+            ipaddress.IPv4Address(name)
+        except ValueError:
+            raise UserError(f"{name!r} is neither a host name nor an IPv4 address.") from None
+        return
+    if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in name.split(".")):
+        raise UserError(
+            f"{name!r} is not a host name: letters, digits, hyphens and dots are allowed, "
+            "and labels begin and end with a letter or digit."
+        )
+
+
+def _ipv6(text: str) -> str:
+    try:
+        if "%" in text:
+            raise ValueError
+        return str(ipaddress.IPv6Address(text))
+    except ValueError:
+        raise UserError(
+            f"{text!r} is not an IPv6 address; the number of ranks of a host is written `host slots=8`, not host:8."
+        ) from None

@@ -1,0 +1,116 @@
+"""The frame around a distributed run: arguments, configuration, errors and exit codes."""
+
+import argparse
+import json
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from horovod_megdet import comm
+from horovod_megdet.config import Config, load_config, override
+from horovod_megdet.errors import EXIT_CRASHED, EXIT_STOPPED, UserError
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--config``, ``--set`` and ``--run-dir``."""
+    parser.add_argument(
+        "--config", metavar="FILE", default=str(DEFAULT_CONFIG), help="YAML configuration (default: configs/demo.yaml)"
+    )
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="overrides",
+        help="override a value, for example --set solver.base_lr=0.01; may be repeated",
+    )
+    parser.add_argument("--run-dir", metavar="DIR", help="short for --set output.run_dir=DIR")
+
+
+def config_of(arguments: argparse.Namespace) -> Config:
+    """Loads the configuration that the arguments name; raises :class:`UserError`."""
+    overrides = list(arguments.overrides)
+    if arguments.run_dir:
+        overrides.append(f"output.run_dir={json.dumps(arguments.run_dir)}")
+    return load_config(arguments.config, overrides)
+
+
+def run_ranks(get_config: Callable[[], Config], program: Callable[[Config], int]) -> int:
+    """Runs ``program`` with the configuration on every rank and returns the exit code.
+
+    A :class:`UserError` that all ranks agreed on is printed once, by rank 0, and they all end with its exit code. Any
+    other exception ends this rank, and with it the job, at once.
+    """
+    config: Config | None = None
+    config_error: UserError | None = None
+    try:
+        config = get_config()
+    except UserError as error:
+        config_error = error
+    try:
+        comm.init(deterministic=config is not None and config.runtime.deterministic)
+        with comm.agreement("configuration"):
+            if config_error:
+                raise config_error
+        assert config is not None
+        exit_code = program(config)
+    except UserError as error:
+        if not error.on_all_ranks:
+            comm.say(f"error: rank {comm.rank()} on {comm.host()}: {error}")
+            comm.abort(error.exit_code)
+        if comm.is_main():
+            comm.say(f"error: {error}")
+        exit_code = error.exit_code
+    except comm.LostRankError as error:
+        comm.say(f"error: rank {comm.rank()} on {comm.host()} lost contact with another rank, which says why: {error}")
+        comm.abort(EXIT_CRASHED)
+    except BaseException:
+        comm.say(f"error: rank {comm.rank()} on {comm.host()} crashed:\n{traceback.format_exc()}")
+        comm.abort(EXIT_CRASHED)
+    comm.shutdown()
+    return exit_code
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """What ``train.py`` does; returns the exit code."""
+    # Imported here, so that a mistake in the arguments is reported without waiting for torch.
+    from horovod_megdet.engine.startup import build_trainer
+
+    def program(config: Config) -> int:
+        if arguments.eval_only:
+            return evaluate(config, Path(arguments.checkpoint or config.output.run_dir))
+        trainer = build_trainer(config, arguments.resume)
+        exit_code = trainer.train()
+        if exit_code == EXIT_STOPPED and comm.is_main():
+            comm.say("Stopped by a signal; the checkpoint is written. Start again with --resume.")
+        return exit_code
+
+    return run_ranks(lambda: config_of(arguments), program)
+
+
+def evaluate(config: Config, path: Path) -> int:
+    """Evaluates a checkpoint on the validation set of ``config``, prints the table and writes the detections."""
+    from horovod_megdet.engine.startup import build_for_evaluation
+    from horovod_megdet.engine.trainer import evaluate_detector
+    from horovod_megdet.evaluation.table import render
+    from horovod_megdet.report.tables import console
+
+    detector, dataset, device, checkpoint = build_for_evaluation(config, path)
+    evaluation = evaluate_detector(config, detector, dataset, device)
+    if comm.is_main():
+        console().print(render(evaluation))
+        detections = checkpoint.path / "detections.json"
+        evaluation.write_detections(detections)
+        console().print(f"Detections: {detections}")
+    return 0
+
+
+def evaluate_checkpoint(path: str, overrides: list[str]) -> int:
+    """What ``megdet evaluate`` does: evaluates with the configuration in the checkpoint."""
+    from horovod_megdet.engine import checkpoint
+
+    return run_ranks(
+        lambda: override(checkpoint.read(path).config, overrides), lambda config: evaluate(config, Path(path))
+    )

@@ -1,0 +1,205 @@
+"""The detector: torchvision's Faster R-CNN on a ResNet and FPN with the chosen norms."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from horovod_megdet import comm
+from horovod_megdet.config import BatchNormConfig, ModelConfig
+from horovod_megdet.layers.kernels import widened
+from horovod_megdet.models.backbone import build_backbone
+from horovod_megdet.models.norms import Norms, bn_group
+
+__all__ = ["Detector", "Losses", "bn_group", "build_detector"]
+
+IMAGE_MEAN = [0.485, 0.456, 0.406]
+IMAGE_STD = [0.229, 0.224, 0.225]
+ROI_SIZE = 7
+"""Side of the feature maps that RoIAlign cuts out."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses of one forward pass, and how many samples each is the mean of.
+
+    The loss of a larger batch that this one is a part of is the mean of the parts' losses weighted by their counts.
+    """
+
+    values: dict[str, Tensor]
+    """``loss_objectness``, ``loss_rpn_box_reg`` (mean over the sampled anchors), ``loss_classifier`` and
+    ``loss_box_reg`` (mean over the sampled RoIs): 0-d float tensors. A loss without samples is 0."""
+    counts: dict[str, int]
+    """The number of samples of each, on this rank."""
+
+
+class Detector(FasterRCNN):
+    """Faster R-CNN whose losses can be put together over ranks, and whose sampling depends on the image alone.
+
+    Images are a list of (3, H, W) tensors, uint8 or float in [0, 1], of the size that the network shall see. The state
+    dict has the keys of torchvision's detection models.
+    """
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Any]] | None = None) -> Any:
+        """torchvision's interface; see :meth:`forward_losses` and :meth:`predict`."""
+        return super().forward([self._in_unit_range(image) for image in images], targets)
+
+    def forward_losses(self, images: list[Tensor], targets: list[dict[str, Any]]) -> Losses:
+        """The losses in training mode. Collective within the group of the normalisation layers.
+
+        Each target has ``boxes`` (k, 4) float xyxy in pixels of the image, ``labels`` (k,) int64 from 1, and ``seed``,
+        an int that decides which anchors and RoIs of the image are sampled.
+        """
+        samplers = self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler
+        for sampler in samplers:
+            sampler.seeds = [target["seed"] for target in targets]
+        losses = self(images, targets)
+        anchors, rois = (sampler.sampled for sampler in samplers)
+        counts = {
+            "loss_objectness": anchors,
+            "loss_rpn_box_reg": anchors,
+            "loss_classifier": rois,
+            "loss_box_reg": rois,
+        }
+        # The mean of no samples is NaN. Zero instead, still a function of the weights: the backward pass through the
+        # normalisation layers is collective.
+        values = {name: losses[name] if count else losses[name].nan_to_num() for name, count in counts.items()}
+        return Losses(values, counts)
+
+    @torch.no_grad()
+    def predict(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """The detections in evaluation mode; does not communicate.
+
+        For each image ``boxes`` (k, 4) float32 xyxy in its pixels, ``labels`` (k,) int64 from 1 and ``scores`` (k,)
+        float32, by falling score.
+        """
+        assert not self.training, "predict() needs eval()"
+        detections: list[dict[str, Tensor]] = self(images)
+        return detections
+
+    def _in_unit_range(self, image: Tensor) -> Tensor:
+        dtype = self.roi_heads.box_predictor.cls_score.weight.dtype
+        return image.to(dtype) / 255 if image.dtype == torch.uint8 else image.to(dtype)
+
+
+class SeededSampler(BalancedPositiveNegativeSampler):
+    """Samples positive and negative anchors or RoIs of each image by the image's own seed.
+
+    torchvision's RPN and RoI heads hand over nothing but the labels, so :attr:`seeds` are set before, and
+    :attr:`sampled`, the number of samples in all images, is read afterwards.
+    """
+
+    def __init__(self, batch_size_per_image: int, positive_fraction: float, stream: int) -> None:
+        super().__init__(batch_size_per_image, positive_fraction)
+        self.stream = stream
+        self.seeds: list[int] = []
+        self.sampled = 0
+
+    def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Takes each image's labels (n,): 1 or more positive, 0 negative, -1 neither.
+
+        Returns the uint8 masks (n,) of the sampled positive, and of the sampled negative ones.
+        """
+        self.sampled = 0
+        masks = [self._sample(labels, seed) for labels, seed in zip(matched_idxs, self.seeds, strict=True)]
+        positive, negative = ([pair[side] for pair in masks] for side in (0, 1))
+        return positive, negative
+
+    def _sample(self, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        # On the CPU on every device, so that a GPU samples the same.
+        generator = torch.Generator().manual_seed((2 * seed + self.stream) % 2**63)
+        positive, negative = torch.where(labels >= 1)[0], torch.where(labels == 0)[0]
+        positives = min(len(positive), int(self.batch_size_per_image * self.positive_fraction))
+        negatives = min(len(negative), self.batch_size_per_image - positives)
+        self.sampled += positives + negatives
+        masks = []
+        for candidates, count in ((positive, positives), (negative, negatives)):
+            chosen = torch.randperm(len(candidates), generator=generator)[:count].to(labels.device)
+            masks.append(torch.zeros_like(labels, dtype=torch.uint8).index_fill_(0, candidates[chosen], 1))
+        return masks[0], masks[1]
+
+
+def build_detector(
+    model: ModelConfig, batch_norm: BatchNormConfig, num_classes: int, *, group: comm.Group | None = None
+) -> Detector:
+    """Builds the detector with random weights; :func:`~horovod_megdet.models.weights.load_weights` loads others.
+
+    ``num_classes`` does not count the background. ``group`` are the ranks that share statistics in ``cgbn`` layers
+    (:func:`bn_group`), all by default. All ranks have to build the same detector.
+    """
+    norms = Norms(batch_norm, group)
+    anchors = AnchorGenerator(
+        sizes=tuple((size,) for size in model.anchor_sizes),
+        aspect_ratios=(tuple(model.anchor_aspect_ratios),) * len(model.anchor_sizes),
+    )
+    detector = Detector(
+        build_backbone(model, norms),
+        rpn_anchor_generator=anchors,
+        rpn_head=_RPNHead(model.fpn_channels, anchors.num_anchors_per_location()[0]),
+        rpn_pre_nms_top_n_train=model.rpn_candidates_train,
+        rpn_pre_nms_top_n_test=model.rpn_candidates_test,
+        rpn_post_nms_top_n_train=model.proposals_train,
+        rpn_post_nms_top_n_test=model.proposals_test,
+        box_head=_build_box_head(model, norms),
+        box_predictor=_Predictor(model.box_head_channels, num_classes + 1),
+        box_score_thresh=model.score_threshold,
+        box_nms_thresh=model.nms_threshold,
+        box_detections_per_img=model.detections_per_image,
+    )
+    detector.transform = _Transform(0, 0, IMAGE_MEAN, IMAGE_STD)
+    detector.rpn.fg_bg_sampler = SeededSampler(model.anchors_per_image, 0.5, stream=0)
+    detector.roi_heads.fg_bg_sampler = SeededSampler(model.rois_per_image, 0.25, stream=1)
+    return detector
+
+
+def _build_box_head(model: ModelConfig, norms: Norms) -> nn.Module:
+    channels = model.fpn_channels
+    head: nn.Module
+    if model.box_head_norm == "none":
+        head = TwoMLPHead(channels * ROI_SIZE**2, model.box_head_channels)
+    else:
+        size = (channels, ROI_SIZE, ROI_SIZE)
+        head = FastRCNNConvFCHead(size, [channels] * 4, [model.box_head_channels], norms.layer(model.box_head_norm))
+        norms.finish(head, model.box_head_norm, "roi_heads.box_head")
+    for layer in head.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            nn.init.zeros_(layer.bias)
+    return head
+
+
+class _Transform(GeneralizedRCNNTransform):
+    """Normalises and pads; the images come in the size that the network shall see."""
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        return image, target
+
+
+class _RPNHead(RPNHead):
+    """Gives float32 under autocast: torchvision rounds anchors to the type of the deltas, and 16 bits are too coarse."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, deltas = super().forward(x)
+        return [widened(level) for level in logits], [widened(level) for level in deltas]
+
+
+class _Predictor(FastRCNNPredictor):
+    """As the customary initialisation has it: small class logits, smaller box deltas. Float32 under autocast."""
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__(in_channels, num_classes)
+        nn.init.normal_(self.cls_score.weight, std=0.01)
+        nn.init.normal_(self.bbox_pred.weight, std=0.001)
+        nn.init.zeros_(self.cls_score.bias)
+        nn.init.zeros_(self.bbox_pred.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits, deltas = super().forward(x)
+        return widened(logits), widened(deltas)

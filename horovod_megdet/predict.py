@@ -1,0 +1,115 @@
+"""Detections of a trained checkpoint on any images."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from horovod_megdet.data.images import ImageFileError, read_image
+from horovod_megdet.data.transforms import DetectionTransform, build_transform
+from horovod_megdet.engine.checkpoint import load_for_inference
+from horovod_megdet.errors import UserError
+from horovod_megdet.evaluation.detections import Arrays, Detections, in_original_pixels
+from horovod_megdet.files import atomic_write
+from horovod_megdet.models.detector import Detector, build_detector
+from horovod_megdet.report.pictures import draw_detections
+
+DETECTIONS_FILE = "detections.json"
+
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+"""What is taken for an image in a folder."""
+
+
+def predict_images(
+    checkpoint: Path, images: list[Path], output: Path, score_threshold: float, device: torch.device
+) -> Path:
+    """Writes the detections on some images to a COCO-format JSON, and each image with its detections drawn on it.
+
+    Args:
+        checkpoint: a checkpoint folder, or a run directory for its newest one.
+        images: image files, and folders whose images (not those of their sub-folders) are taken.
+        output: folder for ``detections.json`` and one PNG per image. The JSON has ``images``, ``categories`` and
+            ``annotations`` with ``score``: a whole COCO file, of which ``annotations`` alone is COCO's results format.
+        score_threshold: detections below it are left out.
+        device: where the detector runs.
+
+    Returns the path of the JSON. Raises :class:`UserError` for a bad checkpoint at once, and for missing or unreadable
+    images, one sentence each, after all others are done and written.
+    """
+    config, class_names, category_ids, weights = load_for_inference(checkpoint)
+    model = config.model.model_copy(update={"weights": "none", "score_threshold": score_threshold})
+    detector = build_detector(model, config.batch_norm, len(class_names), group=None)
+    detector.load_state_dict(weights)
+    detector.to(device).eval()
+    transform = build_transform(config.data, training=False)
+
+    files, problems = _find_images(images)
+    entries: list[dict[str, Any]] = []
+    detections: list[tuple[int, Arrays]] = []
+    for path, name in track(_with_names(files), "predicting", console=Console(stderr=True)):
+        try:
+            image = read_image(path)
+        except ImageFileError as error:
+            problems.append(f"{error}.")
+            continue
+        found = _predict(detector, transform, image, device)
+        height, width = image.shape[-2:]
+        entries.append({"id": len(entries) + 1, "file_name": str(path), "height": height, "width": width})
+        detections.append((len(entries), found))
+        _write_picture(output / name, image, found, class_names)
+    categories = [{"id": id, "name": name} for id, name in zip(category_ids, class_names, strict=True)]
+    annotations = Detections.of_images(detections).to_annotations(category_ids)
+    with atomic_write(output / DETECTIONS_FILE) as file:
+        file.write(json.dumps({"images": entries, "categories": categories, "annotations": annotations}).encode())
+    if problems:
+        raise UserError("\n".join(problems))
+    return output / DETECTIONS_FILE
+
+
+def _write_picture(path: Path, image: Tensor, found: Arrays, class_names: list[str]) -> None:
+    boxes, scores, labels = found
+    with atomic_write(path) as file:
+        draw_detections(image, boxes, labels, scores, class_names).save(file, format="PNG")
+
+
+@torch.inference_mode()
+def _predict(detector: Detector, transform: DetectionTransform, image: Tensor, device: torch.device) -> Arrays:
+    resized, _ = transform(image, torch.zeros(0, 4), torch.Generator())
+    prediction = detector.predict([resized.to(device)])[0]
+    return in_original_pixels(prediction, _size(resized), _size(image))
+
+
+def _size(image: Tensor) -> tuple[int, int]:
+    return image.shape[-2], image.shape[-1]
+
+
+def _find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
+    """The image files that the paths stand for, and a sentence for each path that stands for none."""
+    files, problems = [], []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+            if not inside:
+                problems.append(f"{path}: there are no images in this folder.")
+            files += inside
+        else:
+            files.append(path)
+    return files, problems
+
+
+def _with_names(files: list[Path]) -> list[tuple[Path, str]]:
+    """Each file with the name of its PNG; equal names get a number."""
+    taken: set[str] = set()
+    named = []
+    for path in files:
+        name, number = f"{path.stem}.png", 1
+        while name in taken:
+            number += 1
+            name = f"{path.stem}_{number}.png"
+        taken.add(name)
+        named.append((path, name))
+    return named

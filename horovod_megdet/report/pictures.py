@@ -1,0 +1,136 @@
+"""Detections drawn on images, and a page that shows them beside the ground truth."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from horovod_megdet.data.coco import CocoDataset
+from horovod_megdet.evaluation.coco import Evaluation
+from horovod_megdet.evaluation.detections import Arrays
+from horovod_megdet.files import atomic_write
+from horovod_megdet.report.drawing import GREY, Mark, class_color, draw_marks
+from horovod_megdet.report.matching import CORRECT, IGNORED, WRONG, GroundTruth, match
+from horovod_megdet.report.page import Card, page
+
+PAGE_FILE = "validation.html"
+
+LONGEST_SIDE = 1280
+"""Pictures in the page are shrunk to this many pixels."""
+
+
+def draw_detections(
+    image: Tensor, boxes: np.ndarray, labels: np.ndarray, scores: np.ndarray, class_names: Sequence[str]
+) -> Image.Image:
+    """Draws detections in the colour of their class, with name and score.
+
+    Args:
+        image: uint8 (3, H, W), RGB; small images are enlarged (see :mod:`horovod_megdet.report.drawing`).
+        boxes: (n, 4) xyxy in pixels of ``image``.
+        labels: (n,), label k + 1 is class_names[k].
+        scores: (n,).
+        class_names: names of the classes, without background.
+    """
+    marks = [
+        _mark(box, label, f"{class_names[label - 1]} {score:.2f}")
+        for box, label, score in zip(boxes.tolist(), labels.tolist(), scores.tolist(), strict=True)
+    ]
+    return draw_marks(image, marks)
+
+
+def write_validation_page(
+    path: str | Path,
+    dataset: CocoDataset,
+    evaluation: Evaluation,
+    *,
+    count: int,
+    title: str,
+    score_threshold: float = 0.5,
+) -> None:
+    """Writes one HTML file, pictures included: ``count`` validation images, ground truth beside detections.
+
+    The images are spread evenly over the data set, always the same ones. Only detections with at least
+    ``score_threshold`` are drawn. Rank 0 only: it holds the detections.
+    """
+    assert evaluation.detections is not None, "only rank 0 holds the detections"
+    detections = dict(evaluation.detections.above(score_threshold).per_image())
+    annotations = dataset.to_coco().imgToAnns
+    indices = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)).tolist()
+    cards, labels = [], set()
+    for index in indices:
+        image_id = int(dataset.image_ids[index])
+        truth = _ground_truth(annotations[image_id], dataset.category_ids)
+        cards.append(_card(dataset, index, truth, detections[image_id]))
+        labels |= {*truth.labels.tolist(), *detections[image_id][2].tolist()}
+    classes = [(dataset.class_names[label - 1], class_color(label - 1)) for label in sorted(labels)]
+    summary = (
+        f"AP {_percent(evaluation.metrics['AP'])}, AP50 {_percent(evaluation.metrics['AP50'])} on all "
+        f"{evaluation.images} validation images. Drawn are detections with a score of at least {score_threshold:g}."
+    )
+    with atomic_write(path) as file:
+        file.write(page(title, summary, classes, cards).encode())
+
+
+def _card(dataset: CocoDataset, index: int, truth: GroundTruth, detections: Arrays) -> Card:
+    boxes, scores, labels = detections
+    image = dataset.read(index)[0]
+    verdicts, found = match(truth, boxes, labels)
+    names = dataset.class_names
+    objects = [
+        _object_mark(*entry, names)
+        for entry in zip(truth.boxes.tolist(), truth.labels.tolist(), truth.crowd.tolist(), found.tolist(), strict=True)
+    ]
+    detected = [
+        _detection_mark(*entry, names)
+        for entry in zip(boxes.tolist(), labels.tolist(), scores.tolist(), verdicts, strict=True)
+    ]
+    return Card(
+        name=str(dataset.file_names[index]),
+        size=(int(dataset.sizes[index][0]), int(dataset.sizes[index][1])),
+        objects=_shrink(draw_marks(image, objects)),
+        detections=_shrink(draw_marks(image, detected)),
+        correct=verdicts.count(CORRECT),
+        wrong=verdicts.count(WRONG),
+        missed=int((~found & ~truth.crowd).sum()),
+        crowded=bool(truth.crowd.any()),
+    )
+
+
+def _ground_truth(annotations: list[dict[str, Any]], category_ids: list[int]) -> GroundTruth:
+    xywh = np.array([annotation["bbox"] for annotation in annotations], np.float64).reshape(-1, 4)
+    return GroundTruth(
+        np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
+        np.array([category_ids.index(annotation["category_id"]) + 1 for annotation in annotations], np.int64),
+        np.array([annotation.get("iscrowd", 0) for annotation in annotations], bool),
+    )
+
+
+def _object_mark(box: list[float], label: int, crowd: bool, found: bool, names: Sequence[str]) -> Mark:
+    name = names[label - 1]
+    if crowd:
+        return _mark(box, label, f"crowd of {name}", emphasis=False, grey=True)
+    return _mark(box, label, name if found else f"✗ {name}", emphasis=found)
+
+
+def _detection_mark(box: list[float], label: int, score: float, verdict: str, names: Sequence[str]) -> Mark:
+    text = f"{names[label - 1]} {score:.2f}"
+    if verdict == IGNORED:
+        return _mark(box, label, text, emphasis=False, grey=True)
+    return _mark(box, label, text if verdict == CORRECT else f"✗ {text}", emphasis=verdict == CORRECT)
+
+
+def _mark(box: list[float], label: int, text: str, emphasis: bool = True, grey: bool = False) -> Mark:
+    x1, y1, x2, y2 = box
+    return Mark((x1, y1, x2, y2), text, GREY if grey else class_color(label - 1), emphasis)
+
+
+def _shrink(picture: Image.Image) -> Image.Image:
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    return picture
+
+
+def _percent(value: float) -> str:
+    return "–" if np.isnan(value) else f"{100 * value:.1f}"

@@ -1,0 +1,20 @@
+"""Tables for the terminal."""
+
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+
+def console() -> Console:
+    """A console for the main rank: as wide as the terminal, or 120 columns where output goes to a file or a pipe."""
+    terminal = sys.stdout.isatty() and sys.stderr.isatty()
+    return Console(width=None if terminal else 120, force_terminal=terminal, highlight=False, soft_wrap=not terminal)
+
+
+def two_columns(title: str, rows: list[tuple[str, str]]) -> Table:
+    """A titled table of names and values."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
