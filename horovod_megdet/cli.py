@@ -53,13 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     predict = commands.add_parser("predict", help="detections of a checkpoint on images, as JSON and drawn")
-    predict.add_argument("checkpoint", help="a checkpoint folder, or a run directory for its newest")
+    predict.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run directory for its newest")
     predict.add_argument("images", nargs="+", type=Path, help="image files or folders")
     predict.add_argument(
         "--output", type=Path, default=Path("predictions"), help="folder to write (default: %(default)s)"
     )
     predict.add_argument("--score", type=float, default=0.5, help="lowest score drawn (default: %(default)s)")
-    predict.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    predict.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     predict.set_defaults(run=_predict)
 
     report = commands.add_parser("report", help="draw the curves of a run directory again")
@@ -124,15 +124,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
+    import torch
+
     from horovod_megdet.predict import predict_images
 
-    return predict_images(
-        arguments.checkpoint,
-        arguments.images,
-        arguments.output,
-        score_threshold=arguments.score,
-        device=arguments.device,
+    results = predict_images(
+        arguments.checkpoint, arguments.images, arguments.output, arguments.score, torch.device(arguments.device)
     )
+    print(results)
+    return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ import horovod.torch as hvd
 import torch
 from torch import Tensor, nn
 
-from horovod_megdet.errors import UserError
+from horovod_megdet.errors import EXIT_USER_ERROR, UserError
 
 T = TypeVar("T")
 
@@ -173,8 +173,11 @@ def barrier() -> None:
 
 def distributed_optimizer(
     optimizer: torch.optim.Optimizer, module: nn.Module, passes_per_step: int, fp16: bool
-) -> torch.optim.Optimizer:
-    """Wraps ``optimizer`` so that gradients are averaged over passes and ranks while the backward pass runs."""
+) -> Any:
+    """Wraps ``optimizer`` so that gradients are summed over passes and averaged over ranks while backward runs.
+
+    The result has ``synchronize()`` and ``skip_synchronize()`` beside what ``optimizer`` has.
+    """
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     return hvd.DistributedOptimizer(
         optimizer,
@@ -197,19 +200,24 @@ def agreement(name: str) -> Iterator[None]:
         yield
     except UserError as error:
         mine = error
-    reports = gather_objects((host(), mine and str(mine), mine and mine.exit_code), f"agreement.{name}")
-    failed = [(number, *report) for number, report in enumerate(reports) if report[1]]
-    if not failed:
-        return
+    message, exit_code = ("", 0) if mine is None else (str(mine), mine.exit_code)
+    reports = gather_objects((host(), message, exit_code), f"agreement.{name}")
     sentences: dict[str, list[str]] = {}
-    for number, where, message, _ in failed:
-        sentences.setdefault(message, []).append(f"rank {number} on {where}")
-    everywhere = len(failed) == size() and len(sentences) == 1
-    lines = [text if everywhere else f"{text} ({', '.join(who)})" for text, who in sentences.items()]
-    error = UserError("\n".join(lines))
+    for number, (where, message, _) in enumerate(reports):
+        if message:
+            sentences.setdefault(message, []).append(f"rank {number} on {where}")
+    if not sentences:
+        return
+    lines = [text if len(who) == size() else f"{text} ({', '.join(who)})" for text, who in sentences.items()]
+    raise agreed_error("\n".join(lines), max(code for _, _, code in reports)) from mine
+
+
+def agreed_error(sentence: str, exit_code: int = EXIT_USER_ERROR) -> UserError:
+    """An error that all ranks raise together, so that they can end in an orderly way."""
+    error = UserError(sentence)
     error.on_all_ranks = True
-    error.exit_code = max(code for *_, code in failed)
-    raise error
+    error.exit_code = exit_code
+    return error
 
 
 def check_same(values: dict[str, str], name: str) -> None:
@@ -221,12 +229,11 @@ def check_same(values: dict[str, str], name: str) -> None:
         for key, expected in reference.items():
             if theirs.get(key) != expected:
                 lines.append(
-                    f"{key} differs: {theirs.get(key)} on rank {number} ({where}), {expected} on rank 0 ({reference_host})"
+                    f"{key} differs: {theirs.get(key)} on rank {number} ({where}), "
+                    f"{expected} on rank 0 ({reference_host})"
                 )
     if lines:
-        error = UserError("The ranks do not agree, so they cannot train together.\n" + "\n".join(lines))
-        error.on_all_ranks = True
-        raise error
+        raise agreed_error("The ranks do not agree, so they cannot train together.\n" + "\n".join(lines))
 
 
 def say(text: str) -> None:

@@ -75,7 +75,7 @@ class ModelConfig(Section):
     """The same in evaluation."""
 
     proposals_train: Positive = 2000
-    """Proposals per image given to the box head in training (FPN: 2000; Faster R-CNN and MegDet's summary: about 300)."""
+    """Proposals per image given to the box head in training (FPN: 2000; Faster R-CNN: about 300)."""
 
     proposals_test: Positive = 1000
     """The same in evaluation (FPN: 1000)."""
@@ -112,7 +112,7 @@ class BatchNormConfig(Section):
     """Images that share statistics: `world`, or a number of images that a group of ranks holds together."""
 
     algorithm: Literal["one_pass", "two_pass"] = "one_pass"
-    """`one_pass`: one allreduce of sums and sums of squares; `two_pass`: the paper's mean first, then squared differences."""
+    """`one_pass`: one allreduce of sums and sums of squares; `two_pass`: the paper's, mean before squared differences."""
 
     momentum: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     """Weight of the new batch in the running statistics."""
@@ -229,7 +229,8 @@ class SolverConfig(Section):
     def _fits_together(self) -> "SolverConfig":
         if len(self.milestones) != len(self.gammas):
             raise ValueError(
-                f"milestones has {len(self.milestones)} entries and gammas {len(self.gammas)}: give one gamma for each milestone"
+                f"milestones has {len(self.milestones)} entries and gammas {len(self.gammas)}: "
+                "give one gamma for each milestone"
             )
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError("milestones must rise")
@@ -253,8 +254,8 @@ class RuntimeConfig(Section):
     amp: Literal["none", "bfloat16", "float16"] = "none"
     """Automatic mixed precision; float16 (with loss scaling) is for GPUs."""
 
-    channels_last: bool = True
-    """Store activations with channels last, the faster layout for convolutions."""
+    channels_last: bool | Literal["auto"] = "auto"
+    """Store activations with channels last, which GPUs with mixed precision prefer; `auto` does so on GPUs only."""
 
     deterministic: bool = False
     """Fix the order of all sums, so that runs with more than two ranks repeat bit for bit. Slower."""
@@ -413,19 +414,21 @@ def _existing_key(names: list[str], sources: dict[str, str]) -> str:
 
 
 def _nearest(names: list[str]) -> str:
-    if len(names) == 1:
-        valid = list(Config.model_fields)
-    else:
-        section = Config.model_fields[names[0]].annotation
-        valid = list(section.model_fields)
-    everywhere = {
-        key: f"{name}.{key}" for name, field in Config.model_fields.items() for key in field.annotation.model_fields
-    }
-    prefix = "" if len(names) == 1 else f"{names[0]}."
-    close = difflib.get_close_matches(names[-1], valid, n=1, cutoff=0.6)
+    """The end of the sentence about an unknown key: what was meant, or what is possible."""
+    sections = {name: list(section_type(name).model_fields) for name in Config.model_fields}
+    valid = list(sections) if len(names) == 1 else [f"{names[0]}.{key}" for key in sections[names[0]]]
+    close = difflib.get_close_matches(".".join(names), valid, n=1, cutoff=0.6)
     if close:
-        return f"; did you mean `{prefix}{close[0]}`?"
-    elsewhere = difflib.get_close_matches(names[-1], everywhere, n=1, cutoff=0.8)
+        return f"; did you mean `{close[0]}`?"
+    anywhere = {key: f"{name}.{key}" for name, keys in sections.items() for key in keys}
+    elsewhere = difflib.get_close_matches(names[-1], anywhere, n=1, cutoff=0.8)
     if elsewhere:
-        return f"; did you mean `{everywhere[elsewhere[0]]}`?"
-    return f"; valid keys here are {', '.join(valid)}."
+        return f"; did you mean `{anywhere[elsewhere[0]]}`?"
+    return f"; valid keys here are {', '.join(valid)}"
+
+
+def section_type(name: str) -> type[Section]:
+    """The class of a section, which holds its keys."""
+    section = Config.model_fields[name].annotation
+    assert isinstance(section, type) and issubclass(section, Section)
+    return section

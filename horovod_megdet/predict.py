@@ -1,6 +1,7 @@
 """Detections of a trained checkpoint on any images."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from horovod_megdet.data.images import ImageFileError, read_image
 from horovod_megdet.data.transforms import DetectionTransform, build_transform
 from horovod_megdet.engine.checkpoint import load_for_inference
-from horovod_megdet.errors import UserError
+from horovod_megdet.errors import EXIT_USER_ERROR, UserError
 from horovod_megdet.evaluation.detections import Arrays, Detections, in_original_pixels
 from horovod_megdet.files import atomic_write
 from horovod_megdet.models.detector import Detector, build_detector
@@ -25,8 +26,8 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 
 
 def predict_images(
-    checkpoint: Path, images: list[Path], output: Path, score_threshold: float, device: torch.device
-) -> Path:
+    checkpoint: str | Path, images: list[Path], output: Path, score_threshold: float = 0.5, device: str = "cpu"
+) -> int:
     """Writes the detections on some images to a COCO-format JSON, and each image with its detections drawn on it.
 
     Args:
@@ -35,16 +36,19 @@ def predict_images(
         output: folder for ``detections.json`` and one PNG per image. The JSON has ``images``, ``categories`` and
             ``annotations`` with ``score``: a whole COCO file, of which ``annotations`` alone is COCO's results format.
         score_threshold: detections below it are left out.
-        device: where the detector runs.
+        device: ``cpu``, ``cuda`` or ``cuda:1``.
 
-    Returns the path of the JSON. Raises :class:`UserError` for a bad checkpoint at once, and for missing or unreadable
-    images, one sentence each, after all others are done and written.
+    Returns the exit code: that of a user error when images are missing or unreadable, each of which gets a sentence on
+    standard error after all others are done and written. Raises :class:`UserError` at once for a bad checkpoint, score
+    or device.
     """
+    if not 0 <= score_threshold <= 1:
+        raise UserError(f"The lowest score has to be between 0 and 1, not {score_threshold:g}.")
     config, class_names, category_ids, weights = load_for_inference(checkpoint)
     model = config.model.model_copy(update={"weights": "none", "score_threshold": score_threshold})
-    detector = build_detector(model, config.batch_norm, len(class_names), group=None)
+    detector = build_detector(model, config.batch_norm, len(class_names))
     detector.load_state_dict(weights)
-    detector.to(device).eval()
+    detector.to(_device(device)).eval()
     transform = build_transform(config.data, training=False)
 
     files, problems = _find_images(images)
@@ -56,7 +60,7 @@ def predict_images(
         except ImageFileError as error:
             problems.append(f"{error}.")
             continue
-        found = _predict(detector, transform, image, device)
+        found = _predict(detector, transform, image)
         height, width = image.shape[-2:]
         entries.append({"id": len(entries) + 1, "file_name": str(path), "height": height, "width": width})
         detections.append((len(entries), found))
@@ -65,9 +69,18 @@ def predict_images(
     annotations = Detections.of_images(detections).to_annotations(category_ids)
     with atomic_write(output / DETECTIONS_FILE) as file:
         file.write(json.dumps({"images": entries, "categories": categories, "annotations": annotations}).encode())
+    print(f"{len(annotations)} detections on {len(entries)} images: {output / DETECTIONS_FILE}")
     if problems:
-        raise UserError("\n".join(problems))
-    return output / DETECTIONS_FILE
+        sys.stderr.write("\n".join(problems) + "\n")
+    return EXIT_USER_ERROR if problems else 0
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+        raise UserError(f"The device {name!r} cannot be used: {reason}. Take cpu instead.") from None
 
 
 def _write_picture(path: Path, image: Tensor, found: Arrays, class_names: list[str]) -> None:
@@ -77,8 +90,9 @@ def _write_picture(path: Path, image: Tensor, found: Arrays, class_names: list[s
 
 
 @torch.inference_mode()
-def _predict(detector: Detector, transform: DetectionTransform, image: Tensor, device: torch.device) -> Arrays:
+def _predict(detector: Detector, transform: DetectionTransform, image: Tensor) -> Arrays:
     resized, _ = transform(image, torch.zeros(0, 4), torch.Generator())
+    device = next(detector.parameters()).device
     prediction = detector.predict([resized.to(device)])[0]
     return in_original_pixels(prediction, _size(resized), _size(image))
 

@@ -38,7 +38,8 @@ class Batch:
     `index` in the data set, `original_size` (height, width) in pixels after EXIF orientation, and `seed`, which depends
     on the run's seed, the epoch and the index."""
     error: str | None = None
-    """A sentence naming an image file that could not be read; the batch is then empty."""
+    """A sentence naming the image files that could not be read. They are left out; a black image without objects stands
+    in for a batch that nothing is left of, so that its rank takes part in the collectives of the forward pass."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -89,12 +90,19 @@ class BatchReader(Dataset[Batch]):
         self.seed = seed
 
     def __getitem__(self, planned: list[PlannedImage]) -> Batch:
-        batch = Batch([])
+        batch, errors = Batch([]), []
         for epoch, index in planned:
             try:
                 image, target = self._read(epoch, index)
             except ImageFileError as error:
-                return Batch([], error=f"{error}.")
+                errors.append(f"{error}.")
+                continue
+            batch.images.append(image)
+            batch.targets.append(target)
+        if errors:
+            batch.error = "\n".join(errors)
+        if not batch.images:
+            image, target = _blank()
             batch.images.append(image)
             batch.targets.append(target)
         return batch
@@ -115,6 +123,12 @@ class BatchReader(Dataset[Batch]):
             "seed": seed,
         }
         return image, target
+
+
+def _blank() -> tuple[Tensor, dict[str, Any]]:
+    boxes, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    target = {"boxes": boxes, "labels": labels, "image_id": -1, "index": -1, "original_size": (64, 64), "seed": 0}
+    return torch.zeros(3, 64, 64, dtype=torch.uint8), target
 
 
 def image_seed(seed: int, epoch: int, index: int) -> int:

@@ -27,15 +27,17 @@ IMAGE_SIZES = ((120, 160), (144, 192), (128, 160), (144, 176))
 """(height, width) of landscape images."""
 PORTRAIT_FRACTION = 0.3
 EMPTY_FRACTION = 0.04
-OBJECTS = (1, 5)
+OBJECTS = (1, 4)
 """Fewest and most objects that are tried to be placed in an image that is not empty."""
-OBJECT_SIDES = (22.0, 84.0)
+OBJECT_SIDES = (26.0, 84.0)
 """Pixels, geometric mean of the two sides before rotation; log-uniform."""
 STRETCH = 1.5
 """Largest ratio of the two sides before rotation."""
-VISIBLE_FRACTION = 0.6
+TURN = math.radians(25)
+"""Largest rotation, either way."""
+VISIBLE_FRACTION = 0.7
 """Part of each object that stays visible after the objects in front of it and the image's edge."""
-CONTRAST = 60.0
+CONTRAST = 80.0
 """Smallest distance in RGB between an object's colour and the background's mean where the object lies."""
 CLUTTER = (0, 4)
 """Fewest and most lines in the background."""
@@ -115,7 +117,7 @@ def _background(height: int, width: int, random: np.random.Generator) -> NDArray
         pixels = np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64)
         return pixels.reshape(height, width, channels)
 
-    canvas = 40 + 0.7 * smooth(3, 3) + random.uniform(0.05, 0.35) * (smooth(24, 1) - 128)
+    canvas = 75 + 0.4 * smooth(3, 3) + random.uniform(0.05, 0.35) * (smooth(24, 1) - 128)
     lines = Image.new("L", (width, height))
     draw = ImageDraw.Draw(lines)
     for _ in range(random.integers(CLUTTER[0], CLUTTER[1], endpoint=True)):
@@ -133,7 +135,7 @@ def _place(canvas: NDArray[np.float64], objects: list[_Object], random: np.rando
         side = math.exp(random.uniform(*np.log(OBJECT_SIDES)))
         stretch = STRETCH ** random.uniform(-0.5, 0.5)
         centre = random.uniform(0.25 * side, (width - 0.25 * side, height - 0.25 * side))
-        outlines = _outlines(label, side * stretch, side / stretch, random.uniform(0, 2 * math.pi), centre)
+        outlines = _outlines(label, side * stretch, side / stretch, random.uniform(-TURN, TURN), centre)
         opacity = _rasterise(outlines, height, width)
         mask = opacity >= 0.5
         full_area = abs(_area(outlines[0])) - sum(abs(_area(hole)) for hole in outlines[1:])

@@ -25,8 +25,8 @@ def choose(runtime: RuntimeConfig) -> torch.device:
     count = torch.cuda.device_count()
     if comm.local_rank() >= count:
         raise UserError(
-            f"Local rank {comm.local_rank()} has no GPU: {comm.host()} has {count}, and {comm.local_size()} ranks run on it. "
-            "Start one rank for each GPU (slots= in the hostfile), or set runtime.device: cpu."
+            f"Local rank {comm.local_rank()} has no GPU: {comm.host()} has {count}, and {comm.local_size()} ranks run on "
+            "it. Start one rank for each GPU (slots= in the hostfile), or set runtime.device: cpu."
         )
     device = torch.device("cuda", comm.local_rank())
     torch.cuda.set_device(device)
@@ -45,6 +45,11 @@ def autocast(runtime: RuntimeConfig, device: torch.device) -> AbstractContextMan
     if runtime.amp == "none":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=_AMP_DTYPES[runtime.amp])
+
+
+def channels_last(runtime: RuntimeConfig, device: torch.device) -> bool:
+    """Whether activations have their channels last; measured on CPUs, neither layout is faster there."""
+    return device.type == "cuda" if runtime.channels_last == "auto" else runtime.channels_last
 
 
 def loss_scaler(runtime: RuntimeConfig, device: torch.device) -> torch.amp.GradScaler:

@@ -52,8 +52,8 @@ class MetricsLog:
         self.console.print(
             f"step {row['step']}  epoch {row['epoch']:.2f}  loss {row['loss']:.3f} ({parts})  lr {row['lr']:.4g}  "
             f"{row['images_per_second']:.1f} images/s  step {row['step_seconds']:.2f} s "
-            f"(ranks {row['step_seconds_min']:.2f} to {row['step_seconds_max']:.2f})  data {row['data_seconds']:.2f} s  "
-            f"memory {row['memory_mb']:.0f} MB  ETA {timedelta(seconds=round(remaining))}"
+            f"(ranks {row['step_seconds_min']:.2f} to {row['step_seconds_max']:.2f})  "
+            f"data {row['data_seconds']:.2f} s  memory {row['memory_mb']:.0f} MB  ETA {timedelta(seconds=round(remaining))}"
         )
 
     def evaluation(self, row: dict[str, Any], table: Table) -> None:

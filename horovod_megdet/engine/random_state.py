@@ -12,7 +12,8 @@ import torch
 
 def capture() -> dict[str, Any]:
     """Returns the states of Python's, NumPy's and torch's generators (CUDA: this rank's device)."""
-    algorithm, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    algorithm, keys, position, has_gauss, cached = numpy_state
     return {
         "python": random.getstate(),
         "numpy": (algorithm, keys.tolist(), position, has_gauss, cached),

@@ -13,10 +13,12 @@ from horovod_megdet.data.coco import CocoDataset, check_same_classes
 from horovod_megdet.data.configured import load_split, make_synthetic
 from horovod_megdet.engine import checkpoint, device, random_state
 from horovod_megdet.engine.signals import StopRequest
-from horovod_megdet.engine.trainer import Trainer, load_weights
+from horovod_megdet.engine.trainer import Trainer
 from horovod_megdet.errors import UserError
 from horovod_megdet.files import atomic_write
-from horovod_megdet.models.detector import Detector, bn_group, build_detector
+from horovod_megdet.models.detector import Detector, build_detector
+from horovod_megdet.models.norms import bn_group
+from horovod_megdet.models.weights import load_checkpoint, load_weights
 from horovod_megdet.report.tables import console, two_columns
 from horovod_megdet.solver.schedule import make_schedule
 
@@ -76,13 +78,13 @@ def claim_run_dir(run_dir: Path, config: Config, resume: bool) -> checkpoint.Che
 
 def resume_from(trainer: Trainer, found: checkpoint.Checkpoint | None) -> None:
     """Loads on every rank the checkpoint that rank 0 found."""
-    path = comm.broadcast_object(found and str(found.path), "checkpoint path")
+    path = comm.broadcast_object(str(found.path) if found else "", "checkpoint path")
     saved = found or checkpoint.read(path)
     recorded = saved.description["training_data"]
     if recorded != trainer.train_set.fingerprint:
         raise UserError(
-            f"{saved.path}: the training data is not what this checkpoint was trained on ({trainer.config.data.train_annotations} "
-            "has changed), so its position in the data means nothing. Restore the data, or start a new run with "
+            f"{saved.path}: {trainer.config.data.train_annotations} is not the training data that this checkpoint was "
+            "trained on, so its position in the data means nothing. Restore the data, or start a new run with "
             "model.weights set to this checkpoint."
         )
     trainer.resume(saved)
@@ -106,10 +108,13 @@ def start_detector(config: Config, num_classes: int, compute_device: torch.devic
     random_state.seed(config.runtime.seed)
     with comm.agreement("model"):
         detector = build_detector(config.model, config.batch_norm, num_classes, group=group)
+        notices = load_weights(detector, config.model)
+    if comm.is_main():
+        for notice in notices:
+            comm.say(notice)
     if config.model.weights != "none":
         comm.check_same({"starting weights": weights_hash(detector)}, "weights")
-    if config.runtime.channels_last:
-        detector = detector.to(memory_format=torch.channels_last)
+    detector.transform.channels_last = device.channels_last(config.runtime, compute_device)
     detector = detector.to(compute_device)
     comm.broadcast_weights(detector)
     detector.train()
@@ -142,14 +147,13 @@ def build_for_evaluation(
         saved = checkpoint.read(path)
         if saved.description["class_names"] != val_set.class_names:
             raise UserError(
-                f"{saved.path}: the checkpoint knows the classes {saved.description['class_names']}, the validation set has "
-                f"{val_set.class_names}."
+                f"{saved.path}: the checkpoint knows the classes {saved.description['class_names']}, the validation "
+                f"set has {val_set.class_names}."
             )
     comm.check_same({"validation data": val_set.fingerprint}, "validation data")
-    blank = config.model.model_copy(update={"weights": "none"})
-    detector = build_detector(blank, config.batch_norm, len(val_set.class_names), group=comm.world())
+    detector = build_detector(config.model, config.batch_norm, len(val_set.class_names), group=comm.world())
     with comm.agreement("checkpoint"):
-        load_weights(detector, saved)
+        load_checkpoint(detector, saved.path)
     return detector.to(compute_device).eval(), val_set, compute_device, saved
 
 
@@ -174,6 +178,5 @@ def _print_start(trainer: Trainer) -> None:
     if skipped:
         out.print(f"{skipped} bad annotations or images are skipped; `megdet check-data` lists them.")
     if trainer.position.step:
-        out.print(
-            f"Resuming after step {trainer.position.step}, epoch {trainer.schedule.epoch(trainer.position.images_seen):.2f}."
-        )
+        epoch = trainer.schedule.epoch(trainer.position.images_seen)
+        out.print(f"Resuming after step {trainer.position.step}, epoch {epoch:.2f}.")

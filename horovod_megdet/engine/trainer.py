@@ -31,6 +31,7 @@ from horovod_megdet.evaluation.table import render
 from horovod_megdet.files import atomic_write
 from horovod_megdet.layers.cross_gpu_bn import average_running_statistics
 from horovod_megdet.models.detector import Detector, Losses
+from horovod_megdet.models.weights import load_checkpoint
 from horovod_megdet.report.curves import write_curves
 from horovod_megdet.report.pictures import PAGE_FILE, write_validation_page
 from horovod_megdet.solver.optimizer import build_optimizer, set_lr
@@ -142,7 +143,7 @@ class Trainer:
         total = comm.sum_(torch.cat([mine * counts, counts, flags]), name="losses")
         sums, all_counts, (stop, bad_batch) = total[: len(mine)], total[len(mine) : 2 * len(mine)], total[-2:]
         if bad_batch:
-            self._raise_bad_batch(batch)
+            self._handle_bad_batch(batch)
         if not torch.isfinite(sums).all():
             self._raise_not_finite(mine, batch)
         self.stopping = self.stopping or bool(stop)
@@ -161,7 +162,12 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad()
 
-    def _raise_bad_batch(self, batch: Batch) -> None:
+    def _handle_bad_batch(self, batch: Batch) -> None:
+        """Some rank could not read an image: ends all ranks, or, where bad data is skipped, says so and goes on."""
+        if self.config.data.bad_annotations == "skip":
+            if batch.error is not None:
+                comm.say(f"warning: rank {comm.rank()} on {comm.host()} trains without an image: {batch.error}")
+            return
         with comm.agreement("batch"):
             if batch.error is not None:
                 raise UserError(batch.error)
@@ -173,7 +179,8 @@ class Trainer:
         ranks = [where for where in comm.gather_objects(mine, "not_finite") if where]
         raise NonFiniteLossError(
             f"The loss is not finite at step {self.position.step + 1}: {'; '.join(ranks)}. The last good checkpoint is "
-            "kept. Lower solver.base_lr, lengthen solver.warmup_epochs, set solver.clip_gradient_norm, or look at these images."
+            "kept. Lower solver.base_lr, lengthen solver.warmup_epochs, set solver.clip_gradient_norm, or look at the "
+            "images."
         )
 
     def write_metrics(self) -> None:
@@ -261,7 +268,7 @@ class Trainer:
     def resume(self, saved: checkpoint.Checkpoint) -> None:
         """Goes on where a checkpoint was written. Collective only through what its callers agree on."""
         state = saved.state()
-        load_weights(self.detector, saved)
+        load_checkpoint(self.detector, saved.path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.position = Position(**state["position"])
@@ -342,15 +349,3 @@ def evaluate_detector(
         dataset, config.data, rank=comm.rank(), ranks=comm.size(), pin_memory=compute_device.type == "cuda"
     )
     return evaluate(detector, dataset, loader, compute_device, lambda: device.autocast(config.runtime, compute_device))
-
-
-def load_weights(detector: Detector, saved: checkpoint.Checkpoint) -> None:
-    """Loads the weights of a checkpoint; raises :class:`UserError` when it belongs to another model."""
-    try:
-        detector.load_state_dict(saved.weights())
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(
-            f"{saved.path}: the checkpoint is of another model ({first}). Use the model section it was trained with: "
-            f"{json.dumps(saved.description['config']['model'])}"
-        ) from None

@@ -80,13 +80,14 @@ def _add_line(line: str, number: int, hosts: dict[str, tuple[Host, int]]) -> Non
     words = line.split()
     if not words:
         return
+    names = list(itertools.islice(_expand(words[0]), MAX_HOSTS + 1))
     slots, max_slots = _parse_keys(words[1:])
-    for name in _expand(words[0]):
+    if len(hosts) + len(names) > MAX_HOSTS:
+        raise UserError(f"{words[0]!r}: more than {MAX_HOSTS} hosts; look at its range.")
+    for name in names:
         key = name.lower()
         if key in hosts:
             raise UserError(f"{name!r} is already in line {hosts[key][1]}; a host may be listed once.")
-        if len(hosts) == MAX_HOSTS:
-            raise UserError(f"{words[0]!r}: more than {MAX_HOSTS} hosts; look at its range.")
         hosts[key] = Host(name, slots, max_slots), number
 
 
@@ -142,7 +143,7 @@ def _range(text: str, word: str) -> list[str]:
         if int(first) > int(last):
             raise UserError(f"{word!r}: bad range [{text}]; {first} is more than {last}.")
         if int(last) - int(first) >= MAX_HOSTS:
-            raise UserError(f"{word!r}: makes more than {MAX_HOSTS} hosts; look at its range.")
+            raise UserError(f"{word!r}: more than {MAX_HOSTS} hosts; look at its range.")
         numbers += [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
     return numbers
 

@@ -11,6 +11,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign
 
 from horovod_megdet import comm
 from horovod_megdet.config import BatchNormConfig, ModelConfig
@@ -147,6 +148,7 @@ def build_detector(
         rpn_pre_nms_top_n_test=model.rpn_candidates_test,
         rpn_post_nms_top_n_train=model.proposals_train,
         rpn_post_nms_top_n_test=model.proposals_test,
+        box_roi_pool=_build_roi_pool(model),
         box_head=_build_box_head(model, norms),
         box_predictor=_Predictor(model.box_head_channels, num_classes + 1),
         box_score_thresh=model.score_threshold,
@@ -157,6 +159,12 @@ def build_detector(
     detector.rpn.fg_bg_sampler = SeededSampler(model.anchors_per_image, 0.5, stream=0)
     detector.roi_heads.fg_bg_sampler = SeededSampler(model.rois_per_image, 0.25, stream=1)
     return detector
+
+
+def _build_roi_pool(model: ModelConfig) -> MultiScaleRoIAlign:
+    """RoIAlign on P2 to P5. FPN puts RoIs of 224 pixels on P4, whose anchors have 128; smaller anchors move it alike."""
+    scale = round(model.anchor_sizes[2] * 224 / 128)
+    return MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=ROI_SIZE, sampling_ratio=2, canonical_scale=scale)
 
 
 def _build_box_head(model: ModelConfig, norms: Norms) -> nn.Module:
@@ -178,12 +186,20 @@ def _build_box_head(model: ModelConfig, norms: Norms) -> nn.Module:
 class _Transform(GeneralizedRCNNTransform):
     """Normalises and pads; the images come in the size that the network shall see."""
 
+    channels_last = False
+    """Hand over the batch with its channels last, which the convolutions pass on. The weights keep their layout:
+    Horovod takes contiguous tensors only."""
+
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         return image, target
 
+    def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
+        batch = super().batch_images(images, size_divisible)
+        return batch.contiguous(memory_format=torch.channels_last) if self.channels_last else batch
+
 
 class _RPNHead(RPNHead):
-    """Gives float32 under autocast: torchvision rounds anchors to the type of the deltas, and 16 bits are too coarse."""
+    """Gives float32 under autocast: torchvision rounds anchors to the type of the deltas; 16 bits are too coarse."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, deltas = super().forward(x)

@@ -16,7 +16,7 @@ def build_optimizer(module: nn.Module, solver: SolverConfig) -> torch.optim.SGD:
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": solver.weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(groups, lr=solver.base_lr, momentum=solver.momentum)
+    return torch.optim.SGD(groups, fused=True, lr=solver.base_lr, momentum=solver.momentum)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -1,7 +1,7 @@
 """Learning rate and length of training as functions of the images seen.
 
-The linear rule (MegDet, section 3.1): with per-image gradients of equal variance, a mini-batch k times as large keeps the
-variance of the weight updates per image when the learning rate is k times as large.
+The linear rule (MegDet, section 3.1): with per-image gradients of equal variance, a mini-batch k times as large keeps
+the variance of the weight updates per image when the learning rate is k times as large.
 """
 
 from bisect import bisect_right
@@ -112,7 +112,8 @@ class Schedule:
         rows.append(
             (
                 "total",
-                f"{self.total_steps} steps = {self.total_images} images = {solver.epochs:g} epochs of {self.dataset_images}",
+                f"{self.total_steps} steps = {self.total_images} images = {solver.epochs:g} epochs of "
+                f"{self.dataset_images}",
             )
         )
         return rows

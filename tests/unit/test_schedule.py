@@ -1,5 +1,6 @@
 """The linear rule, warm-up and milestones, all in images."""
 
+import itertools
 import math
 
 import pytest
@@ -30,7 +31,7 @@ def test_warm_up_is_linear_from_the_reference_rate_to_the_scaled_one() -> None:
     step = schedule.mini_batch
     rates = [schedule.lr(position) for position in range(0, COCO_IMAGES, step)]
     assert rates[0] == pytest.approx(0.02)
-    increments = [b - a for a, b in zip(rates, rates[1:], strict=False)]
+    increments = [b - a for a, b in itertools.pairwise(rates)]
     assert increments == pytest.approx([step / COCO_IMAGES * (16 - 1) * 0.02] * len(increments))
     assert schedule.lr(COCO_IMAGES) == pytest.approx(0.32)
 
@@ -63,7 +64,7 @@ def test_every_period_comes_due_once_and_the_end_always(
 ) -> None:
     schedule = schedule_of(ranks, images_per_rank, images, epochs=epochs)
     positions = [number * schedule.mini_batch for number in range(schedule.total_steps + 1)]
-    due = [after for before, after in zip(positions, positions[1:], strict=False) if schedule.due(every, before, after)]
+    due = [after for before, after in itertools.pairwise(positions) if schedule.due(every, before, after)]
     assert len(positions) - 1 == math.ceil(schedule.total_images / schedule.mini_batch)
     assert due[-1] == positions[-1]
     assert schedule.finished(positions[-1])
@@ -84,7 +85,7 @@ def test_a_fixed_mini_batch_is_made_by_accumulation() -> None:
 def test_a_mini_batch_that_does_not_fit_lists_the_ranks_that_do() -> None:
     with pytest.raises(UserError, match=r"solver.mini_batch = 16 .* 3 ranks x 2 images .*Use 1, 2, 4, 8 ranks"):
         schedule_of(ranks=3, mini_batch=16)
-    with pytest.raises(UserError, match="Choose a multiple of data.images_per_rank = 2"):
+    with pytest.raises(UserError, match=r"Choose a multiple of data.images_per_rank = 2"):
         schedule_of(ranks=1, mini_batch=15)
 
 

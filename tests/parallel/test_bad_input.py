@@ -1,0 +1,334 @@
+"""Every mistake ends all ranks within seconds, with a sentence and an exit code, and without a stack trace."""
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import launching
+import pytest
+from launching import Job
+from PIL import Image
+
+from horovod_megdet.engine import checkpoint
+from horovod_megdet.errors import EXIT_CRASHED, EXIT_NON_FINITE_LOSS, EXIT_NOT_SAVED, EXIT_USER_ERROR
+
+LIMIT = 20.0
+"""Seconds within which all ranks have to be gone."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data") / "synthetic"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    code, output = launching.run("mpirun", 2, launching.tiny(folder / "run", "solver.epochs=1", data=data), folder)
+    assert code == 0, output
+    return folder / "run"
+
+
+def expect(code: int, *sentences: str, arguments: list[str], folder: Path, launcher: str = "mpirun") -> str:
+    """Runs train.py on two ranks and checks exit code and sentences; the first sentence is printed once."""
+    actual, output = launching.run(launcher, 1 if launcher == "python" else 2, arguments, folder, LIMIT)
+    assert actual == code, output
+    for sentence in sentences:
+        assert sentence in output, output
+    assert output.count(sentences[0]) == 1, output
+    assert "Traceback" not in output, output
+    return output
+
+
+def test_unknown_key_names_the_nearest(data: Path, tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"base: {launching.TINY}\nsolver:\n  base_rl: 0.1\n")
+    expect(
+        EXIT_USER_ERROR,
+        f"{config}: unknown key `solver.base_rl`; did you mean `solver.base_lr`?",
+        arguments=["--config", str(config)],
+        folder=tmp_path,
+    )
+
+
+def test_wrong_type(data: Path, tmp_path: Path) -> None:
+    expect(
+        EXIT_USER_ERROR,
+        "--set solver.epochs=many: `solver.epochs`: input should be a valid number",
+        arguments=launching.tiny(tmp_path / "run", "solver.epochs=many", data=data),
+        folder=tmp_path,
+    )
+
+
+def test_impossible_mini_batch(data: Path, tmp_path: Path) -> None:
+    expect(
+        EXIT_USER_ERROR,
+        "solver.mini_batch = 6 is not a multiple of 4",
+        "Use 1, 3 ranks",
+        arguments=launching.tiny(tmp_path / "run", "solver.mini_batch=6", data=data),
+        folder=tmp_path,
+    )
+
+
+def test_missing_data_folder(tmp_path: Path) -> None:
+    settings = ["data.train_annotations=nowhere/train.json", "data.train_images=nowhere"]
+    expect(
+        EXIT_USER_ERROR,
+        "nowhere/train.json",
+        arguments=launching.tiny(tmp_path / "run", *settings, data=tmp_path / "synthetic"),
+        folder=tmp_path,
+    )
+
+
+def broken_annotations(change: Callable[[dict[str, Any], Path], None], data: Path, tmp_path: Path) -> list[str]:
+    """Arguments that train on a changed copy of the generated training set."""
+    subprocess.run(
+        [launching.BIN / "megdet", "synth", str(data), "--train", "24", "--val", "5"], check=True, capture_output=True
+    )
+    copy = tmp_path / "images"
+    shutil.copytree(data / "images" / "train", copy)
+    content = json.loads((data / "annotations" / "train.json").read_text())
+    change(content, copy)
+    (tmp_path / "broken.json").write_text(json.dumps(content))
+    settings = [f"data.train_annotations={tmp_path / 'broken.json'}", f"data.train_images={copy}"]
+    return launching.tiny(tmp_path / "run", *settings, data=data)
+
+
+def _remove_file(content: dict[str, Any], images: Path) -> None:
+    (images / content["images"][3]["file_name"]).unlink()
+
+
+def _truncate_header(content: dict[str, Any], images: Path) -> None:
+    (images / content["images"][3]["file_name"]).write_bytes(b"\xff\xd8")
+
+
+def _zero_size(content: dict[str, Any], images: Path) -> None:
+    content["annotations"][2]["bbox"][2] = 0
+
+
+def _outside(content: dict[str, Any], images: Path) -> None:
+    content["annotations"][2]["bbox"][0] = 10_000
+
+
+def _nan(content: dict[str, Any], images: Path) -> None:
+    content["annotations"][2]["bbox"][1] = float("nan")
+
+
+def _unknown_category(content: dict[str, Any], images: Path) -> None:
+    content["annotations"][2]["category_id"] = 999
+
+
+def _duplicate_image(content: dict[str, Any], images: Path) -> None:
+    content["images"].append(content["images"][0])
+
+
+def _duplicate_annotation(content: dict[str, Any], images: Path) -> None:
+    content["annotations"].append(content["annotations"][0])
+
+
+def _without_image(content: dict[str, Any], images: Path) -> None:
+    content["annotations"][2]["image_id"] = 999_999
+
+
+def _empty(content: dict[str, Any], images: Path) -> None:
+    content["images"] = content["annotations"] = []
+
+
+BAD_DATA = [
+    _remove_file,
+    _truncate_header,
+    _zero_size,
+    _outside,
+    _nan,
+    _unknown_category,
+    _duplicate_image,
+    _duplicate_annotation,
+    _without_image,
+    _empty,
+]
+
+
+@pytest.mark.parametrize("change", BAD_DATA, ids=lambda change: change.__name__.strip("_"))
+def test_bad_data(change: Callable[[dict[str, Any], Path], None], data: Path, tmp_path: Path) -> None:
+    arguments = broken_annotations(change, data, tmp_path)
+    launcher = "mpirun" if change is _remove_file else "python"
+    output = expect(EXIT_USER_ERROR, "broken.json", arguments=arguments, folder=tmp_path, launcher=launcher)
+    assert change is _empty or "megdet check-data" in output
+
+
+def test_bad_data_can_be_skipped(data: Path, tmp_path: Path) -> None:
+    def change(content: dict[str, Any], images: Path) -> None:
+        _remove_file(content, images)
+        _zero_size(content, images)
+
+    arguments = broken_annotations(change, data, tmp_path)
+    code, output = launching.run("python", 1, [*arguments, "--set", "data.bad_annotations=skip"], tmp_path)
+    assert code == 0, output
+    assert "2 bad annotations or images are skipped" in output
+
+
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_an_image_that_cannot_be_decoded_is_found_by_all_ranks(data: Path, tmp_path: Path, policy: str) -> None:
+    """Its header is good, so that the check at the start lets it pass."""
+
+    def change(content: dict[str, Any], images: Path) -> None:
+        path = images / content["images"][3]["file_name"]
+        with Image.open(path) as image:
+            image.save(path.with_suffix(".png"))
+        png = path.with_suffix(".png")
+        png.write_bytes(png.read_bytes()[:400])
+        content["images"][3]["file_name"] = png.name
+        # no two images may have the same file
+        path.unlink()
+
+    arguments = [*broken_annotations(change, data, tmp_path), "--set", f"data.bad_annotations={policy}"]
+    code, output = launching.run("mpirun", 2, arguments, tmp_path, LIMIT * 2)
+    name = json.loads((tmp_path / "broken.json").read_text())["images"][3]["file_name"]
+    assert name in output
+    assert code == (EXIT_USER_ERROR if policy == "error" else 0), output
+    assert "Traceback" not in output
+
+
+def test_resume_with_nothing_there(data: Path, tmp_path: Path) -> None:
+    expect(
+        EXIT_USER_ERROR,
+        "there is no whole checkpoint to resume from",
+        arguments=[*launching.tiny(tmp_path / "run", data=data), "--resume"],
+        folder=tmp_path,
+    )
+
+
+def test_a_run_directory_that_holds_another_run(finished: Path, data: Path, tmp_path: Path) -> None:
+    before = sorted(path.read_bytes() for path in finished.rglob("*") if path.is_file())
+    expect(
+        EXIT_USER_ERROR,
+        f"{finished}: this folder already holds a run. Add --resume",
+        arguments=launching.tiny(finished, data=data),
+        folder=tmp_path,
+    )
+    assert sorted(path.read_bytes() for path in finished.rglob("*") if path.is_file()) == before
+
+
+def test_a_run_directory_that_cannot_be_written(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    expect(
+        EXIT_USER_ERROR,
+        "Choose another run directory with --run-dir",
+        arguments=launching.tiny(tmp_path / "file" / "run", data=data),
+        folder=tmp_path,
+    )
+
+
+def test_a_truncated_checkpoint(finished: Path, data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    for path in checkpoint.folder(run_dir).glob("*/state.pt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    expect(
+        EXIT_USER_ERROR,
+        "there is no whole checkpoint to resume from",
+        "the checkpoint is damaged: its SHA-256 is not the one recorded",
+        arguments=[*launching.tiny(run_dir, data=data), "--resume"],
+        folder=tmp_path,
+    )
+
+
+def test_a_checkpoint_of_another_model(finished: Path, data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    expect(
+        EXIT_USER_ERROR,
+        "belongs to another detector",
+        arguments=[*launching.tiny(run_dir, "model.fpn_channels=24", data=data), "--resume"],
+        folder=tmp_path,
+    )
+
+
+def test_a_host_that_differs(data: Path, tmp_path: Path) -> None:
+    """One rank with another configuration: the message names rank, host and what differs."""
+    script = tmp_path / "differs.py"
+    script.write_text(
+        "import os, runpy, sys\n"
+        "if os.environ['OMPI_COMM_WORLD_RANK'] == '1':\n"
+        "    sys.argv += ['--set', 'solver.base_lr=0.5']\n"
+        f"sys.argv[0] = {str(launching.PROJECT / 'train.py')!r}\n"
+        f"sys.path.insert(0, {str(launching.PROJECT)!r})\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    job = Job("mpirun", 2, launching.tiny(tmp_path / "run", data=data), tmp_path, script)
+    assert job.wait(LIMIT) == EXIT_USER_ERROR, job.output
+    assert "configuration differs" in job.output
+    assert f"on rank 1 ({os.uname().nodename})" in job.output
+    assert "Traceback" not in job.output
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "gloo"])
+def test_one_rank_raising_ends_all(data: Path, tmp_path: Path, launcher: str) -> None:
+    script = tmp_path / "raises.py"
+    script.write_text(
+        "import runpy, sys\n"
+        f"sys.argv[0] = {str(launching.PROJECT / 'train.py')!r}\n"
+        f"sys.path.insert(0, {str(launching.PROJECT)!r})\n"
+        "from horovod_megdet import comm\n"
+        "from horovod_megdet.models.detector import Detector\n"
+        "original, calls = Detector.forward_losses, []\n"
+        "def forward_losses(self, images, targets):\n"
+        "    calls.append(1)\n"
+        "    if comm.rank() == 1 and len(calls) == 3:\n"
+        "        raise ZeroDivisionError('planted')\n"
+        "    return original(self, images, targets)\n"
+        "Detector.forward_losses = forward_losses\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    job = Job(launcher, 2, launching.tiny(tmp_path / "run", data=data), tmp_path, script)
+    assert job.wait(LIMIT) == EXIT_CRASHED, job.output
+    assert f"error: rank 1 on {os.uname().nodename} crashed" in job.output
+    assert "ZeroDivisionError: planted" in job.output
+
+
+def test_a_loss_that_is_not_finite(finished: Path, data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = launching.tiny(run_dir, "solver.base_lr=1e18", "solver.warmup_epochs=0", data=data)
+    output = expect(EXIT_NON_FINITE_LOSS, "The loss is not finite at step", arguments=arguments, folder=tmp_path)
+    assert f"on {os.uname().nodename}, images [" in output
+    assert "Lower solver.base_lr" in output
+    for path in checkpoint.folder(run_dir).glob("step_*"):
+        checkpoint.read(path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MB, too small for a checkpoint of 90 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, b"size=8m") != 0:
+        pytest.skip(f"cannot mount a small tmpfs: {os.strerror(ctypes.get_errno())}")
+    yield folder
+    assert libc.umount(str(folder).encode()) == 0
+
+
+def test_a_full_disk(small_disk: Path, data: Path, tmp_path: Path) -> None:
+    """Training goes on to the end with a warning at each checkpoint; only the last one that fails is an error."""
+    arguments = launching.tiny(small_disk / "run", data=data)
+    code, output = launching.run("mpirun", 2, arguments, tmp_path, LIMIT * 2)
+    assert code == EXIT_NOT_SAVED, output
+    assert "Training goes on and tries again" in output
+    assert "No space left on device" in output
+    assert "Traceback" not in output
+    assert not list(checkpoint.folder(small_disk / "run").glob("*"))
+
+
+def test_help_teaches() -> None:
+    text = subprocess.run(
+        [sys.executable, str(launching.PROJECT / "train.py"), "--help"], check=True, capture_output=True, text=True
+    ).stdout
+    assert "horovodrun -np 2 python train.py" in text
+    assert "Exit codes" in text

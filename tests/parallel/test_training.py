@@ -1,0 +1,73 @@
+"""The main job under every launcher."""
+
+import json
+from pathlib import Path
+
+import launching
+import pytest
+
+from horovod_megdet.config import load_config
+from horovod_megdet.engine import checkpoint
+from horovod_megdet.report.rows import read_metrics
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The generated data set, made by the first run that needs it."""
+    return tmp_path_factory.mktemp("data") / "synthetic"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, Path]:
+    """Finished runs of the same configuration: one process, and two ranks under each launcher."""
+    folder = tmp_path_factory.mktemp("runs")
+    found = {}
+    for launcher, ranks in [("python", 1), ("mpirun", 2), ("horovodrun", 2), ("gloo", 2)]:
+        found[launcher] = folder / launcher / "run"
+        # one mini-batch for all: the single process makes it in two passes
+        arguments = launching.tiny(found[launcher], "solver.mini_batch=4", data=data)
+        code, output = launching.run(launcher, ranks, arguments, folder / launcher)
+        assert code == 0, output
+        assert "Traceback" not in output
+        assert f"4 images = {ranks} ranks x 2 images x {2 // ranks} passes" in output
+    return found
+
+
+@pytest.mark.parametrize("launcher", launching.LAUNCHERS)
+def test_the_run_directory_holds_everything(runs: dict[str, Path], launcher: str) -> None:
+    run_dir = runs[launcher]
+    expected = ["config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "evaluation", "curves.png"]
+    expected += ["validation.html", "summary.json"]
+    assert sorted(path.name for path in run_dir.iterdir()) == sorted(expected)
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    training = [row for row in rows if row["kind"] == "train"]
+    evaluations = [row for row in rows if row["kind"] == "evaluation"]
+    assert [row["epoch"] for row in evaluations] == pytest.approx([1.0, 2.0], abs=0.2)
+    assert {"loss", "loss_classifier", "lr", "images_per_second", "data_seconds", "memory_mb"} <= training[-1].keys()
+    assert training[-1]["step_seconds_min"] <= training[-1]["step_seconds"] <= training[-1]["step_seconds_max"]
+    newest = checkpoint.newest(run_dir, report=pytest.fail)
+    assert newest.description["images_seen"] == training[-1]["images_seen"] >= 2 * 24 - 4
+    detections = json.loads((run_dir / "evaluation" / f"{newest.path.name}.json").read_text())
+    assert all(len(detection["bbox"]) == 4 for detection in detections)
+    assert list((run_dir / "tensorboard").iterdir())
+    assert load_config(run_dir / "config.yaml") == newest.config, "the resolved configuration can be run again"
+
+
+def test_the_launchers_agree_bit_for_bit(runs: dict[str, Path]) -> None:
+    """Two ranks add two numbers, whose order does not matter, so MPI and Gloo must give the same bits."""
+    hashes = [launching.final_hashes(runs[launcher]) for launcher in ("mpirun", "horovodrun", "gloo")]
+    assert hashes[0] == hashes[1] == hashes[2]
+
+
+def test_evaluation_of_a_checkpoint_gives_the_metrics_of_the_run(runs: dict[str, Path], tmp_path: Path) -> None:
+    """On two ranks what was evaluated on two, and on one process as well: shards are exact."""
+    recorded = read_metrics(runs["mpirun"] / "metrics.jsonl")[-1]
+    assert recorded["kind"] == "evaluation"
+    name = checkpoint.newest(runs["mpirun"], report=pytest.fail).path.name
+    in_run = json.loads((runs["mpirun"] / "evaluation" / f"{name}.json").read_text())
+    for launcher, ranks in [("python", 1), ("mpirun", 2)]:
+        arguments = ["--config", str(runs["mpirun"] / "config.yaml"), "--run-dir", str(runs["mpirun"]), "--eval-only"]
+        code, output = launching.run(launcher, ranks, arguments, tmp_path / launcher)
+        assert code == 0, output
+        again = json.loads((runs["mpirun"] / "checkpoints" / name / "detections.json").read_text())
+        assert again == in_run

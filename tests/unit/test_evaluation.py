@@ -1,0 +1,321 @@
+"""Evaluation: exact shards, compact detections, and the numbers of pycocotools."""
+
+import contextlib
+import io
+import json
+import math
+import pickle
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from rich.console import Console
+from torch import Tensor, nn
+
+from horovod_megdet.config import DataConfig
+from horovod_megdet.data.coco import CocoDataset, load_dataset
+from horovod_megdet.data.loader import Batch, build_eval_loader
+from horovod_megdet.data.synthetic import ensure_synthetic
+from horovod_megdet.errors import UserError
+from horovod_megdet.evaluation.coco import METRICS, Evaluation, coco_metrics, evaluate, predict_shard
+from horovod_megdet.evaluation.detections import Detections, in_original_pixels
+from horovod_megdet.evaluation.table import render
+from horovod_megdet.files import atomic_write
+
+CPU = torch.device("cpu")
+CATEGORY_IDS = [2, 3, 7]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
+    paths = ensure_synthetic(tmp_path_factory.mktemp("data") / "synthetic", train_images=1, val_images=12)
+    return load_dataset(paths["val_annotations"], paths["val_images"], training=False)
+
+
+def ground_truth(boxes_of_images: dict[int, list[tuple[int, list[float]]]]) -> COCO:
+    """A COCO with (category id, x y width height) boxes for each image id."""
+    entries = [(image, *entry) for image, boxes in boxes_of_images.items() for entry in boxes]
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": image, "height": 200, "width": 200} for image in boxes_of_images],
+        "categories": [{"id": category, "name": f"class {category}"} for category in CATEGORY_IDS],
+        "annotations": [
+            {"id": n, "image_id": i, "category_id": c, "bbox": b, "area": b[2] * b[3], "iscrowd": 0}
+            for n, (i, c, b) in enumerate(entries, start=1)
+        ],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def detections_of(images: dict[int, list[tuple[list[float], float, int]]]) -> Detections:
+    """Detections with (x1 y1 x2 y2, score, label) for each image id."""
+
+    def arrays(entries: list[tuple[list[float], float, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        boxes = np.array([box for box, _, _ in entries], np.float32).reshape(-1, 4)
+        return boxes, np.array([e[1] for e in entries], np.float32), np.array([e[2] for e in entries], np.int32)
+
+    return Detections.of_images((image, arrays(entries)) for image, entries in images.items())
+
+
+def random_case(seed: int) -> tuple[COCO, Detections]:
+    """Ten images with random boxes, and detections that are near them, of a wrong class, or anywhere."""
+    random = np.random.default_rng(seed)
+    truth: dict[int, list[tuple[int, list[float]]]] = {}
+    found: dict[int, list[tuple[list[float], float, int]]] = {}
+    for image in random.permutation(100)[:10].tolist():
+        corner, side = random.uniform(0, 100, (6, 2)), random.uniform(5, 100, (6, 2))
+        categories = random.choice(CATEGORY_IDS, 6).tolist()
+        truth[image] = list(zip(categories, np.concatenate([corner, side], 1).tolist(), strict=True))
+        shifted = np.concatenate([corner, corner + side], 1) + random.normal(0, 4, (6, 4))
+        labels = [
+            CATEGORY_IDS.index(category) + 1 if random.random() < 0.8 else 1 + int(random.integers(3))
+            for category in categories
+        ]
+        found[image] = list(zip(shifted.tolist(), random.uniform(0, 1, 6).tolist(), labels, strict=True))[1:]
+    return ground_truth(truth), detections_of(found)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_metrics_are_those_of_pycocotools_for_the_file_that_is_written(seed: int, tmp_path: Path) -> None:
+    truth, detections = random_case(seed)
+    evaluation = Evaluation({}, {}, 10, CATEGORY_IDS, detections)
+    evaluation.write_detections(tmp_path / "new" / "detections.json")
+    with contextlib.redirect_stdout(io.StringIO()):
+        oracle = COCOeval(truth, truth.loadRes(str(tmp_path / "new" / "detections.json")), "bbox")
+        oracle.evaluate()
+        oracle.accumulate()
+        oracle.summarize()
+    metrics, class_aps = coco_metrics(truth, detections, CATEGORY_IDS)
+    assert list(metrics) == list(METRICS)
+    assert list(metrics.values()) == pytest.approx([math.nan if v == -1 else v for v in oracle.stats], nan_ok=True)
+    assert 0.1 < metrics["AP"] < 0.9
+    assert np.mean(class_aps) == pytest.approx(metrics["AP"])
+
+
+def test_metrics_are_quiet(capfd: pytest.CaptureFixture[str]) -> None:
+    coco_metrics(*random_case(0), CATEGORY_IDS)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_no_detections_at_all_are_zero_everywhere() -> None:
+    truth, _ = random_case(0)
+    metrics, class_aps = coco_metrics(truth, detections_of({image: [] for image in truth.imgs}), CATEGORY_IDS)
+    assert set(metrics.values()) <= {0.0} | {value for value in metrics.values() if math.isnan(value)}
+    assert metrics["AP"] == metrics["AR_100"] == 0.0
+    assert class_aps == [0.0, 0.0, 0.0]
+
+
+def test_a_class_without_ground_truth_is_undefined_and_left_out_of_the_mean() -> None:
+    truth = ground_truth({1: [(2, [10, 10, 50, 50])], 2: [(7, [20, 20, 60, 60])]})
+    detections = detections_of({1: [([10, 10, 60, 60], 0.9, 1), ([0, 0, 9, 9], 0.8, 2)], 2: []})
+    metrics, class_aps = coco_metrics(truth, detections, CATEGORY_IDS)
+    assert class_aps == pytest.approx([1.0, math.nan, 0.0], nan_ok=True)
+    assert metrics["AP"] == pytest.approx(0.5)
+    assert math.isnan(metrics["AP_small"])
+    row = Evaluation(metrics, dict(zip("abc", class_aps, strict=True)), 2, CATEGORY_IDS, None).row()
+    assert row["AP_small"] is None
+    assert row["per_class"] == {"a": pytest.approx(1.0), "b": None, "c": 0.0}
+    json.dumps(row, allow_nan=False)
+
+
+def test_a_data_set_without_any_ground_truth_is_undefined_everywhere() -> None:
+    metrics, class_aps = coco_metrics(
+        ground_truth({1: [], 2: []}), detections_of({1: [([0, 0, 5, 5], 0.5, 1)], 2: []}), CATEGORY_IDS
+    )
+    assert all(math.isnan(value) for value in [*metrics.values(), *class_aps])
+
+
+# Detections
+
+
+@st.composite
+def shards(draw: st.DrawFn) -> tuple[dict[int, list[tuple[list[float], float, int]]], list[list[int]]]:
+    """Detections of some images, and a division of the images among ranks of which some may have none."""
+    ids = draw(st.lists(st.integers(0, 2**40), unique=True, max_size=8))
+    entry = st.tuples(
+        st.lists(st.floats(0, 100, width=32), min_size=4, max_size=4), st.floats(0, 1, width=32), st.integers(1, 3)
+    )
+    images = {image: draw(st.lists(entry, max_size=4)) for image in ids}
+    ranks = draw(st.integers(1, 5))
+    owners = [draw(st.integers(0, ranks - 1)) for _ in ids]
+    return images, [[image for image, owner in zip(ids, owners, strict=True) if owner == rank] for rank in range(ranks)]
+
+
+def assert_same(first: Detections, second: Detections) -> None:
+    for name, array in vars(first).items():
+        assert array.dtype == vars(second)[name].dtype
+        np.testing.assert_array_equal(array, vars(second)[name])
+
+
+@given(shards())
+def test_merged_shards_do_not_depend_on_who_predicted_which_image(case: Any) -> None:
+    images, ranks = case
+    alone = detections_of(images)
+    merged = Detections.merge([detections_of({image: images[image] for image in shard}) for shard in ranks])
+    assert_same(merged, alone)
+    assert [image for image, _ in merged.per_image()] == sorted(images)
+    for image, (boxes, scores, labels) in merged.per_image():
+        assert len(boxes) == len(scores) == len(labels) == len(images[image])
+        assert labels.tolist() == [label for _, _, label in images[image]]
+
+
+def test_only_detections_above_a_score_are_kept_and_images_without_stay() -> None:
+    box = [0.0, 0.0, 1.0, 1.0]
+    kept = detections_of({3: [(box, 0.9, 1), (box, 0.5, 2), (box, 0.4, 3)], 1: [(box, 0.1, 1)], 2: []}).above(0.5)
+    assert kept.image_ids.tolist() == [1, 2, 3]
+    assert kept.counts.tolist() == [0, 0, 2]
+    assert kept.labels.tolist() == [1, 2]
+
+
+def test_a_detection_costs_24_bytes_on_its_way_to_rank_0() -> None:
+    random = np.random.default_rng(0)
+    images = 50
+    detections = Detections.of_images(
+        (image, (random.random((100, 4), np.float32), random.random(100, np.float32), np.ones(100, np.int32)))
+        for image in range(images)
+    )
+    assert len(pickle.dumps(detections)) < 24 * 100 * images + 16 * images + 1000
+
+
+def test_results_have_the_category_ids_of_the_json_and_corners_become_sizes() -> None:
+    detections = detections_of({9: [([10, 20, 40.5, 60], 0.75, 3), ([0, 0, 1, 1], 0.25, 1)]})
+    assert detections.to_coco(CATEGORY_IDS) == [
+        {"image_id": 9, "category_id": 7, "bbox": [10.0, 20.0, 30.5, 40.0], "score": 0.75},
+        {"image_id": 9, "category_id": 2, "bbox": [0.0, 0.0, 1.0, 1.0], "score": 0.25},
+    ]
+
+
+def test_boxes_are_scaled_back_each_side_by_its_own_ratio_and_sorted_by_score() -> None:
+    prediction = {
+        "boxes": torch.tensor([[10.0, 20.0, 30.0, 40.0], [0.0, 0.0, 100.0, 50.0]], dtype=torch.float64),
+        "scores": torch.tensor([0.2, 0.8], dtype=torch.bfloat16),
+        "labels": torch.tensor([2, 1]),
+    }
+    boxes, scores, labels = in_original_pixels(prediction, (50, 100), (100, 300))
+    np.testing.assert_allclose(boxes, [[0, 0, 300, 100], [30, 40, 90, 80]])
+    assert (boxes.dtype, scores.dtype, labels.dtype) == (np.float32, np.float32, np.int32)
+    assert labels.tolist() == [1, 2]
+
+
+# The whole evaluation on one rank
+
+
+class Oracle(nn.Module):
+    """A detector that knows the boxes of the batch that :meth:`watch` handed out last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.targets: list[dict[str, Any]] = []
+
+    def watch(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in loader:
+            self.targets = batch.targets
+            yield batch
+
+    def predict(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        assert all(image.dtype == torch.uint8 for image in images)
+        return [
+            {"boxes": target["boxes"], "labels": target["labels"], "scores": torch.ones(len(target["labels"]))}
+            for target in self.targets
+        ]
+
+
+def eval_loader(dataset: CocoDataset, shorter_side: int = 256) -> Iterable[Batch]:
+    return build_eval_loader(dataset, DataConfig(workers=0, shorter_side_test=shorter_side), rank=0, ranks=1)
+
+
+def test_a_perfect_detector_is_perfect_whatever_the_images_are_resized_to(dataset: CocoDataset) -> None:
+    for shorter_side in (90, 256):
+        oracle = Oracle()
+        evaluation = evaluate(oracle, dataset, oracle.watch(eval_loader(dataset, shorter_side)), CPU)
+        assert evaluation.metrics["AP"] == pytest.approx(1.0)
+        assert evaluation.images == len(dataset)
+        assert list(evaluation.per_class) == dataset.class_names
+        assert evaluation.detections is not None
+        assert evaluation.detections.image_ids.tolist() == sorted(dataset.image_ids.tolist())
+
+
+def test_the_detector_is_left_in_the_mode_it_was_in(dataset: CocoDataset) -> None:
+    for mode in (True, False):
+        oracle = Oracle().train(mode)
+        predict_shard(oracle, oracle.watch(eval_loader(dataset)), CPU)
+        assert oracle.training == mode
+
+
+def test_an_unreadable_image_is_an_error_and_the_detector_keeps_its_mode() -> None:
+    oracle = Oracle().train()
+    with pytest.raises(UserError, match=r"img_7\.jpg: not an image"):
+        predict_shard(oracle, [Batch([], error="img_7.jpg: not an image.")], CPU)
+    assert oracle.training
+
+
+def test_the_forward_passes_run_under_autocast(dataset: CocoDataset) -> None:
+    entered = []
+
+    @contextlib.contextmanager
+    def autocast() -> Iterator[None]:
+        entered.append(True)
+        yield
+
+    oracle = Oracle()
+    predict_shard(oracle, oracle.watch(eval_loader(dataset)), CPU, autocast)
+    assert len(entered) == len(dataset)
+
+
+@pytest.mark.parametrize("change", ["missing", "twice"])
+def test_shards_that_are_not_exactly_the_data_set_are_a_bug(dataset: CocoDataset, change: str) -> None:
+    batches = list(eval_loader(dataset))
+    oracle = Oracle()
+    wrong = batches[1:] if change == "missing" else [*batches, batches[0]]
+    with pytest.raises(AssertionError, match="not exactly the data set"):
+        evaluate(oracle, dataset, oracle.watch(wrong), CPU)
+
+
+def test_classes_with_equal_names_keep_an_entry_each(dataset: CocoDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "class_names", ["thing"] * 2 + dataset.class_names[2:])
+    oracle = Oracle()
+    names = list(evaluate(oracle, dataset, oracle.watch(eval_loader(dataset)), CPU).per_class)
+    assert names[:2] == [f"thing ({category})" for category in dataset.category_ids[:2]]
+    assert len(names) == len(dataset.class_names)
+
+
+def test_the_table_shows_percent_every_class_and_a_dash_for_undefined() -> None:
+    metrics = dict.fromkeys(METRICS, 0.25) | {"AP": 0.4321, "AP_small": math.nan}
+    table = render(Evaluation(metrics, {"red cell": 0.5, "rare": math.nan}, 87, [1, 2], None))
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(table)
+    text = console.export_text()
+    assert "87 images" in text
+    for words in (["AP", "43.2"], ["AP_small", "–"], ["AP of", "red cell", "50.0"], ["AP of", "rare", "–"]):
+        assert any(all(word in line for word in words) for line in text.splitlines()), words
+
+
+# Files
+
+
+def test_a_file_that_fails_half_way_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "detections.json"
+    with atomic_write(path) as file:
+        file.write(b"old")
+    with pytest.raises(RuntimeError), atomic_write(path) as file:
+        file.write(b"half of the n")
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/x\.json: cannot be written: "), atomic_write(tmp_path / "file/x.json"):
+        pass
