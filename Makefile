@@ -4,7 +4,7 @@ VENV ?= .venv
 NP ?= 2
 ARGS ?=
 
-BIN := $(abspath $(VENV))/bin
+BIN := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(VENV)/bin
 # The programs of the environment (mpirun, horovodrun, pytest, ...) come first.
 IN_VENV := PATH="$(BIN):$$PATH"
 TESTS := $(wildcard tests/unit tests/parallel)
@@ -27,19 +27,19 @@ help: ## Print this list
 
 setup: ## Make the environment, or complete it: venv, packages, MPI and Horovod
 	@python="$(PYTHON)"; \
-	for candidate in python3.11 python3.12 python3.13 python3.10 python3; do \
+	for candidate in python3.11 python3.12 python3.13 python3; do \
 	    test -z "$$python" || break; \
-	    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then python=$$candidate; fi; \
+	    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; fi; \
 	done; \
 	if ! command -v "$$python" >/dev/null; then \
-	    echo "setup: Python 3.10 or newer is needed and $${python:-none} was not found: install it (for example" \
+	    echo "setup: Python 3.11 or newer is needed and $${python:-none} was not found: install it (for example" \
 	        "'apt install python3.11 python3.11-venv' or 'module load python') or name it with PYTHON=." >&2; \
 	    exit 2; \
 	fi; \
 	VENV="$(VENV)" "$$python" scripts/setup_env.py
 
 demo: setup ## Train a small detector on a synthetic data set with NP ranks
-	$(IN_VENV) horovodrun -np $(NP) $(BIN)/python train.py --config configs/demo.yaml $(ARGS)
+	$(IN_VENV) horovodrun -np $(NP) "$(BIN)/python" train.py --config configs/demo.yaml $(ARGS)
 
 test: setup ## Run the unit tests and the tests with several ranks
 	$(IN_VENV) python -m pytest $(TESTS) $(ARGS)
@@ -62,7 +62,7 @@ format: setup ## Format the sources and sort the imports
 
 clean: ## Remove what was built, cached, trained and generated, but not the environment
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs data/synthetic
-	find . -path $(abspath $(VENV)) -prune -o -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+	find . -path "./$(VENV)" -prune -o -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 
 distclean: clean ## Remove the environment as well
 	@if test -e "$(VENV)/pyvenv.cfg" || test -e "$(VENV)/.setup"; then echo "rm -rf $(VENV)"; rm -rf "$(VENV)"; fi

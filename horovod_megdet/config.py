@@ -416,15 +416,16 @@ def _existing_key(names: list[str], sources: dict[str, str]) -> str:
 def _nearest(names: list[str]) -> str:
     """The end of the sentence about an unknown key: what was meant, or what is possible."""
     sections = {name: list(section_type(name).model_fields) for name in Config.model_fields}
-    valid = list(sections) if len(names) == 1 else [f"{names[0]}.{key}" for key in sections[names[0]]]
-    close = difflib.get_close_matches(".".join(names), valid, n=1, cutoff=0.6)
+    valid = list(sections) if len(names) == 1 else sections[names[0]]
+    # Without the section's name: a long one in common would make any key look near.
+    close = difflib.get_close_matches(names[-1], valid, n=1, cutoff=0.6)
     if close:
-        return f"; did you mean `{close[0]}`?"
+        return f"; did you mean `{'.'.join([*names[:-1], close[0]])}`?"
     anywhere = {key: f"{name}.{key}" for name, keys in sections.items() for key in keys}
     elsewhere = difflib.get_close_matches(names[-1], anywhere, n=1, cutoff=0.8)
     if elsewhere:
         return f"; did you mean `{anywhere[elsewhere[0]]}`?"
-    return f"; valid keys here are {', '.join(valid)}"
+    return f"; valid keys here are {', '.join(valid)}."
 
 
 def section_type(name: str) -> type[Section]:

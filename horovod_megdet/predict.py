@@ -1,7 +1,6 @@
 """Detections of a trained checkpoint on any images."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from horovod_megdet.data.images import ImageFileError, read_image
 from horovod_megdet.data.transforms import DetectionTransform, build_transform
 from horovod_megdet.engine.checkpoint import load_for_inference
-from horovod_megdet.errors import EXIT_USER_ERROR, UserError
+from horovod_megdet.errors import UserError
 from horovod_megdet.evaluation.detections import Arrays, Detections, in_original_pixels
 from horovod_megdet.files import atomic_write
 from horovod_megdet.models.detector import Detector, build_detector
@@ -26,8 +25,8 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 
 
 def predict_images(
-    checkpoint: str | Path, images: list[Path], output: Path, score_threshold: float = 0.5, device: str = "cpu"
-) -> int:
+    checkpoint: str | Path, images: list[Path], output: Path, score_threshold: float, device: str | torch.device
+) -> Path:
     """Writes the detections on some images to a COCO-format JSON, and each image with its detections drawn on it.
 
     Args:
@@ -36,11 +35,10 @@ def predict_images(
         output: folder for ``detections.json`` and one PNG per image. The JSON has ``images``, ``categories`` and
             ``annotations`` with ``score``: a whole COCO file, of which ``annotations`` alone is COCO's results format.
         score_threshold: detections below it are left out.
-        device: ``cpu``, ``cuda`` or ``cuda:1``.
+        device: where the detector runs: ``cpu``, ``cuda`` or ``cuda:1``.
 
-    Returns the exit code: that of a user error when images are missing or unreadable, each of which gets a sentence on
-    standard error after all others are done and written. Raises :class:`UserError` at once for a bad checkpoint, score
-    or device.
+    Returns the path of the JSON. Raises :class:`UserError` at once for a bad checkpoint, score or device; for images
+    that are missing or unreadable, with a sentence for each, after all others are done and written.
     """
     if not 0 <= score_threshold <= 1:
         raise UserError(f"The lowest score has to be between 0 and 1, not {score_threshold:g}.")
@@ -48,7 +46,7 @@ def predict_images(
     model = config.model.model_copy(update={"weights": "none", "score_threshold": score_threshold})
     detector = build_detector(model, config.batch_norm, len(class_names))
     detector.load_state_dict(weights)
-    detector.to(_device(device)).eval()
+    detector.to(_usable(device)).eval()
     transform = build_transform(config.data, training=False)
 
     files, problems = _find_images(images)
@@ -60,7 +58,7 @@ def predict_images(
         except ImageFileError as error:
             problems.append(f"{error}.")
             continue
-        found = _predict(detector, transform, image)
+        found = _predict(detector, transform, path, _size(image))
         height, width = image.shape[-2:]
         entries.append({"id": len(entries) + 1, "file_name": str(path), "height": height, "width": width})
         detections.append((len(entries), found))
@@ -69,18 +67,17 @@ def predict_images(
     annotations = Detections.of_images(detections).to_annotations(category_ids)
     with atomic_write(output / DETECTIONS_FILE) as file:
         file.write(json.dumps({"images": entries, "categories": categories, "annotations": annotations}).encode())
-    print(f"{len(annotations)} detections on {len(entries)} images: {output / DETECTIONS_FILE}")
     if problems:
-        sys.stderr.write("\n".join(problems) + "\n")
-    return EXIT_USER_ERROR if problems else 0
+        raise UserError("\n".join(problems))
+    return output / DETECTIONS_FILE
 
 
-def _device(name: str) -> torch.device:
+def _usable(device: str | torch.device) -> torch.device:
     try:
-        return torch.zeros((), device=name).device
+        return torch.zeros((), device=device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
-        raise UserError(f"The device {name!r} cannot be used: {reason}. Take cpu instead.") from None
+        raise UserError(f"The device {str(device)!r} cannot be used: {reason}. Take cpu instead.") from None
 
 
 def _write_picture(path: Path, image: Tensor, found: Arrays, class_names: list[str]) -> None:
@@ -90,11 +87,13 @@ def _write_picture(path: Path, image: Tensor, found: Arrays, class_names: list[s
 
 
 @torch.inference_mode()
-def _predict(detector: Detector, transform: DetectionTransform, image: Tensor) -> Arrays:
-    resized, _ = transform(image, torch.zeros(0, 4), torch.Generator())
+def _predict(detector: Detector, transform: DetectionTransform, path: Path, size: tuple[int, int]) -> Arrays:
+    # Read once more and resized like the images of an evaluation, so that the detections are the same.
+    generator = torch.Generator()
+    new_size = transform.draw_size(size, generator)
+    resized, _ = transform.apply(read_image(path, new_size), torch.zeros(0, 4), size, new_size, generator)
     device = next(detector.parameters()).device
-    prediction = detector.predict([resized.to(device)])[0]
-    return in_original_pixels(prediction, _size(resized), _size(image))
+    return in_original_pixels(detector.predict([resized.to(device)])[0], new_size, size)
 
 
 def _size(image: Tensor) -> tuple[int, int]:

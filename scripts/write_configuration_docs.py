@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from horovod_megdet.config import Config, Section
+from horovod_megdet.config import Config, Section, section_type
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -57,7 +57,7 @@ def main() -> int:
 
 def page() -> str:
     """The whole page."""
-    sections = [section(name, type(getattr(Config(), name))) for name in Config.model_fields]
+    sections = [section(name, section_type(name)) for name in Config.model_fields]
     return "\n".join([INTRODUCTION, *sections])
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import reprlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,7 +122,7 @@ def read_annotations(annotations: Path, images: Path, check_images: CheckImages)
 
 def _read_json(path: Path) -> dict[str, list[Any]]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             content = json.load(file, object_hook=_without_polygons)
     except FileNotFoundError:
         raise UserError(f"{path}: no such annotation file.") from None
@@ -260,9 +261,11 @@ class _AnnotationReader:
         if not _is_id(entry["category_id"]) or entry["category_id"] not in self.labels:
             return f"there is no category {entry['category_id']!r} in `categories`"
         if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
-            return f"the box {box!r} is not [x, y, width, height] in finite numbers"
+            return f"the box {reprlib.repr(box)} is not [x, y, width, height] in finite numbers"
         if not _is_number(entry.get("area", 0)):
             return f"the area {entry['area']!r} is not a finite number"
+        if entry.get("iscrowd", 0) not in (0, 1):
+            return f"iscrowd is {entry['iscrowd']!r}, neither 0 nor 1"
         if min(box[2:]) < MINIMUM_SIDE:
             return f"the box {box} has no area"
         height, width = self.sizes[image.id]
@@ -295,9 +298,9 @@ class _AnnotationReader:
 def _entry_fault(entry: Any, *keys: str) -> str | None:
     """What is wrong with an entry of any section: it must be an object with these keys and a usable id."""
     if not isinstance(entry, dict):
-        return f"is {entry!r}, not an object"
+        return f"is {reprlib.repr(entry)}, not an object"
     if missing := [key for key in keys if key not in entry]:
-        return f"has no {' and no '.join(f'`{key}`' for key in missing)}: {entry!r}"
+        return f"has no {' and no '.join(f'`{key}`' for key in missing)}: {reprlib.repr(entry)}"
     if not _is_id(entry["id"]):
         return f"has the id {entry['id']!r}; ids must be whole numbers"
     return None

@@ -73,11 +73,11 @@ def _decode(content: bytes, at_least: tuple[int, int] | None) -> Tensor:
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(content)) as image:
             reduced = at_least is not None and _reduce(image, at_least)
-            if image.format == "JPEG" and image.mode in ("RGB", "L") and not reduced:
+            turned = _orientation(image) != 1
+            if image.format == "JPEG" and image.mode in ("RGB", "L") and not turned and not reduced:
                 # Gives the same pixels as Pillow in half of the time.
-                encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-                return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-            return to_tensor(ImageOps.exif_transpose(image))
+                return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+            return to_tensor(ImageOps.exif_transpose(image) if turned else image)
 
 
 def _reduce(image: Image.Image, at_least: tuple[int, int]) -> bool:
@@ -91,7 +91,13 @@ def _reduce(image: Image.Image, at_least: tuple[int, int]) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+    """EXIF orientation, 1 to 8, as far as the header says."""
+    if image.format == "TIFF":
+        return 1  # Pillow has turned it already.
+    if image.format == "PNG" and not image.info.keys() & {"exif", "Raw profile type exif"}:
+        return 1  # Pillow would decode the whole image to look for it at the end.
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

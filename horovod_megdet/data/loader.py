@@ -2,8 +2,11 @@
 
 import math
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.forkserver
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -190,6 +193,18 @@ def _start_worker(_: int) -> None:
     for number in WORKER_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
+
+
+def _end_with_main_process() -> None:
+    """Ends a worker whose main process was killed.
+
+    torch's own watchdog looks at the worker's parent, which is the fork server, and that waits for its workers.
+    """
+    main_process = multiprocessing.parent_process()
+    assert main_process is not None
+    multiprocessing.connection.wait([main_process.sentinel])
+    os._exit(1)
 
 
 def _start_fork_server() -> None:

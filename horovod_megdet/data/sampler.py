@@ -25,12 +25,13 @@ class ImageStream:
         assert images_per_rank > 0
         self.images_per_rank = images_per_rank
         self.seed = seed
-        self._portrait = np.asarray(sizes[:, 0] > sizes[:, 1])
+        self.portrait = np.asarray(sizes[:, 0] > sizes[:, 1])
+        """bool (n,), the aspect-ratio group of each image."""
         self._cached_order = lru_cache(maxsize=2)(self._order)
 
     def __len__(self) -> int:
         """Images in one epoch."""
-        return len(self._portrait)
+        return len(self.portrait)
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """All indices in the order of ``epoch``, a permutation that depends on (seed, epoch) only."""
@@ -44,7 +45,7 @@ class ImageStream:
     def _order(self, epoch: int) -> NDArray[np.int64]:
         random = np.random.default_rng([self.seed, epoch])
         shuffled = random.permutation(len(self))
-        groups = [shuffled[~self._portrait[shuffled]], shuffled[self._portrait[shuffled]]]
+        groups = [shuffled[~self.portrait[shuffled]], shuffled[self.portrait[shuffled]]]
         length = self.images_per_rank
         runs = [group[at : at + length] for group in groups for at in range(0, len(group) - length + 1, length)]
         rest = np.concatenate([group[len(group) - len(group) % length :] for group in groups])

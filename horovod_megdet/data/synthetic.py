@@ -23,23 +23,23 @@ CATEGORY_IDS = (1, 2, 3, 5, 8, 13)
 """With gaps, as in COCO itself."""
 
 # Difficulty.
-IMAGE_SIZES = ((120, 160), (144, 192), (128, 160), (144, 176))
+IMAGE_SIZES = ((128, 176), (128, 192), (144, 176), (144, 192))
 """(height, width) of landscape images."""
 PORTRAIT_FRACTION = 0.3
 EMPTY_FRACTION = 0.04
-OBJECTS = (1, 4)
+OBJECTS = (2, 6)
 """Fewest and most objects that are tried to be placed in an image that is not empty."""
-OBJECT_SIDES = (26.0, 84.0)
+OBJECT_SIDES = (24.0, 64.0)
 """Pixels, geometric mean of the two sides before rotation; log-uniform."""
 STRETCH = 1.5
 """Largest ratio of the two sides before rotation."""
-TURN = math.radians(25)
+TURN = math.radians(20)
 """Largest rotation, either way."""
 VISIBLE_FRACTION = 0.7
 """Part of each object that stays visible after the objects in front of it and the image's edge."""
-CONTRAST = 80.0
+CONTRAST = 100.0
 """Smallest distance in RGB between an object's colour and the background's mean where the object lies."""
-CLUTTER = (0, 4)
+CLUTTER = (0, 3)
 """Fewest and most lines in the background."""
 NOISE = 10.0
 """Standard deviation of the noise of single pixels, in grey levels."""
@@ -117,7 +117,7 @@ def _background(height: int, width: int, random: np.random.Generator) -> NDArray
         pixels = np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64)
         return pixels.reshape(height, width, channels)
 
-    canvas = 75 + 0.4 * smooth(3, 3) + random.uniform(0.05, 0.35) * (smooth(24, 1) - 128)
+    canvas = 90 + 0.3 * smooth(3, 3) + random.uniform(0.05, 0.25) * (smooth(24, 1) - 128)
     lines = Image.new("L", (width, height))
     draw = ImageDraw.Draw(lines)
     for _ in range(random.integers(CLUTTER[0], CLUTTER[1], endpoint=True)):
@@ -214,7 +214,7 @@ def _paint(canvas: NDArray[np.float64], opacity: NDArray[np.float64], random: np
     y, x = np.mgrid[:height, :width]
     along = x * math.cos(direction) + y * math.sin(direction)
     shade = random.uniform(-0.4, 0.4) * along
-    if random.random() < 0.3:
+    if random.random() < 0.2:
         shade += 20 * np.sign(np.sin(along * 2 * math.pi / random.uniform(5, 12)))
     shade -= (shade * opacity).sum() / opacity.sum()
     canvas += opacity[..., None] * (colour + shade[..., None] - canvas)

@@ -208,7 +208,7 @@ class Trainer:
         average_running_statistics(self.detector)
         evaluation = evaluate_detector(self.config, self.detector, self.val_set, self.device)
         ap = evaluation.metrics["AP"]
-        is_best = self.position.best_checkpoint is None or ap > self.position.best_ap
+        is_best = ap > self.position.best_ap or self.position.best_checkpoint is None or math.isnan(self.position.best_ap)
         if is_best:
             self.position.best_ap, self.position.best_checkpoint = ap, checkpoint.name(self.position.step)
         if comm.is_main():

@@ -44,9 +44,9 @@ class Mpirun:
         return self.path.parent.parent
 
 
-def find_program(name: str, search_path: str | None = None) -> Path | None:
+def find_program(name: str) -> Path | None:
     """Absolute path of a program: of the running Python environment if it has it, else from PATH."""
-    folders = [str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath) if search_path is None else search_path]
+    folders = [str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath)]
     found = shutil.which(name, path=os.pathsep.join(folders))
     return Path(os.path.abspath(found)) if found else None  # noqa: PTH100 - symbolic links stay as they are
 

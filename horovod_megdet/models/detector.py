@@ -162,7 +162,7 @@ def build_detector(
 
 
 def _build_roi_pool(model: ModelConfig) -> MultiScaleRoIAlign:
-    """RoIAlign on P2 to P5. FPN puts RoIs of 224 pixels on P4, whose anchors have 128; smaller anchors move it alike."""
+    """RoIAlign on P2 to P5. FPN puts RoIs of 224 pixels on P4, whose anchors have 128; others scale it alike."""
     scale = round(model.anchor_sizes[2] * 224 / 128)
     return MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=ROI_SIZE, sampling_ratio=2, canonical_scale=scale)
 

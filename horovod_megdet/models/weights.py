@@ -129,30 +129,29 @@ def _load(detector: Detector, weights: Weights, expected: set[str], path: Path) 
     missing = _without_counters(expected - weights.keys())
     unknown = _without_counters(weights.keys() - own.keys())
     notices = []
-    for kind, names in (
-        ("have another shape", reshaped),
-        ("are missing", missing),
-        ("are not in this detector", unknown),
+    for kind, names, consequence in (
+        ("have another shape", reshaped, "keep their initial values"),
+        ("are missing", missing, "keep their initial values"),
+        ("are not in this detector", unknown, "are ignored"),
     ):
-        replaceable = {name for name in names if _replaceable(name, own)}
-        if names != replaceable:
+        fatal = {name for name in names if not _dispensable(name, own.get(name, weights.get(name)))}
+        if fatal:
             raise UserError(
-                f"{path}: does not fit this detector: {_some(names - replaceable)} {kind} "
-                "(compare model.backbone, fpn_channels, box_head_channels and anchor_aspect_ratios)."
+                f"{path}: does not fit this detector: {_some(fatal)} {kind} "
+                "(compare model.backbone, fpn_channels, anchor_aspect_ratios and box_head_channels)."
             )
-        if replaceable:
-            notices.append(f"{path}: not used, because they {kind}: {_some(replaceable)}.")
-    detector.load_state_dict({name: weights[name] for name in own.keys() & weights.keys() - reshaped}, strict=False)
+        if names:
+            notices.append(f"{path}: {_some(names)} {kind} and {consequence}.")
+    usable = own.keys() & (weights.keys() - reshaped)
+    detector.load_state_dict({name: weights[name] for name in usable}, strict=False)
     return notices
 
 
-def _replaceable(name: str, own: Weights) -> bool:
-    """Whether training can start without this tensor: the heads of a box head, a norm, a bias that a norm replaces."""
-    if name.startswith(("roi_heads.box_predictor.", "roi_heads.box_head.")):
-        return True
-    layer, _, kind = name.rpartition(".")
-    is_norm = f"{layer}.running_mean"
-    return kind.startswith("running_") or kind == "bias" or is_norm in own or own.get(name, torch.empty(0)).dim() == 1
+def _dispensable(name: str, value: Tensor | None) -> bool:
+    """Whether training can start without it: part of the box head, a norm, or a bias that a norm replaces."""
+    return name.startswith(("roi_heads.box_predictor.", "roi_heads.box_head.")) or (
+        value is not None and value.dim() < 2
+    )
 
 
 def _without_counters(names: set[str]) -> set[str]:

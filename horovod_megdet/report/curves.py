@@ -104,8 +104,8 @@ def _draw_precision(panel: Axes, evaluations: Rows) -> None:
         )
         highest = max(highest, float(values[best]))
     if panel.lines:
-        panel.set_ylim(0, min(110, max(1.0, 1.2 * highest)))
-        panel.legend(frameon=False, loc="lower right", fontsize=9)
+        panel.set_ylim(0, min(110, max(10.0, 1.2 * highest)))
+        panel.legend(frameon=False, loc="upper left", fontsize=9)  # where a rising curve is not
     else:
         _say(panel, "no evaluation yet")
 

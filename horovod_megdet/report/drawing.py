@@ -19,6 +19,9 @@ Rectangle = tuple[float, float, float, float]
 SMALL = 400
 """Images whose longer side is below this many pixels are enlarged, so that labels do not cover them."""
 
+LEGIBLE = 3.0
+"""Least contrast of white letters on a class's colour: WCAG 2's for large letters."""
+
 WHITE: Color = (255, 255, 255)
 BLACK: Color = (0, 0, 0)
 GREY: Color = (110, 110, 110)
@@ -57,9 +60,20 @@ def class_color(number: int) -> Color:
     if number < len(_FIRST_COLORS):
         return _FIRST_COLORS[number]
     # Steps of the golden ratio never come near a hue twice in a row.
-    hue = number * 0.618034 % 1
-    red, green, blue = colorsys.hls_to_rgb(hue, 0.33 + 0.12 * (number % 2), 0.8)
-    return round(255 * red), round(255 * green), round(255 * blue)
+    hue, lightness = number * 0.618034 % 1, (0.33, 0.45)[number % 2]
+    while True:
+        red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.8)
+        color = round(255 * red), round(255 * green), round(255 * blue)
+        if contrast_with_white(color) >= LEGIBLE:
+            return color
+        lightness -= 0.02  # yellows and greens are light: white letters would vanish on them
+
+
+def contrast_with_white(color: Color) -> float:
+    """WCAG 2's contrast ratio of a colour and white, 1 to 21."""
+    parts = [part / 255 for part in color]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 1.05 / (0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05)
 
 
 def draw_marks(image: Tensor, marks: Iterable[Mark]) -> Image.Image:

@@ -56,7 +56,8 @@ def write_validation_page(
     ``score_threshold`` are drawn. Rank 0 only: it holds the detections.
     """
     assert evaluation.detections is not None, "only rank 0 holds the detections"
-    detections = dict(evaluation.detections.above(score_threshold).per_image())
+    drawn = evaluation.detections.above(score_threshold)
+    detections = dict(drawn.per_image())
     annotations = dataset.to_coco().imgToAnns
     indices = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)).tolist()
     cards, labels = [], set()
@@ -68,10 +69,12 @@ def write_validation_page(
     classes = [(dataset.class_names[label - 1], class_color(label - 1)) for label in sorted(labels)]
     summary = (
         f"AP {_percent(evaluation.metrics['AP'])}, AP50 {_percent(evaluation.metrics['AP50'])} on all "
-        f"{evaluation.images} validation images. Drawn are detections with a score of at least {score_threshold:g}."
+        f"{evaluation.images} validation images. Drawn are detections with a score of at least {score_threshold:g}"
     )
+    if not len(drawn.scores):
+        summary += f": none of {len(evaluation.detections.scores)} has"
     with atomic_write(path) as file:
-        file.write(page(title, summary, classes, cards).encode())
+        file.write(page(title, f"{summary}.", classes, cards).encode())
 
 
 def _card(dataset: CocoDataset, index: int, truth: GroundTruth, detections: Arrays) -> Card:

@@ -23,11 +23,6 @@ LIMIT = 20.0
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data") / "synthetic"
-
-
-@pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """The folder of a finished run."""
     folder = tmp_path_factory.mktemp("finished")

@@ -28,11 +28,6 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data") / "synthetic"
-
-
-@pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """A run of two ranks that nothing disturbs."""
     folder = tmp_path_factory.mktemp("undisturbed")

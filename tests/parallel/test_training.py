@@ -12,12 +12,6 @@ from horovod_megdet.report.rows import read_metrics
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The generated data set, made by the first run that needs it."""
-    return tmp_path_factory.mktemp("data") / "synthetic"
-
-
-@pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, Path]:
     """Finished runs of the same configuration: one process, and two ranks under each launcher."""
     folder = tmp_path_factory.mktemp("runs")

@@ -1,0 +1,64 @@
+"""What the ranks of the CGBN scripts share: counting messages, comparing with one process, reporting."""
+
+import contextlib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from horovod_megdet import comm
+
+
+@contextlib.contextmanager
+def messages() -> Iterator[list[str]]:
+    """The names of the sums that this rank takes part in, in their order."""
+    names: list[str] = []
+    original = comm.sum_
+
+    def counted(tensor: Tensor, name: str, group: comm.Group | None = None) -> Tensor:
+        names.append(name)
+        return original(tensor, name, group)
+
+    with mock.patch.object(comm, "sum_", counted):
+        yield names
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """Largest difference over the largest reference value; 0 where there is nothing to compare."""
+    if reference.numel() == 0:
+        return 0.0
+    difference = (value.detach().double() - reference.detach().double()).abs().max()
+    # NaN has to come out as a failure, which max() over ranks would lose
+    return float((difference / reference.detach().abs().max().clamp_min(1e-30)).nan_to_num(nan=1e30))
+
+
+def summed(tensor: Tensor, group: comm.Group | None = None) -> Tensor:
+    """The sum over the group's ranks, in float64."""
+    return comm.sum_(tensor.detach().double().clone(), f"test.{tuple(tensor.shape)}", group)
+
+
+def worst(values: dict[str, float]) -> dict[str, float]:
+    """The largest of the ranks' values under each key."""
+    ranks = comm.gather_objects(values, "test.worst")
+    return {key: max(rank[key] for rank in ranks) for key in values}
+
+
+def main(measure: Callable[[], dict[str, Any]]) -> None:
+    """Runs ``measure`` on all ranks; rank 0 writes its result to the JSON file named on the command line."""
+    comm.init()
+    torch.set_num_threads(1)
+    try:
+        result = measure()
+    except Exception:
+        comm.say(f"rank {comm.rank()}:\n{traceback.format_exc()}")
+        comm.abort(1)
+    if comm.is_main():
+        Path(sys.argv[1]).write_text(json.dumps(result))
+    comm.barrier()
+    comm.shutdown()

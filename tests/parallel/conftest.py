@@ -1,0 +1,38 @@
+"""What tests of several ranks share."""
+
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import launching
+import pytest
+
+LAUNCHER = {"mpi": "mpirun", "gloo": "gloo"}
+
+
+@pytest.fixture(scope="session")
+def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., CompletedProcess[str]]:
+    """``run_ranks(script, ranks, *arguments, controller="mpi", timeout=120)``: runs a script of this folder.
+
+    Returns exit code and output (both streams of all ranks, in ``stdout``); fails with that output when the exit code
+    is not 0.
+    """
+
+    def run(
+        script: str, ranks: int, *arguments: str, controller: str = "mpi", timeout: float = 120
+    ) -> CompletedProcess[str]:
+        path = Path(__file__).with_name(script)
+        folder = tmp_path_factory.mktemp(path.stem)
+        job = launching.Job(LAUNCHER[controller], ranks, list(arguments), folder, script=path)
+        code = job.wait(timeout)
+        if code:
+            pytest.fail(f"{script} on {ranks} ranks ({controller}) ended with {code}:\n{job.output}", pytrace=False)
+        return CompletedProcess([script, *arguments], code, job.output)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the generated data set of ``tiny.yaml``, filled by the first run that needs it."""
+    return tmp_path_factory.mktemp("data") / "synthetic"

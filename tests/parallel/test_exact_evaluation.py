@@ -1,0 +1,94 @@
+"""An evaluation finds the same on any number of ranks."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import evaluation_ranks
+import pytest
+import torch
+
+from horovod_megdet.data.synthetic import ensure_synthetic
+
+pytestmark = pytest.mark.parallel
+
+MANY, TWO = 7, 2
+JOBS = ("noisy", "detector", "few images")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a job found."""
+
+    ranks: list[dict[str, Any]]
+    """What each rank saw."""
+    files: dict[str, str]
+    """The detections as written."""
+
+
+def read(folder: Path, ranks: int) -> Found:
+    seen = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+    return Found(seen, {job: (folder / f"{job}.json").read_text() for job in JOBS})
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    ensure_synthetic(root / "many", train_images=1, val_images=MANY)
+    ensure_synthetic(root / "two", train_images=1, val_images=TWO)
+    return root
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """In this process, without a launcher."""
+    folder = tmp_path_factory.mktemp("alone")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks have: the order of sums depends on it
+    evaluation_ranks.main(root, folder)
+    torch.set_num_threads(threads)
+    return read(folder, 1)
+
+
+@pytest.fixture(
+    scope="module", params=[(2, "mpi"), (3, "mpi"), (2, "gloo")], ids=lambda param: f"{param[0]} {param[1]}"
+)
+def together(
+    request: pytest.FixtureRequest,
+    run_ranks: Callable[..., CompletedProcess[str]],
+    root: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Found:
+    """On several ranks."""
+    ranks, controller = request.param
+    folder = tmp_path_factory.mktemp("together")
+    run_ranks("evaluation_ranks.py", ranks, str(root), str(folder), controller=controller)
+    return read(folder, ranks)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_metrics_and_detections_do_not_depend_on_the_number_of_ranks(alone: Found, together: Found, job: str) -> None:
+    assert [rank[job]["row"] for rank in together.ranks] == [alone.ranks[0][job]["row"]] * len(together.ranks)
+    assert together.files[job] == alone.files[job]
+
+
+def test_the_numbers_are_such_that_a_missing_or_doubled_image_would_move_them(alone: Found) -> None:
+    assert 0.1 < alone.ranks[0]["noisy"]["row"]["AP"] < 0.9
+    assert len(json.loads(alone.files["detector"])) > 10 * MANY
+
+
+@pytest.mark.parametrize(("job", "images"), [("noisy", MANY), ("few images", TWO)])
+def test_every_image_is_predicted_once_and_the_ranks_have_equal_shares(together: Found, job: str, images: int) -> None:
+    shares = [rank[job]["mine"] for rank in together.ranks]
+    assert sum(shares) == images
+    assert max(shares) - min(shares) <= 1
+    assert [rank[job]["images"] for rank in together.ranks] == [images] * len(shares)
+
+
+def test_an_unreadable_image_on_one_rank_is_an_error_on_all(together: Found) -> None:
+    last = len(together.ranks) - 1
+    assert len({rank["error"] for rank in together.ranks}) == 1
+    assert together.ranks[0]["error"].startswith(f"broken.jpg: not an image. (rank {last} on ")

@@ -1,0 +1,165 @@
+"""CrossGPUBatchNorm in one process: alone, and with the sum over two equal ranks played by doubling."""
+
+import copy
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from horovod_megdet import comm
+from horovod_megdet.layers import kernels
+from horovod_megdet.layers.cross_gpu_bn import (
+    CrossGPUBatchNorm,
+    average_running_statistics,
+    convert_batch_norm,
+    revert_batch_norm,
+)
+
+PAIR = comm.Group((0, 1), None)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def twins() -> Iterator[None]:
+    """Two ranks with the same data: every sum is twice the rank's own."""
+    with mock.patch.object(comm, "sum_", lambda tensor, name, group=None: tensor.mul_(2)):
+        yield
+
+
+def _network() -> nn.Module:
+    shared = nn.BatchNorm2d(4)
+    return nn.ModuleDict(
+        {
+            "first": nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=1e-3, momentum=None)),
+            "line": nn.BatchNorm1d(5, affine=False),
+            "volume": nn.BatchNorm3d(2, track_running_stats=False),
+            "shared": nn.ModuleList([shared, shared]),
+        }
+    )
+
+
+def test_conversion_keeps_parameters_buffers_keys_type_and_mode() -> None:
+    network = _network().double()
+    network["line"].eval()
+    before = dict(network.state_dict(keep_vars=True))
+    assert convert_batch_norm(network, path="net") is network
+    after = network.state_dict(keep_vars=True)
+    assert list(after) == list(before)
+    assert all(after[name] is value for name, value in before.items())
+    layer = network["first"][1]
+    assert isinstance(layer, CrossGPUBatchNorm)
+    assert (layer.eps, layer.momentum, layer.message_name) == (1e-3, None, "cgbn.net.first.1.4")
+    assert layer.training
+    assert not network["line"].training
+    assert network["shared"][0] is network["shared"][1]
+
+
+def test_reverting_gives_the_original_kinds_of_layers() -> None:
+    original = _network()
+    network = revert_batch_norm(convert_batch_norm(copy.deepcopy(original)))
+    assert [type(module) for module in network.modules()] == [type(module) for module in original.modules()]
+    network.load_state_dict(original.state_dict())
+    assert repr(network) == repr(original)
+    assert isinstance(revert_batch_norm(convert_batch_norm(nn.BatchNorm1d(3))), nn.BatchNorm1d)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}])
+def test_one_rank_is_plain_batch_norm_to_the_bit(options: dict[str, bool | None]) -> None:
+    plain = nn.BatchNorm2d(3, **options)
+    layer = convert_batch_norm(copy.deepcopy(plain))
+    x = torch.randn(4, 3, 5, 5)
+    for training in (True, True, False):
+        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y, reference = layer.train(training)(ours), plain.train(training)(theirs)
+        y.square().sum().backward()
+        reference.square().sum().backward()
+        assert torch.equal(y, reference)
+        assert torch.equal(ours.grad, theirs.grad)
+    assert all(torch.equal(layer.get_buffer(name), buffer) for name, buffer in plain.named_buffers())
+
+
+@pytest.mark.usefixtures("twins")
+@pytest.mark.parametrize("algorithm", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("mean", [0.0, 20.0, 1e4])
+def test_two_equal_ranks_are_the_doubled_batch(algorithm: str, layout: torch.memory_format, mean: float) -> None:
+    plain = nn.BatchNorm2d(3).double()
+    layer = convert_batch_norm(copy.deepcopy(plain).float(), group=PAIR, algorithm=algorithm)
+    x, dy = (torch.randn(2, 3, 9, 8) + mean).to(memory_format=layout), torch.randn(2, 3, 9, 8)
+    ours, theirs = x.clone().requires_grad_(), torch.cat([x, x]).double().requires_grad_()
+    y, reference = layer(ours), plain(theirs)
+    y.backward(dy)
+    reference.backward(torch.cat([dy, dy]).double())
+    assert y.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(y.double(), reference[:2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.grad.double(), theirs.grad[:2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(2 * layer.weight.grad.double(), plain.weight.grad, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(layer.running_mean.double(), plain.running_mean, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(layer.running_var.double(), plain.running_var, rtol=1e-5, atol=0)
+
+
+@pytest.mark.usefixtures("twins")
+def test_a_second_derivative_is_refused() -> None:
+    layer = CrossGPUBatchNorm(2, group=PAIR)
+    x = torch.randn(3, 2, 4, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"twice.*once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.usefixtures("twins")
+def test_a_fixed_input_needs_no_message_in_the_backward_pass() -> None:
+    layer = CrossGPUBatchNorm(2, group=PAIR)
+    y = layer(torch.randn(3, 2, 4, 4))
+    with mock.patch.object(comm, "sum_", side_effect=AssertionError):
+        y.square().sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_evaluation_does_not_communicate_whatever_the_group() -> None:
+    with mock.patch.object(comm, "sum_", side_effect=AssertionError):
+        for tracks in (True, False):
+            layer = CrossGPUBatchNorm(2, track_running_stats=tracks, group=PAIR).eval()
+            plain = nn.BatchNorm2d(2, track_running_stats=tracks).eval()
+            x = torch.randn(3, 2, 4, 4)
+            assert torch.equal(layer(x), plain(x))
+
+
+def test_bad_uses_are_errors() -> None:
+    with pytest.raises(ValueError, match="one_pass or two_pass"):
+        CrossGPUBatchNorm(2, algorithm="three_pass")
+    with pytest.raises(ValueError, match=r"\(N, 2, \*\), got \(1, 3\)"):
+        CrossGPUBatchNorm(2)(torch.zeros(1, 3))
+    with (
+        mock.patch.object(comm, "sum_", lambda tensor, name, group: tensor),
+        pytest.raises(ValueError, match="more than one value per channel in the group, got 1"),
+    ):
+        CrossGPUBatchNorm(2, group=PAIR)(torch.zeros(1, 2))
+
+
+def test_averaging_over_one_rank_changes_nothing() -> None:
+    layer = nn.BatchNorm2d(2)
+    layer(torch.randn(3, 2, 4, 4))
+    before = layer.running_var.clone()
+    average_running_statistics(layer)
+    assert torch.equal(layer.running_var, before)
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (4, 3, 9), (2, 3, 9, 8), (2, 3, 5, 6, 7), (2, 3, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_sums(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = (torch.randn(shape, dtype=torch.float64) * 2 + 100).to(dtype)
+    rows: Tensor = x.double().movedim(1, -1).reshape(-1, 3)
+    expected = torch.cat([torch.tensor([len(rows)]), rows.sum(0), rows.square().sum(0)])
+    # the moments that are computed from the sums must survive the cancellation
+    torch.testing.assert_close(kernels.sums(x), expected, rtol=1e-8, atol=0)
+
+
+def test_sums_of_nothing() -> None:
+    assert kernels.sums(torch.zeros(0, 3, 4)).tolist() == [0.0] * 7

@@ -1,0 +1,241 @@
+"""Batches: the same with any number of workers and ranks, and what happens to damaged files and signals."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from horovod_megdet.config import DataConfig
+from horovod_megdet.data.coco import CocoDataset, load_dataset
+from horovod_megdet.data.loader import Batch, build_eval_loader, build_train_loader, image_seed
+from horovod_megdet.data.synthetic import ensure_synthetic
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return ensure_synthetic(tmp_path_factory.mktemp("data") / "synthetic", 24, 7)
+
+
+@pytest.fixture
+def train_set(paths: dict[str, str]) -> CocoDataset:
+    return load_dataset(paths["train_annotations"], paths["train_images"], training=True)
+
+
+@pytest.fixture
+def val_set(paths: dict[str, str]) -> CocoDataset:
+    return load_dataset(paths["val_annotations"], paths["val_images"], training=False)
+
+
+def config(**values: Any) -> DataConfig:
+    sizes = {"shorter_side_train": (64, 80), "longer_side_train": 200, "shorter_side_test": 96, "longer_side_test": 200}
+    return DataConfig.model_validate({"workers": 0, "images_per_rank": 3, **sizes, **values})
+
+
+def train_batches(dataset: CocoDataset, data: DataConfig, **values: Any) -> list[Batch]:
+    position = {"seed": 5, "rank": 0, "ranks": 1, "start": 0, "stop": 48, **values}
+    return list(build_train_loader(dataset, data, **position))
+
+
+def flat(batches: list[Batch]) -> list[tuple[Any, ...]]:
+    """All that is in some batches, one tuple for each image, comparable with ==."""
+    return [
+        (
+            image.shape,
+            image.numpy().tobytes(),
+            target["boxes"].tolist(),
+            target["labels"].tolist(),
+            target["image_id"],
+            target["index"],
+            target["original_size"],
+            target["seed"],
+        )
+        for batch in batches
+        for image, target in zip(batch.images, batch.targets, strict=True)
+    ]
+
+
+def test_batches_hold_what_they_say(train_set: CocoDataset) -> None:
+    batches = train_batches(train_set, config())
+    assert len(batches) == 16
+    for batch in batches:
+        assert batch.error is None
+        assert len(batch) == 3
+        for image, target in zip(batch.images, batch.targets, strict=True):
+            index = target["index"]
+            assert image.dtype == torch.uint8
+            assert min(image.shape[1:]) in (64, 80)
+            assert target["image_id"] == train_set.image_ids[index]
+            assert target["original_size"] == tuple(train_set.sizes[index])
+            assert target["labels"].tolist() == train_set.read(index)[2].tolist()
+            height, width = image.shape[1:]
+            assert (target["boxes"][:, 2:] > target["boxes"][:, :2]).all()
+            assert (target["boxes"] >= 0).all()
+            assert (target["boxes"] <= torch.tensor([width, height, width, height])).all()
+
+
+def test_ranks_and_workers_do_not_change_an_image(train_set: CocoDataset) -> None:
+    state = torch.get_rng_state()
+    alone = flat(train_batches(train_set, config()))
+    shares = [flat(train_batches(train_set, config(workers=2), rank=rank, ranks=2)) for rank in (0, 1)]
+    together = [shares[place // 3 % 2][place // 6 * 3 + place % 3] for place in range(48)]
+    assert together == alone
+    assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
+
+
+def test_starting_in_the_middle_goes_on_at_the_same_image(train_set: CocoDataset) -> None:
+    whole = flat(train_batches(train_set, config(), stop=60))
+    assert flat(train_batches(train_set, config(), start=36, stop=60)) == whole[36:]
+
+
+def test_augmentation_differs_between_epochs_and_seeds() -> None:
+    seeds = {image_seed(seed, epoch, index) for seed in range(5) for epoch in range(5) for index in range(5)}
+    assert len(seeds) == 125
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 0), (2, 1), (9, 0)])
+def test_evaluation_sees_every_image_once(val_set: CocoDataset, ranks: int, workers: int) -> None:
+    seen: list[int] = []
+    for rank in range(ranks):
+        loader = build_eval_loader(val_set, config(workers=workers), rank=rank, ranks=ranks)
+        for _ in range(2):  # as often as one likes
+            batches = list(loader)
+            assert all(len(batch) == 1 for batch in batches)
+        seen += [batch.targets[0]["image_id"] for batch in batches]
+    assert sorted(seen) == sorted(val_set.image_ids.tolist())
+
+
+def test_a_batch_survives_pickling(train_set: CocoDataset) -> None:
+    batches = train_batches(train_set, config(photometric=True))[:2]
+    assert flat(pickle.loads(pickle.dumps(batches))) == flat(batches)
+    empty = pickle.loads(pickle.dumps(Batch([], error="a.jpg: gone")))
+    assert (empty.images, empty.targets, empty.error) == ([], [], "a.jpg: gone")
+    moved = batches[0].to(torch.device("cpu"))
+    assert flat([moved]) == flat(batches[:1])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_file_that_became_unreadable_is_named_and_left_out(tmp_path: Path, workers: int, damage: str) -> None:
+    paths = ensure_synthetic(tmp_path / "synthetic", 6, 1)
+    dataset = load_dataset(paths["train_annotations"], paths["train_images"], training=True, keep_empty=True)
+    bad = dataset.path(2)
+    if damage == "missing":
+        bad.unlink()
+    else:
+        bad.write_bytes(bad.read_bytes()[:1000])
+    for images_per_rank in (1, 3):
+        batches = train_batches(dataset, config(workers=workers, images_per_rank=images_per_rank), stop=6)
+        (spoilt,) = [batch for batch in batches if batch.error is not None]
+        assert str(bad) in str(spoilt.error)
+        assert [len(batch) for batch in batches if batch is not spoilt] == [images_per_rank] * (len(batches) - 1)
+        if images_per_rank == 1:
+            assert spoilt.targets[0]["image_id"] == -1, "an image that stands in, so that there is a forward pass"
+            assert not spoilt.images[0].any()
+            assert spoilt.targets[0]["boxes"].shape == (0, 4)
+        else:
+            assert len(spoilt) == 2
+        assert 2 not in [target["index"] for batch in batches for target in batch.targets]
+
+
+def test_large_photos_are_decoded_smaller_and_look_the_same(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    small = Image.fromarray(random.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    small.resize((1200, 800), Image.Resampling.BICUBIC).save(tmp_path / "photo.jpg", quality=95)
+    content = {
+        "images": [{"id": 1, "file_name": "photo.jpg", "width": 1200, "height": 800}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [120, 80, 600, 400], "iscrowd": 0}],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    (tmp_path / "a.json").write_text(str(content).replace("'", '"'))
+    dataset = load_dataset(tmp_path / "a.json", tmp_path, training=True)
+    batch = train_batches(dataset, config(shorter_side_train=(100,), horizontal_flip=0.0), stop=1)[0]
+    assert dataset.read(0, at_least=(100, 150))[0].shape == (3, 100, 150)
+    assert batch.images[0].shape == (3, 100, 150)
+    assert batch.targets[0]["original_size"] == (800, 1200)
+    assert batch.targets[0]["boxes"].tolist() == [[15, 10, 90, 60]]
+    full = torch.nn.functional.interpolate(dataset.read(0)[0][None].float(), (100, 150), mode="area")[0]
+    assert (batch.images[0].float() - full).abs().mean() < 2
+
+
+PROGRAM = """
+    import os, signal, sys, time
+    from horovod_megdet.config import DataConfig
+    from horovod_megdet.data.coco import load_dataset
+    from horovod_megdet.data.loader import build_train_loader
+
+    if __name__ == "__main__":
+        signal.signal(signal.SIGUSR1, lambda *_: print("main got USR1", flush=True))
+        signal.signal(signal.SIGINT, lambda *_: print("main got INT", flush=True))
+        dataset = load_dataset(sys.argv[1], sys.argv[2], training=True)
+        data = DataConfig(workers=2, images_per_rank=2, shorter_side_train=(32,), longer_side_train=64)
+        loader = build_train_loader(dataset, data, seed=0, rank=0, ranks=1, start=0, stop=100_000)
+        batches = iter(loader)
+        next(batches)
+        print("ready", flush=True)
+        for line in sys.stdin:
+            for _ in range(50):
+                next(batches)
+            print("read on", flush=True)
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path, paths: dict[str, str]) -> Any:
+    """A process group that trains with two workers, and waits after the first batch."""
+    script = tmp_path / "program.py"
+    script.write_text(textwrap.dedent(PROGRAM))
+    process = subprocess.Popen(
+        [sys.executable, str(script), paths["train_annotations"], paths["train_images"]],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    if process.poll() is None:
+        process.kill()
+    process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_signals_to_all_processes_leave_workers_alive(program: subprocess.Popen[str], number: signal.Signals) -> None:
+    os.killpg(program.pid, number)
+    assert program.stdout is not None
+    assert program.stdin is not None
+    assert program.stdout.readline() == f"main got {number.name.removeprefix('SIG')}\n"
+    program.stdin.write("go on\n")
+    assert program.stdout.readline() == "read on\n"
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_main_process(program: subprocess.Popen[str]) -> None:
+    workers = psutil.Process(program.pid).children(recursive=True)
+    assert len(workers) >= 3, "the fork server and two workers"
+    program.kill()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert alive == []
+
+
+@pytest.mark.slow
+def test_workers_load_neither_horovod_nor_mpi(program: subprocess.Popen[str]) -> None:
+    for process in psutil.Process(program.pid).children(recursive=True):
+        libraries = [mapping.path for mapping in process.memory_maps()]
+        assert not [
+            path for path in libraries if "horovod" in Path(path).parts or "mpi4py" in path or "libmpi." in path
+        ]
