@@ -171,9 +171,7 @@ def barrier() -> None:
         hvd.barrier()
 
 
-def distributed_optimizer(
-    optimizer: torch.optim.Optimizer, module: nn.Module, passes_per_step: int, fp16: bool
-) -> Any:
+def distributed_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, passes_per_step: int, fp16: bool) -> Any:
     """Wraps ``optimizer`` so that gradients are summed over passes and averaged over ranks while backward runs.
 
     The result has ``synchronize()`` and ``skip_synchronize()`` beside what ``optimizer`` has.

@@ -112,7 +112,7 @@ class BatchNormConfig(Section):
     """Images that share statistics: `world`, or a number of images that a group of ranks holds together."""
 
     algorithm: Literal["one_pass", "two_pass"] = "one_pass"
-    """`one_pass`: one allreduce of sums and sums of squares; `two_pass`: the paper's, mean before squared differences."""
+    """`one_pass`: one allreduce of sums and sums of squares; `two_pass`: the paper's, the mean first."""
 
     momentum: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     """Weight of the new batch in the running statistics."""
@@ -431,5 +431,6 @@ def _nearest(names: list[str]) -> str:
 def section_type(name: str) -> type[Section]:
     """The class of a section, which holds its keys."""
     section = Config.model_fields[name].annotation
-    assert isinstance(section, type) and issubclass(section, Section)
+    assert isinstance(section, type)
+    assert issubclass(section, Section)
     return section

@@ -117,7 +117,7 @@ def read(path: str | Path) -> Checkpoint:
                 raise UserError(f"{path / file}: the checkpoint is damaged: its SHA-256 is not the one recorded.")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: not a whole checkpoint ({error}). A checkpoint is a folder step_* in a run's folder `checkpoints`."
+            f"{path}: not a whole checkpoint ({error}). A checkpoint is a folder step_* below a run's `checkpoints`."
         ) from None
     return Checkpoint(path, description)
 

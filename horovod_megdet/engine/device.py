@@ -25,8 +25,8 @@ def choose(runtime: RuntimeConfig) -> torch.device:
     count = torch.cuda.device_count()
     if comm.local_rank() >= count:
         raise UserError(
-            f"Local rank {comm.local_rank()} has no GPU: {comm.host()} has {count}, and {comm.local_size()} ranks run on "
-            "it. Start one rank for each GPU (slots= in the hostfile), or set runtime.device: cpu."
+            f"Local rank {comm.local_rank()} has no GPU: {comm.host()} has {count}, and {comm.local_size()} ranks run "
+            "on it. Start one rank for each GPU (slots= in the hostfile), or set runtime.device: cpu."
         )
     device = torch.device("cuda", comm.local_rank())
     torch.cuda.set_device(device)

@@ -47,13 +47,14 @@ class MetricsLog:
     def train(self, row: dict[str, Any]) -> None:
         """Writes one row of training metrics, the means since the row before."""
         self._write({"kind": "train", **row})
-        remaining = max(0, self.total_images - row["images_seen"]) / row["images_per_second"]
+        remaining = round(max(0, self.total_images - row["images_seen"]) / row["images_per_second"])
         parts = " ".join(f"{key.removeprefix('loss_')} {value:.3f}" for key, value in row.items() if "loss_" in key)
         self.console.print(
             f"step {row['step']}  epoch {row['epoch']:.2f}  loss {row['loss']:.3f} ({parts})  lr {row['lr']:.4g}  "
             f"{row['images_per_second']:.1f} images/s  step {row['step_seconds']:.2f} s "
             f"(ranks {row['step_seconds_min']:.2f} to {row['step_seconds_max']:.2f})  "
-            f"data {row['data_seconds']:.2f} s  memory {row['memory_mb']:.0f} MB  ETA {timedelta(seconds=round(remaining))}"
+            f"data {row['data_seconds']:.2f} s  memory {row['memory_mb']:.0f} MB  "
+            f"ETA {timedelta(seconds=remaining)}"
         )
 
     def evaluation(self, row: dict[str, Any], table: Table) -> None:

@@ -104,11 +104,14 @@ class Trainer:
                 save_due = save_due or is_best
             if save_due or (self.unsaved and log_due):
                 self.save()
-            if self.stopping and not schedule.finished(position.images_seen):
-                return EXIT_STOPPED
+            if self.stopping:
+                break
+        stopped = not schedule.finished(position.images_seen)
         if comm.is_main():
-            self.write_report(evaluation)
-        return 0
+            if not stopped:
+                self.write_report(evaluation)
+            self.log.close()
+        return EXIT_STOPPED if stopped else 0
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimiser step: ``accumulation`` forward and backward passes, averaged gradients, SGD."""
@@ -141,7 +144,8 @@ class Trainer:
         flags = torch.tensor([bool(self.stop_request), batch.error is not None], dtype=torch.float64)
         mine = values.detach().double().cpu()
         total = comm.sum_(torch.cat([mine * counts, counts, flags]), name="losses")
-        sums, all_counts, (stop, bad_batch) = total[: len(mine)], total[len(mine) : 2 * len(mine)], total[-2:]
+        sums, (stop, bad_batch) = total[: len(mine)], total[-2:]
+        all_counts = total[len(mine) : -2].clamp(min=1)  # a loss without samples on any rank is 0
         if bad_batch:
             self._handle_bad_batch(batch)
         if not torch.isfinite(sums).all():
@@ -208,7 +212,9 @@ class Trainer:
         average_running_statistics(self.detector)
         evaluation = evaluate_detector(self.config, self.detector, self.val_set, self.device)
         ap = evaluation.metrics["AP"]
-        is_best = ap > self.position.best_ap or self.position.best_checkpoint is None or math.isnan(self.position.best_ap)
+        is_best = (
+            ap > self.position.best_ap or self.position.best_checkpoint is None or math.isnan(self.position.best_ap)
+        )
         if is_best:
             self.position.best_ap, self.position.best_checkpoint = ap, checkpoint.name(self.position.step)
         if comm.is_main():
@@ -233,7 +239,6 @@ class Trainer:
                     file.write(
                         json.dumps(self.description | asdict(self.position) | evaluation.row(), indent=1).encode()
                     )
-        self.log.close()
         self.log.console.print(
             f"Finished after {self.position.step} steps. Best AP {self.position.best_ap:.3f}: "
             f"{checkpoint.folder(self.run_dir) / str(self.position.best_checkpoint)}"
