@@ -1,4 +1,7 @@
-"""The frame around a distributed run: arguments, configuration, errors and exit codes."""
+"""The frame around a distributed run: arguments, configuration, errors and exit codes.
+
+Loader processes import the main script again, and with it this module: so what starts Horovod is imported in functions.
+"""
 
 import argparse
 import json
@@ -6,7 +9,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from horovod_megdet import comm
 from horovod_megdet.config import Config, load_config, override
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_STOPPED, UserError
 
@@ -43,6 +45,8 @@ def run_ranks(get_config: Callable[[], Config], program: Callable[[Config], int]
     A :class:`UserError` that all ranks agreed on is printed once, by rank 0, and they all end with its exit code. Any
     other exception ends this rank, and with it the job, at once.
     """
+    from horovod_megdet import comm
+
     config: Config | None = None
     config_error: UserError | None = None
     try:
@@ -75,7 +79,7 @@ def run_ranks(get_config: Callable[[], Config], program: Callable[[Config], int]
 
 def train(arguments: argparse.Namespace) -> int:
     """What ``train.py`` does; returns the exit code."""
-    # Imported here, so that a mistake in the arguments is reported without waiting for torch.
+    from horovod_megdet import comm
     from horovod_megdet.engine.startup import build_trainer
 
     def program(config: Config) -> int:
@@ -92,6 +96,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 def evaluate(config: Config, path: Path) -> int:
     """Evaluates a checkpoint on the validation set of ``config``, prints the table and writes the detections."""
+    from horovod_megdet import comm
     from horovod_megdet.engine.startup import build_for_evaluation
     from horovod_megdet.engine.trainer import evaluate_detector
     from horovod_megdet.evaluation.table import render

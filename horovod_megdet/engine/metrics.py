@@ -40,13 +40,10 @@ class MetricsLog:
         self._task = self._progress.add_task("training", total=total_images, completed=images_seen)
         self._progress.start()
 
-    def advance(self, images_seen: int) -> None:
-        """Moves the progress bar, where there is a terminal."""
-        self._progress.update(self._task, completed=images_seen)
-
     def train(self, row: dict[str, Any]) -> None:
         """Writes one row of training metrics, the means since the row before."""
         self._write({"kind": "train", **row})
+        self._progress.update(self._task, completed=row["images_seen"])
         remaining = round(max(0, self.total_images - row["images_seen"]) / row["images_per_second"])
         parts = " ".join(f"{key.removeprefix('loss_')} {value:.3f}" for key, value in row.items() if "loss_" in key)
         self.console.print(
