@@ -42,7 +42,7 @@ prepare() {
     mkdir -p -- "$MEGDET_RUN_DIR" || return 2
     lost_nodes=$MEGDET_RUN_DIR/lost_nodes-$SLURM_JOB_ID    # how often a node was lost
     unfinished=$MEGDET_RUN_DIR/unfinished-$SLURM_JOB_ID    # is there while the job runs
-    staged= stop_signal= over_limit=
+    staged='' stop_signal='' over_limit=''
 }
 
 print_header() {
@@ -102,7 +102,8 @@ wait_for_launcher() {
 }
 
 stop() {
-    [[ $stop_signal == TERM ]] || stop_signal=$1
+    # The first counts: TERM comes from scancel, but also at the time limit, after USR1.
+    stop_signal=${stop_signal:-$1}
     say "$1: asking all ranks to write a checkpoint and stop"
     # Launchers pass USR1 on to all ranks; TERM would end them.
     kill -USR1 "$2" 2>/dev/null
@@ -126,7 +127,7 @@ end_job() {
         "$EXIT_LOST_NODE")
             # A job that was over the limit at its start has not trained, and ends here.
             if [[ $over_limit ]] || ! count_lost_node; then
-                say "giving up: too many lost nodes; look at them, then submit again with MEGDET_RUN_DIR=$MEGDET_RUN_DIR"
+                say "giving up after too many lost nodes; to go on, submit it anew with MEGDET_RUN_DIR=$MEGDET_RUN_DIR"
             else
                 requeue
             fi

@@ -83,7 +83,7 @@ class Job:
     def ranks(self) -> list[int]:
         """Process ids of the ranks: the session's processes that run the script, without loader workers."""
         children = _parents()
-        tree = _descendants(self.process.pid, children)
+        tree = [self.process.pid, *_descendants(self.process.pid, children)]
         running = [pid for pid in tree if _is_rank(pid)]
         return [pid for pid in running if children.get(pid) not in running]
 
