@@ -7,6 +7,7 @@ from pathlib import Path
 from horovod_megdet import main as frame
 from horovod_megdet.config import Config
 from horovod_megdet.errors import EXIT_USER_ERROR, UserError
+from horovod_megdet.launch import command as launch
 
 
 def main() -> int:
@@ -61,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--score", type=float, default=0.5, help="lowest score drawn (default: %(default)s)")
     predict.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     predict.set_defaults(run=_predict)
+
+    start = commands.add_parser(
+        "launch", help="start a program on the machines of a host file, with mpirun or horovodrun"
+    )
+    launch.add_arguments(start)
+    start.set_defaults(run=launch.run_launch)
 
     report = commands.add_parser("report", help="draw the curves of a run directory again")
     report.add_argument("run_dir", type=Path)
