@@ -313,7 +313,6 @@ class Window:
         self.losses: dict[str, float] = {}
         self.passes = self.steps = self.images = 0
         self.lr = self._step_seconds = self._data_seconds = 0.0
-        self._opened = time.perf_counter()
 
     def add_losses(self, losses: dict[str, float]) -> None:
         """Adds the mini-batch's losses of one pass."""
@@ -342,8 +341,8 @@ class Window:
     def row(self) -> dict[str, float]:
         """Mean losses, the last learning rate and the throughput."""
         losses = {name: value / self.passes for name, value in self.losses.items()}
-        seconds = time.perf_counter() - self._opened
-        return {"lr": self.lr, "loss": math.fsum(losses.values()), **losses, "images_per_second": self.images / seconds}
+        rate = self.images / self._step_seconds
+        return {"lr": self.lr, "loss": math.fsum(losses.values()), **losses, "images_per_second": rate}
 
 
 def evaluate_detector(
