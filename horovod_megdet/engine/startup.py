@@ -22,6 +22,7 @@ from horovod_megdet.models.weights import load_checkpoint, load_weights
 from horovod_megdet.report.tables import console, two_columns
 from horovod_megdet.solver.schedule import make_schedule
 
+CONFIG_FILE = "config.yaml"
 PACKAGES = ("horovod", "torch", "torchvision", "mpi4py", "pycocotools", "numpy", "pyyaml", "pydantic")
 
 
@@ -31,7 +32,7 @@ def build_trainer(config: Config, resume: bool) -> Trainer:
     stop_request = StopRequest()
     run_dir = Path(config.output.run_dir)
     with comm.agreement("run directory"):
-        saved = claim_run_dir(run_dir, config, resume)
+        saved = look_into(run_dir, resume)
     with comm.agreement("device"):
         compute_device = device.choose(config.runtime)
     train_set, val_set = load_datasets(config)
@@ -49,31 +50,38 @@ def build_trainer(config: Config, resume: bool) -> Trainer:
     if resume:
         with comm.agreement("resume"):
             resume_from(trainer, saved)
+    with comm.agreement("configuration file"):
+        if comm.is_main():
+            write_config(run_dir, config)
     if comm.is_main():
         _print_start(trainer)
     return trainer
 
 
-def claim_run_dir(run_dir: Path, config: Config, resume: bool) -> checkpoint.Checkpoint | None:
-    """On rank 0, makes the run directory or finds the checkpoint in it; other ranks return None.
+def look_into(run_dir: Path, resume: bool) -> checkpoint.Checkpoint | None:
+    """On rank 0, finds the checkpoint to resume from, or makes sure that there is no run yet; other ranks return None.
 
-    Raises :class:`UserError` when it holds another run, cannot be written, or has nothing to resume.
+    Raises :class:`UserError`.
     """
     if not comm.is_main():
         return None
     if resume:
         return checkpoint.newest(run_dir, report=lambda sentence: comm.say(f"warning: {sentence}"))
-    if (run_dir / "config.yaml").exists() or checkpoint.folder(run_dir).exists():
+    if (run_dir / CONFIG_FILE).exists() or checkpoint.folder(run_dir).exists():
         raise UserError(
             f"{run_dir}: this folder already holds a run. Add --resume to go on with it, or give another folder with "
             "--run-dir."
         )
+    return None
+
+
+def write_config(run_dir: Path, config: Config) -> None:
+    """Writes the resolved configuration, once all else is known to be good: from now on the folder holds a run."""
     try:
-        with atomic_write(run_dir / "config.yaml") as file:
+        with atomic_write(run_dir / CONFIG_FILE) as file:
             file.write(config.to_yaml().encode())
     except UserError as error:
         raise UserError(f"{error} Choose another run directory with --run-dir.") from None
-    return None
 
 
 def resume_from(trainer: Trainer, found: checkpoint.Checkpoint | None) -> None:
@@ -104,9 +112,9 @@ def load_datasets(config: Config) -> tuple[CocoDataset, CocoDataset]:
 
 def start_detector(config: Config, num_classes: int, compute_device: torch.device) -> Detector:
     """Builds the detector with its starting weights, equal on all ranks, on the device."""
-    group = bn_group(config.batch_norm, config.data.images_per_rank)
     random_state.seed(config.runtime.seed)
     with comm.agreement("model"):
+        group = bn_group(config.batch_norm, config.data.images_per_rank)
         detector = build_detector(config.model, config.batch_norm, num_classes, group=group)
         notices = load_weights(detector, config.model)
     if comm.is_main():

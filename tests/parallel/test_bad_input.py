@@ -72,6 +72,16 @@ def test_impossible_mini_batch(data: Path, tmp_path: Path) -> None:
     )
 
 
+def test_impossible_bn_size(data: Path, tmp_path: Path) -> None:
+    expect(
+        EXIT_USER_ERROR,
+        "batch_norm.bn_size: 3 does not work with 2 ranks of 2 images; possible are 2, 4",
+        arguments=launching.tiny(tmp_path / "run", "batch_norm.bn_size=3", data=data),
+        folder=tmp_path,
+    )
+    assert not (tmp_path / "run").exists(), "a start that failed leaves no run behind"
+
+
 def test_missing_data_folder(tmp_path: Path) -> None:
     settings = ["data.train_annotations=nowhere/train.json", "data.train_images=nowhere"]
     expect(
