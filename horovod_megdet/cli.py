@@ -1,6 +1,7 @@
-"""The ``megdet`` command: everything around training that needs no launcher (``evaluate`` may have one)."""
+"""The ``megdet`` command: everything around training. ``doctor`` and ``evaluate`` run under a launcher, too."""
 
 import argparse
+import socket
 import sys
 from pathlib import Path
 
@@ -28,8 +29,8 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="print the schedule that a configuration has on so many ranks")
     frame.add_config_arguments(plan)
-    plan.add_argument("--ranks", type=_positive, required=True, help="number of ranks (GPUs)")
-    plan.add_argument("--images", type=_positive, help="images of the training set, where the data is not at hand")
+    plan.add_argument("--ranks", type=frame.positive, required=True, help="number of ranks (GPUs)")
+    plan.add_argument("--images", type=frame.positive, help="images of the training set, where the data is not at hand")
     plan.set_defaults(run=_plan)
 
     check = commands.add_parser("check-data", help="list everything that is wrong with the data of a configuration")
@@ -41,8 +42,8 @@ def _parser() -> argparse.ArgumentParser:
 
     synth = commands.add_parser("synth", help="generate the embedded data set (train.py does it by itself)")
     synth.add_argument("folder", type=Path)
-    synth.add_argument("--train", type=_positive, default=600, help="training images (default: %(default)s)")
-    synth.add_argument("--val", type=_positive, default=100, help="validation images (default: %(default)s)")
+    synth.add_argument("--train", type=frame.positive, default=600, help="training images (default: %(default)s)")
+    synth.add_argument("--val", type=frame.positive, default=100, help="validation images (default: %(default)s)")
     synth.add_argument("--seed", type=int, default=0, help="other seeds give other images (default: %(default)s)")
     synth.set_defaults(run=_synth)
 
@@ -63,6 +64,30 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     predict.set_defaults(run=_predict)
 
+    doctor = commands.add_parser(
+        "doctor", help="say what would make training fail or slow on these machines; under the launcher of the training"
+    )
+    frame.add_config_arguments(doctor)
+    doctor.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write everything as JSON, to standard output or a file (horovodrun marks the lines of standard output)",
+    )
+    doctor.add_argument("--plot", metavar="FILE", type=Path, help="draw the times of allreduces, as PNG, PDF or SVG")
+    doctor.add_argument(
+        "--no-data", action="store_true", help="leave out data set and weights: reading a large set takes minutes"
+    )
+    doctor.add_argument(
+        "--timeout",
+        type=frame.positive,
+        default=600,
+        metavar="SECONDS",
+        help="give up when ranks wait for each other for so long (default: %(default)s)",
+    )
+    doctor.set_defaults(run=_doctor)
+
     start = commands.add_parser(
         "launch", help="start a program on the machines of a host file, with mpirun or horovodrun"
     )
@@ -73,13 +98,6 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", type=Path)
     report.set_defaults(run=_report)
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -124,6 +142,15 @@ def _synth(arguments: argparse.Namespace) -> int:
     ensure_synthetic(arguments.folder, arguments.train, arguments.val, arguments.seed)
     print(f"{arguments.folder}: {arguments.train} training and {arguments.val} validation images")
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    try:
+        from horovod_megdet.doctor.command import run_doctor
+    except ImportError as error:
+        sentence = f"{socket.gethostname()}: {sys.executable} lacks what training needs: {error}. Run make setup there"
+        raise UserError(f"{sentence}, or use one environment that all hosts share.") from None
+    return run_doctor(arguments)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

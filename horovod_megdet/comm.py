@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import horovod.torch as hvd
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -99,6 +100,21 @@ def controller() -> str:
     return "mpi" if hvd.mpi_enabled() else "gloo"
 
 
+def built_features() -> dict[str, bool]:
+    """What Horovod was built with."""
+    names = ("mpi", "gloo", "nccl", "cuda", "rocm")
+    return {name: bool(getattr(hvd, f"{name}_built")()) for name in names}
+
+
+def mpi_library() -> str:
+    """The MPI that the ranks talk through, with its version; empty under Gloo."""
+    if controller() != "mpi":
+        return ""
+    from mpi4py import MPI  # importing it initialises MPI, which must not happen under Gloo
+
+    return MPI.Get_library_version().split("\n")[0].partition(",")[0].strip("\0 ")
+
+
 def launch_settings() -> dict[str, str]:
     """The values in force of :data:`LAUNCH_DEFAULTS`, with who set them."""
     return {
@@ -159,10 +175,23 @@ def broadcast_object(value: T, name: str, root: int = 0) -> T:
     return value if size() == 1 else hvd.broadcast_object(value, root_rank=root, name=name)
 
 
+def broadcast_(tensor: Tensor, name: str) -> None:
+    """Replaces ``tensor`` by rank 0's."""
+    if size() > 1:
+        hvd.broadcast_(tensor, root_rank=0, name=name)
+
+
 def broadcast_weights(module: nn.Module) -> None:
     """Copies rank 0's parameters and buffers to all ranks."""
     if size() > 1:
         hvd.broadcast_parameters(module.state_dict(), root_rank=0)
+
+
+def bare_mpi_sum_(values: np.ndarray) -> None:
+    """Replaces ``values`` by their sum over all ranks, without Horovod: what a message costs at least. MPI only."""
+    from mpi4py import MPI  # importing it initialises MPI, which must not happen under Gloo
+
+    MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, values)
 
 
 def barrier() -> None:

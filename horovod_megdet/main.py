@@ -15,6 +15,13 @@ from horovod_megdet.errors import EXIT_CRASHED, EXIT_STOPPED, UserError
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 
 
+def positive(text: str) -> int:
+    """The type of an argument that is a whole number, 1 or more."""
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
+    return int(text)
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds ``--config``, ``--set`` and ``--run-dir``."""
     parser.add_argument(

@@ -18,6 +18,7 @@ from horovod_megdet.launch.hostfile import Host, parse_hostfile, write_hostfile
 from horovod_megdet.launch.job import Command, Job, horovodrun_command, mpirun_command, place_ranks
 from horovod_megdet.launch.launcher import Family, Mpirun, find_mpirun, find_program
 from horovod_megdet.launch.process import run_horovodrun, run_mpirun
+from horovod_megdet.main import positive
 
 FORWARDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "OMP_NUM_THREADS")
 FORWARDED_PREFIXES = ("HOROVOD_", "NCCL_")
@@ -32,7 +33,7 @@ _SAFE_PATH = re.compile(r"[A-Za-z0-9_./+@=-]+")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``megdet launch``."""
     parser.add_argument("--hostfile", metavar="FILE", help="the machines; without it this machine takes all --ranks")
-    parser.add_argument("--ranks", "-np", type=_positive, metavar="N", help="number of ranks (default: all slots)")
+    parser.add_argument("--ranks", "-np", type=positive, metavar="N", help="number of ranks (default: all slots)")
     parser.add_argument(
         "--controller",
         choices=("mpi", "gloo"),
@@ -214,15 +215,8 @@ def _split(text: str) -> list[str]:
         raise UserError(f"--launcher-args {text}: {error}.") from None
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
-
-
 def _port(text: str) -> int:
-    number = int(text)
-    if not 1 <= number <= 65535:
-        raise argparse.ArgumentTypeError("must be a port, 1 to 65535")
+    number = positive(text)
+    if number > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 1 to 65535")
     return number

@@ -1,0 +1,180 @@
+"""``megdet doctor``: on every rank, under any launcher.
+
+    mpirun -np 2 megdet doctor --config configs/demo.yaml
+    megdet launch --hostfile hostfiles/16x8 -- megdet doctor --config configs/coco/megdet_r50_fpn_256.yaml
+
+Every rank finds out what it can alone, the ranks measure together what lies between them, and rank 0 says what is
+wrong. Nothing stops at the first thing that is.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from horovod_megdet import comm
+from horovod_megdet.config import Config
+from horovod_megdet.doctor import facts as find
+from horovod_megdet.doctor import network, report, shared
+from horovod_megdet.doctor.checks import examine
+from horovod_megdet.doctor.examination import Examination
+from horovod_megdet.doctor.facts import Facts
+from horovod_megdet.doctor.patience import patience
+from horovod_megdet.engine import device
+from horovod_megdet.errors import EXIT_CRASHED, UserError
+from horovod_megdet.files import atomic_write
+from horovod_megdet.main import config_of
+from horovod_megdet.models.detector import build_detector
+from horovod_megdet.report.tables import console
+
+START_LIMIT = 60
+"""Seconds within which the ranks have to find each other."""
+
+COCO_CLASSES = 80
+"""Stands for the number of classes, of which the size of a detector hardly depends."""
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    """What ``megdet doctor`` does on each rank; returns the exit code: 1 if training would fail, else 0."""
+    config, config_error = _config(arguments)
+    mine = find.of_process(config, config_error)
+    _warn_of_interfaces(mine)
+    start_limit = min(START_LIMIT, arguments.timeout)
+    with patience(start_limit, lambda: _alone(mine, f"the ranks have not found each other within {start_limit} s")):
+        try:
+            comm.init(deterministic=config is not None and config.runtime.deterministic)
+        except Exception as error:  # MPI and Horovod raise all kinds
+            _alone(mine, f"Horovod cannot start: {error}")
+            comm.abort(EXIT_CRASHED)
+    mine = dataclasses.replace(mine, place=find.place_by_horovod(), settings=comm.launch_settings())
+    late = f"some rank has not answered within {arguments.timeout} s"
+    try:
+        with patience(arguments.timeout, lambda: _alone(mine, late)):
+            examination = _together(mine, config, with_data=not arguments.no_data)
+            with comm.agreement("doctor.report"):
+                exit_code = _tell(examination, arguments)
+    except UserError as error:  # of a file to write
+        if comm.is_main():
+            comm.say(f"error: {error}")
+        exit_code = error.exit_code
+    except comm.LostRankError as error:
+        _alone(mine, f"another rank was lost: {error}")
+        comm.abort(EXIT_CRASHED)
+    comm.shutdown()
+    return exit_code
+
+
+def _config(arguments: argparse.Namespace) -> tuple[Config | None, str]:
+    try:
+        return config_of(arguments), ""
+    except UserError as error:
+        return None, str(error)
+
+
+def _warn_of_interfaces(mine: Facts) -> None:
+    """Says before the start what may keep it from coming to an end."""
+    if mine.place.local_rank == 0:
+        for finding in examine(Examination([mine])):
+            if finding.check == "interfaces" and finding.severity == "error":
+                comm.say(f"megdet doctor: {finding.sentence}. {finding.remedy}")
+
+
+def _together(mine: Facts, config: Config | None, with_data: bool) -> Examination:
+    """Everything that is known, on rank 0; what this rank knows, on the others. Collective.
+
+    Every rank makes the same collectives, whatever it finds: they stand outside of everything that may fail.
+    """
+    hosts = list(dict.fromkeys(comm.gather_objects(comm.host(), "doctor.hosts")))
+    ranks = comm.gather_objects(_look(mine, config, hosts, with_data), "doctor.facts")
+    clocks = network.clocks()
+    folders = shared.try_run_directory(Path(config.output.run_dir) if config else None)
+    timings = network.allreduce_times(_device(config)) if comm.size() > 1 else []
+    sizes = find.collect({"size of the detector": lambda: _parameter_bytes(config) if config else 0})
+    parameters = sizes.get("size of the detector", 0)
+    return Examination(
+        ranks,
+        clocks,
+        folders,
+        timings,
+        gradient_bytes=parameters,
+        # Weights and momentum.
+        checkpoint_bytes=2 * parameters,
+        failures=sizes["failures"],
+    )
+
+
+def _look(mine: Facts, config: Config | None, hosts: list[str], with_data: bool) -> Facts:
+    """Adds what needs Horovod, or time. What belongs to a host is looked at by one of its ranks."""
+    parts: dict[str, Callable[[], object]] = {"build": find.build}
+    if config:
+        parts["threads"] = lambda: find.threads(config)
+    if mine.place.local_rank == 0:
+        parts["resolved"] = lambda: find.resolve(hosts)
+        if config and with_data:
+            parts["data"] = lambda: find.data(config)
+            parts["weights"] = lambda: find.starting_weights(config)
+    found = find.collect(parts)
+    failures = mine.failures | found.pop("failures")
+    return dataclasses.replace(mine, **found, failures=failures)
+
+
+def _device(config: Config | None) -> torch.device:
+    """Where gradients are; the CPU where the device that was asked for is not there, which is a finding elsewhere."""
+    if config:
+        with contextlib.suppress(UserError):
+            return device.choose(config.runtime)
+    return torch.device("cpu")
+
+
+def _parameter_bytes(config: Config) -> int:
+    with torch.device("meta"):
+        detector = build_detector(config.model, config.batch_norm, COCO_CLASSES, group=comm.world())
+    return 4 * sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad)
+
+
+def _tell(examination: Examination, arguments: argparse.Namespace) -> int:
+    """Says on rank 0 what was found, and returns the exit code on every rank."""
+    # Ranks that do not know of each other are all rank 0.
+    speaks = comm.is_main() and find.place_by_launcher().rank == 0
+    findings = examine(examination)
+    if speaks and arguments.json:
+        _write_json(json.dumps(report.as_data(examination, findings), indent=1), arguments.json)
+    if speaks:
+        out = Console(stderr=True, width=120, highlight=False) if arguments.json == "-" else console()
+        report.show(examination, findings, out)
+        if arguments.plot and examination.timings:
+            title = f"{len(examination.ranks)} ranks on {len(examination.hosts)} hosts, controller {comm.controller()}"
+            report.write_plot(examination.timings, len(examination.ranks), title, arguments.plot)
+            out.print(f"Plot: {arguments.plot}", markup=False)
+        elif arguments.plot:
+            out.print("There is no plot: one rank has nobody to talk to.")
+    sys.stdout.flush()
+    return EXIT_CRASHED if report.failed(findings) else 0
+
+
+def _write_json(text: str, target: str) -> None:
+    if target == "-":
+        print(text, flush=True)
+        return
+    with atomic_write(target) as file:
+        file.write(text.encode() + b"\n")
+
+
+def _alone(mine: Facts, reason: str) -> None:
+    """Says what this host knows of itself, where the ranks cannot talk to each other."""
+    if mine.place.local_rank == 0:
+        findings = [finding for finding in examine(Examination([mine])) if finding.severity != "ok"]
+        lines = [f"megdet doctor: rank {mine.place.rank} on {mine.place.host}: {reason}. Training would fail."]
+        lines += [
+            f"  {finding.severity}: {finding.check}: {finding.sentence}\n    -> {finding.remedy}"
+            for finding in findings
+        ]
+        if not findings:
+            lines.append("  This host finds no fault of its own: look at names, firewalls, and --interface.")
+        comm.say("\n".join(lines))
