@@ -49,20 +49,55 @@ class Group:
         return len(self.ranks)
 
 
+class BareMPI:
+    """Collectives without Horovod: what a message costs at least.
+
+    To be made before :func:`init`, whose background thread would talk in between, and only where :func:`uses_mpi`.
+    """
+
+    def __init__(self) -> None:
+        _set_launch_defaults()
+        from mpi4py import MPI  # importing it initialises MPI
+
+        self._mpi = MPI
+
+    @property
+    def size(self) -> int:
+        return self._mpi.COMM_WORLD.size
+
+    def sum_(self, values: np.ndarray) -> None:
+        """Replaces ``values`` by their sum over all ranks."""
+        self._mpi.COMM_WORLD.Allreduce(self._mpi.IN_PLACE, values)
+
+    def largest(self, value: float) -> float:
+        """The largest of the ranks' values, on every rank."""
+        return self._mpi.COMM_WORLD.allreduce(value, self._mpi.MAX)
+
+
+def uses_mpi() -> bool:
+    """Whether an MPI launcher has started this process and Horovod will talk through MPI; known before :func:`init`."""
+    launched = LAUNCHER_VARIABLES - {"HOROVOD_RANK"} & os.environ.keys()
+    return bool(launched) and os.environ.get("HOROVOD_CONTROLLER", "mpi") == "mpi"
+
+
 def init(deterministic: bool = False) -> None:
     """Starts Horovod, under any launcher or alone.
 
     ``deterministic`` turns off fusion: each tensor is then summed on its own, in an order that depends on nothing but
     its size and the number of ranks, and not on what else happened to be ready.
     """
-    for name, value in LAUNCH_DEFAULTS.items():
-        os.environ.setdefault(name, value)
+    _set_launch_defaults()
     if deterministic:
         os.environ["HOROVOD_FUSION_THRESHOLD"] = "0"
     if not LAUNCHER_VARIABLES & os.environ.keys():
         # A process that no launcher started is alone. MPI could start that way too, but only with its daemon beside it.
         os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = "gloo"
     hvd.init()
+
+
+def _set_launch_defaults() -> None:
+    for name, value in LAUNCH_DEFAULTS.items():
+        os.environ.setdefault(name, value)
 
 
 def rank() -> int:
@@ -185,13 +220,6 @@ def broadcast_weights(module: nn.Module) -> None:
     """Copies rank 0's parameters and buffers to all ranks."""
     if size() > 1:
         hvd.broadcast_parameters(module.state_dict(), root_rank=0)
-
-
-def bare_mpi_sum_(values: np.ndarray) -> None:
-    """Replaces ``values`` by their sum over all ranks, without Horovod: what a message costs at least. MPI only."""
-    from mpi4py import MPI  # importing it initialises MPI, which must not happen under Gloo
-
-    MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, values)
 
 
 def barrier() -> None:

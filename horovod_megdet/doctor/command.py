@@ -45,9 +45,11 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     config, config_error = _config(arguments)
     mine = find.of_process(config, config_error)
     _warn_of_interfaces(mine)
+    bare_mpi: dict[int, float] = {}
     start_limit = min(START_LIMIT, arguments.timeout)
     with patience(start_limit, lambda: _alone(mine, f"the ranks have not found each other within {start_limit} s")):
         try:
+            bare_mpi = network.bare_mpi_times()
             comm.init(deterministic=config is not None and config.runtime.deterministic)
         except Exception as error:  # MPI and Horovod raise all kinds
             _alone(mine, f"Horovod cannot start: {error}")
@@ -56,7 +58,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     late = f"some rank has not answered within {arguments.timeout} s"
     try:
         with patience(arguments.timeout, lambda: _alone(mine, late)):
-            examination = _together(mine, config, with_data=not arguments.no_data)
+            examination = _together(mine, config, bare_mpi, with_data=not arguments.no_data)
             with comm.agreement("doctor.report"):
                 exit_code = _tell(examination, arguments)
     except UserError as error:  # of a file to write
@@ -85,7 +87,7 @@ def _warn_of_interfaces(mine: Facts) -> None:
                 comm.say(f"megdet doctor: {finding.sentence}. {finding.remedy}")
 
 
-def _together(mine: Facts, config: Config | None, with_data: bool) -> Examination:
+def _together(mine: Facts, config: Config | None, bare_mpi: dict[int, float], with_data: bool) -> Examination:
     """Everything that is known, on rank 0; what this rank knows, on the others. Collective.
 
     Every rank makes the same collectives, whatever it finds: they stand outside of everything that may fail.
@@ -94,14 +96,14 @@ def _together(mine: Facts, config: Config | None, with_data: bool) -> Examinatio
     ranks = comm.gather_objects(_look(mine, config, hosts, with_data), "doctor.facts")
     clocks = network.clocks()
     folders = shared.try_run_directory(Path(config.output.run_dir) if config else None)
-    timings = network.allreduce_times(_device(config)) if comm.size() > 1 else []
+    horovod = network.allreduce_times(_device(config))
     sizes = find.collect({"size of the detector": lambda: _parameter_bytes(config) if config else 0})
     parameters = sizes.get("size of the detector", 0)
     return Examination(
         ranks,
         clocks,
         folders,
-        timings,
+        [network.Timing(size, seconds, bare_mpi.get(size)) for size, seconds in horovod.items()],
         gradient_bytes=parameters,
         # Weights and momentum.
         checkpoint_bytes=2 * parameters,

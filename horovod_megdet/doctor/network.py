@@ -3,7 +3,7 @@
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +15,11 @@ CLOCK_ROUNDS = 15
 SIZES = tuple(4**power for power in range(2, 14))
 """Bytes of the messages: 16 B, one normalisation layer, to 64 MiB, a fused buffer of gradients."""
 
-BUDGET = 1.5
-"""Seconds for one size; larger ones are left out when one message takes longer."""
+SLOWEST = 1.5
+"""Seconds; messages larger than one that takes longer are left out."""
+
+MEASURED = 0.2
+"""Seconds that are measured for each size, about."""
 
 REPETITIONS = (3, 200)
 """Fewest and most messages of one size."""
@@ -41,7 +44,7 @@ class Timing:
     bytes: int
     horovod: float
     mpi: float | None
-    """Without Horovod; None under Gloo."""
+    """Without Horovod, before it was started; None under Gloo."""
 
     def bandwidth(self, ranks: int) -> float:
         """Gbit/s that each rank sends, as the best algorithm has it: 2 (n - 1) / n of the message."""
@@ -73,31 +76,45 @@ def clocks() -> list[Clock]:
     ]
 
 
-def allreduce_times(device: torch.device) -> list[Timing]:
-    """Times Horovod's allreduce of float32 tensors on ``device``, and bare MPI's beside it where the ranks use MPI."""
-    found: list[Timing] = []
-    for size in SIZES:
-        tensor = torch.zeros(size // 4, device=device)
-        array = np.zeros(size // 4, np.float32)
-        horovod = _time(functools.partial(_horovod, tensor, f"doctor.allreduce.{size}"))
-        mpi = _time(functools.partial(comm.bare_mpi_sum_, array)) if comm.controller() == "mpi" else None
-        found.append(Timing(size, horovod, mpi))
-        if max(horovod, mpi or 0.0) > BUDGET:
-            break
-    return found
+def bare_mpi_times() -> dict[int, float]:
+    """Seconds of an MPI allreduce without Horovod, by bytes; nothing where ranks do not use MPI, or there is one only.
+
+    Has to be called before Horovod is started.
+    """
+    if not comm.uses_mpi():
+        return {}
+    mpi = comm.BareMPI()
+    if mpi.size == 1:
+        return {}
+    messages = {size: functools.partial(mpi.sum_, np.zeros(size // 4, np.float32)) for size in SIZES}
+    return _times(messages, mpi.largest)
 
 
-def _horovod(tensor: torch.Tensor, name: str) -> None:
+def allreduce_times(device: torch.device) -> dict[int, float]:
+    """Seconds of Horovod's allreduce of a float32 tensor on ``device``, by bytes; nothing where there is one rank."""
+    if comm.size() == 1:
+        return {}
+    tensors = {size: torch.zeros(size // 4, device=device) for size in SIZES}
+    messages = {size: functools.partial(_sum, tensor, f"doctor.{size}") for size, tensor in tensors.items()}
+    return _times(messages, _slowest)
+
+
+def _sum(tensor: torch.Tensor, name: str) -> None:
     comm.sum_(tensor, name)
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
 
 
-def _time(message: Callable[[], None]) -> float:
-    """Seconds of one message; the same on all ranks."""
+def _times(messages: Mapping[int, Callable[[], None]], slowest: Callable[[float], float]) -> dict[int, float]:
+    """The seconds that each message takes, from small to large; the same on all ranks."""
     fewest, most = REPETITIONS
-    trial = _slowest(_median(message, 2))
-    return _slowest(_median(message, min(most, max(fewest, int(BUDGET / 3 / max(trial, 1e-6))))))
+    found: dict[int, float] = {}
+    for size, message in messages.items():
+        trial = slowest(_median(message, 2))
+        found[size] = slowest(_median(message, min(most, max(fewest, int(MEASURED / max(trial, 1e-6))))))
+        if found[size] > SLOWEST:
+            break
+    return found
 
 
 def _median(message: Callable[[], None], repetitions: int) -> float:

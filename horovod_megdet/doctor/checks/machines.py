@@ -99,7 +99,7 @@ def check_processors(examination: Examination) -> list[Finding]:
     known = sorted({facts.threads for facts in ranks if facts.threads is not None})
     if findings or not known:
         return findings
-    return [Finding("processors", "ok", f"{' or '.join(map(str, known))} threads per rank, with a core for each")]
+    return [Finding("processors", "ok", f"threads per rank: {' or '.join(map(str, known))}, with a core for each")]
 
 
 def check_memory(examination: Examination) -> list[Finding]:
