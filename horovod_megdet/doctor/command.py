@@ -151,7 +151,7 @@ def _tell(examination: Examination, arguments: argparse.Namespace) -> int:
         out = Console(stderr=True, width=120, highlight=False) if arguments.json == "-" else console()
         report.show(examination, findings, out)
         if arguments.plot and examination.timings:
-            title = f"{len(examination.ranks)} ranks on {len(examination.hosts)} hosts, controller {comm.controller()}"
+            title = f"{report.crowd(examination)}, controller {comm.controller()}"
             report.write_plot(examination.timings, len(examination.ranks), title, arguments.plot)
             out.print(f"Plot: {arguments.plot}", markup=False)
         elif arguments.plot:

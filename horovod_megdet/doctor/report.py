@@ -58,6 +58,11 @@ def verdict(findings: list[Finding]) -> str:
     return f"Training would fail: {counts}." if failed(findings) else f"Training can start: {counts}."
 
 
+def crowd(examination: Examination) -> str:
+    """`4 ranks on 2 hosts`."""
+    return f"{count(len(examination.ranks), 'rank')} on {count(len(examination.hosts), 'host')}"
+
+
 def as_data(examination: Examination, findings: list[Finding]) -> dict[str, Any]:
     """Everything, for machines."""
     ranks = len(examination.ranks)
@@ -98,8 +103,7 @@ def write_plot(timings: list[Timing], ranks: int, title: str, path: Path) -> Non
 def _hosts(examination: Examination) -> Table:
     main = examination.ranks[0]
     controller = f", controller {main.build.controller}" if main.build else ""
-    ranks, hosts = count(len(examination.ranks), "rank"), count(len(examination.hosts), "host")
-    table = Table(title=f"{ranks} on {hosts}{controller}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=f"{crowd(examination)}{controller}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("host", "ranks", "cores", "threads", "GPUs", "memory", "/dev/shm", "temporary", "clock"):
         table.add_column(name, justify="left" if name == "host" else "right")
     numbers = Counter(facts.place.host for facts in examination.ranks)

@@ -20,29 +20,25 @@ def grouped(pairs: Iterable[tuple[Facts, V]]) -> dict[V, list[Facts]]:
     return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
 
 
-def differing(pairs: Iterable[tuple[Facts, Hashable]], ranks: Sequence[Facts]) -> str:
+def differing(pairs: Sequence[tuple[Facts, Hashable]]) -> str:
     """`1.0 on node01, node02; 1.1 on node03`, or nothing where all values are the same."""
     groups = grouped(pairs)
     if len(groups) < 2:
         return ""
-    return "; ".join(f"{value or 'none'} on {where(who, ranks)}" for value, who in groups.items())
+    asked = [facts for facts, _ in pairs]
+    return "; ".join(f"{value or 'none'} on {where(who, asked)}" for value, who in groups.items())
 
 
-def where(who: Sequence[Facts], ranks: Sequence[Facts]) -> str:
-    """Names hosts, and ranks where only some of a host's are meant."""
-    if len(who) == len(ranks) > 1:
-        hosts = {facts.place.host for facts in ranks}
-        return "all hosts" if len(hosts) > 1 else f"{hosts.pop()}"
-    meant, all_ranks = (Counter(facts.place.host for facts in group) for group in (who, ranks))
-    names: list[str] = []
+def where(who: Sequence[Facts], asked: Sequence[Facts]) -> str:
+    """Names the hosts of those of the ranks asked that are meant, and the rank where it is not all of a host's."""
+    meant, all_asked = (Counter(facts.place.host for facts in group) for group in (who, asked))
+    if meant == all_asked and len(meant) > 1:
+        return "all hosts"
+    names = []
     for facts in who:
         host = facts.place.host
-        # One rank often speaks for its host.
-        whole = meant[host] == all_ranks[host] or all(other.place.local_rank == 0 for other in who)
-        name = host if whole else f"rank {facts.place.rank} on {host}"
-        if name not in names:
-            names.append(name)
-    return some(names)
+        names.append(host if meant[host] == all_asked[host] else f"rank {facts.place.rank} on {host}")
+    return some(dict.fromkeys(names))
 
 
 def some(names: Iterable[str]) -> str:

@@ -63,7 +63,7 @@ def check_gpus(examination: Examination) -> list[Finding]:
         sentence = f"there are more ranks than GPUs: none is left for {where(short, ranks)}"
         remedy = "Start one rank for each GPU (slots= in the host file), or set runtime.device: cpu."
         findings.append(Finding("GPUs", "error", sentence, remedy))
-    if difference := differing(names, ranks):
+    if difference := differing(names):
         remedy = "Give a run GPUs of one kind: all ranks wait for the slowest."
         findings.append(Finding("GPUs", "warning", f"the GPUs differ: {difference}", remedy))
     if findings or not wanting:
@@ -139,8 +139,9 @@ def check_limits(examination: Examination) -> list[Finding]:
 def check_disks(examination: Examination) -> list[Finding]:
     """Whether there is room for checkpoints and temporary files."""
     findings = []
-    main, ranks = examination.ranks[0], examination.ranks
-    if disk := main.run_disk:
+    main, hosts = examination.ranks[0], examination.host_ranks
+    disk = main.run_disk
+    if disk and disk.total:  # not so for /proc and the like
         kept = (main.config.keep_checkpoints if main.config else 1) + 2  # the best, and the one being written
         one = examination.checkpoint_bytes
         all_kept = f"the {kept} checkpoints that a run keeps take about {size(kept * one)}"
@@ -152,10 +153,10 @@ def check_disks(examination: Examination) -> list[Finding]:
         elif disk.free < kept * one:
             sentence = f"the disk of the run directory, {disk.folder}, has {size(disk.free)} free; {all_kept}"
             findings.append(Finding("disks", "warning", sentence, remedy))
-    known = [(facts, facts.temporary_disk) for facts in examination.host_ranks if facts.temporary_disk]
+    known = [(facts, facts.temporary_disk) for facts in hosts if facts.temporary_disk]
     if full := [(facts, disk) for facts, disk in known if disk.free < MINIMUM_TEMPORARY]:
         least = min((disk for _, disk in full), key=lambda disk: disk.free)
-        who = where([facts for facts, _ in full], ranks)
+        who = where([facts for facts, _ in full], hosts)
         remedy = "Make room, or set TMPDIR: launchers and loader workers keep files and sockets there."
         findings.append(Finding("disks", "warning", f"{least.folder} has {size(least.free)} free on {who}", remedy))
     if findings or not main.run_disk:
@@ -166,9 +167,9 @@ def check_disks(examination: Examination) -> list[Finding]:
 
 def check_shared_memory(examination: Examination) -> list[Finding]:
     """Whether the batches that loader workers hand over fit into /dev/shm: a worker that finds it full is killed."""
-    ranks = examination.ranks
+    hosts = examination.host_ranks
     short: list[tuple[Facts, str]] = []
-    known = [(facts, facts.shared_memory, facts.config) for facts in examination.host_ranks]
+    known = [(facts, facts.shared_memory, facts.config) for facts in hosts]
     for facts, disk, config in known:
         if disk and config:
             needed = facts.place.local_size * config.workers * config.batch_bytes
@@ -178,7 +179,7 @@ def check_shared_memory(examination: Examination) -> list[Finding]:
                 )
     remedy = "Enlarge it (docker run --shm-size=16g; mount -o remount,size=16g /dev/shm), or lower data.workers."
     findings = [
-        Finding("shared memory", "error", f"/dev/shm is too small on {where(who, ranks)}: {text}", remedy)
+        Finding("shared memory", "error", f"/dev/shm is too small on {where(who, hosts)}: {text}", remedy)
         for text, who in grouped(short).items()
     ]
     free = [disk.free for _, disk, _ in known if disk]

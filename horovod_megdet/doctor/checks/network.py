@@ -22,8 +22,8 @@ Fault = tuple[str, str, str, str]
 
 def check_interfaces(examination: Examination) -> list[Finding]:
     """Whether the interfaces that were named exist, and whether it is clear which ones lead to the other hosts."""
-    ranks, several = examination.ranks, len(examination.hosts) > 1
-    known = [(facts, facts.network) for facts in examination.host_ranks if facts.network]
+    hosts, several = examination.host_ranks, len(examination.hosts) > 1
+    known = [(facts, facts.network) for facts in hosts if facts.network]
     faults: list[tuple[Facts, Fault]] = []
     for facts, network in known:
         there = some(interface.name for interface in network.interfaces)
@@ -34,12 +34,12 @@ def check_interfaces(examination: Examination) -> list[Finding]:
     remedy = "Name one that all hosts have, with `megdet launch --interface NAME`; `ip -br addr` lists them."
     findings = [
         Finding(
-            "interfaces", "error", f"{variable} is {value}: {fault} on {where(who, ranks)}, which has {there}", remedy
+            "interfaces", "error", f"{variable} is {value}: {fault} on {where(who, hosts)}, which has {there}", remedy
         )
         for (variable, value, fault, there), who in grouped(faults).items()
     ]
     if several:
-        findings += _address_findings(known_usable(examination), ranks)
+        findings += _address_findings(known_usable(examination), hosts)
     if findings or not known:
         return findings
     chosen = known[0][1].chosen
@@ -52,9 +52,9 @@ def check_names(examination: Examination) -> list[Finding]:
     """Whether every host knows every host by name, and means the right one."""
     if len(examination.hosts) < 2:
         return []
-    ranks = examination.ranks
-    known = [(facts, facts.resolved) for facts in examination.host_ranks if facts.resolved is not None]
-    own = {facts.place.host: set(facts.machine.addresses) for facts in examination.host_ranks if facts.machine}
+    hosts = examination.host_ranks
+    known = [(facts, facts.resolved) for facts in hosts if facts.resolved is not None]
+    own = {facts.place.host: set(facts.machine.addresses) for facts in hosts if facts.machine}
     unknown, wrong, loops = [], [], []
     for facts, resolved in known:
         for host, addresses in resolved.items():
@@ -66,15 +66,15 @@ def check_names(examination: Examination) -> list[Finding]:
                 wrong.append((facts, (host, some(addresses), some(sorted(own[host])))))
     remedy = "Correct /etc/hosts, the same on all hosts, or the name server."
     findings = [
-        Finding("names", "error", f"the name {host} is not known on {where(who, ranks)}", remedy)
+        Finding("names", "error", f"the name {host} is not known on {where(who, hosts)}", remedy)
         for host, who in grouped(unknown).items()
     ]
     findings += [
-        Finding("names", "error", f"{host} is {found} for {where(who, ranks)}, but has {right}", remedy)
+        Finding("names", "error", f"{host} is {found} for {where(who, hosts)}, but has {right}", remedy)
         for (host, found, right), who in grouped(wrong).items()
     ]
     if loops:
-        findings.append(_loop_finding(loops, ranks))
+        findings.append(_loop_finding(loops, hosts))
     if findings or not known:
         return findings
     return [Finding("names", "ok", "every host knows every host by name")]
@@ -179,11 +179,11 @@ def known_usable(examination: Examination) -> list[tuple[Facts, str]]:
     ]
 
 
-def _address_findings(addresses: list[tuple[Facts, str]], ranks: list[Facts]) -> list[Finding]:
+def _address_findings(addresses: list[tuple[Facts, str]], hosts: list[Facts]) -> list[Finding]:
     """An address that several hosts have, such as that of docker0, leads each to itself."""
     remedy = "Name the interface that leads to the others with `megdet launch --interface`: start may hang without."
     return [
-        Finding("interfaces", "warning", f"{where(who, ranks)} all have the address {address}", remedy)
+        Finding("interfaces", "warning", f"{where(who, hosts)} have the same address {address}", remedy)
         for address, who in grouped(addresses).items()
         if len(who) > 1
     ]
@@ -196,8 +196,8 @@ def _is_meant(interface: Interface, word: str, by_prefix: bool) -> bool:
     return interface.name.startswith(word) if by_prefix else interface.name == word
 
 
-def _loop_finding(loops: list[Facts], ranks: list[Facts]) -> Finding:
-    sentence = f"{where(loops, ranks)} knows its own name as a loopback address, at which no other host reaches it"
+def _loop_finding(loops: list[Facts], hosts: list[Facts]) -> Finding:
+    sentence = f"{where(loops, hosts)} knows its own name as a loopback address, at which no other host reaches it"
     remedy = "Remove the name from the line with 127.0.1.1 in its /etc/hosts, or name the interface with --interface."
     gloo = any(facts.build and facts.build.controller == "gloo" for facts in loops)
     named = all(facts.network and "HOROVOD_GLOO_IFACE" in facts.network.chosen for facts in loops)

@@ -13,7 +13,7 @@ def check_config(examination: Examination) -> list[Finding]:
         for text, who in grouped((facts, facts.config_error) for facts in ranks if facts.config_error).items()
     ]
     fingerprints = [(facts, facts.config.fingerprint[:12]) for facts in ranks if facts.config]
-    if difference := differing(fingerprints, ranks):
+    if difference := differing(fingerprints):
         remedy = "Give all ranks the same file, base file and --set options; a checkout that all hosts share does it."
         findings.append(Finding("configuration", "error", f"the configuration differs: {difference}", remedy))
     if findings or not fingerprints:
@@ -30,13 +30,13 @@ def check_versions(examination: Examination) -> list[Finding]:
     for name in names:
         versions = [(facts, software.versions.get(name, MISSING)) for facts, software in known]
         remedy = "Install the versions of requirements.lock on every host, or use one environment that all share."
-        if difference := differing(versions, ranks):
+        if difference := differing(versions):
             findings.append(Finding("versions", "error", f"{name} differs: {difference}", remedy))
         elif versions[0][1] == MISSING:
             findings.append(Finding("versions", "error", f"{name} is not installed", remedy))
     sources = [(facts, f"{software.source[:12]} ({software.folder})") for facts, software in known]
     if len({software.source for _, software in known}) > 1:
-        sentence = f"the code of horovod_megdet differs: {differing(sources, ranks)}"
+        sentence = f"the code of horovod_megdet differs: {differing(sources)}"
         findings.append(Finding("versions", "error", sentence, "Check out the same commit on every host."))
     if findings or not known:
         return findings
@@ -50,10 +50,10 @@ def check_build(examination: Examination) -> list[Finding]:
     if not known:
         return []
     findings = []
-    if difference := differing([(facts, build.mpi_library) for facts, build in known], ranks):
+    if difference := differing([(facts, build.mpi_library) for facts, build in known]):
         remedy = "Take mpirun and MPI from one environment that all hosts share."
         findings.append(Finding("build", "error", f"the MPI library differs: {difference}", remedy))
-    if difference := differing([(facts, _built(build.features)) for facts, build in known], ranks):
+    if difference := differing([(facts, _built(build.features)) for facts, build in known]):
         remedy = "Install the same Horovod wheel on every host."
         findings.append(Finding("build", "error", f"Horovod is built differently: {difference}", remedy))
     findings += _gpu_findings(ranks)
@@ -73,7 +73,7 @@ def check_data(examination: Examination) -> list[Finding]:
             seen.setdefault(subject, []).append((facts, readable))
     findings, good = [], []
     for subject, found in seen.items():
-        wrong = _data_findings(subject, found, examination.ranks)
+        wrong = _data_findings(subject, found)
         findings += wrong
         if not wrong:
             good.append(f"{subject} {found[0][1].description}")
@@ -82,16 +82,17 @@ def check_data(examination: Examination) -> list[Finding]:
     return findings
 
 
-def _data_findings(subject: str, found: list[tuple[Facts, Readable]], ranks: list[Facts]) -> list[Finding]:
+def _data_findings(subject: str, found: list[tuple[Facts, Readable]]) -> list[Finding]:
+    hosts = [facts for facts, _ in found]
     remedy = "Correct data.root and the paths, or copy what is missing: every host reads all of it."
     if subject == "starting weights":
         remedy = "Correct model.weights, or put the file there on every host."
     findings = [
-        Finding("data", "error", f"the {subject} cannot be used on {where(who, ranks)}: {text}", remedy)
+        Finding("data", "error", f"the {subject} cannot be used on {where(who, hosts)}: {text}", remedy)
         for text, who in grouped((facts, readable.error) for facts, readable in found if readable.error).items()
     ]
     fingerprints = [(facts, readable.fingerprint[:12]) for facts, readable in found if not readable.error]
-    if difference := differing(fingerprints, ranks):
+    if difference := differing(fingerprints):
         remedy = "Copy it anew to all hosts from one place."
         findings.append(Finding("data", "error", f"the {subject} differs: {difference}", remedy))
     return findings
