@@ -5,6 +5,7 @@ to call them in the same order.
 """
 
 import contextlib
+import ctypes
 import os
 import socket
 import sys
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import horovod.torch as hvd
+import mpi4py
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -57,8 +59,13 @@ class BareMPI:
 
     def __init__(self) -> None:
         _set_launch_defaults()
-        from mpi4py import MPI  # importing it initialises MPI
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+        from mpi4py import MPI
 
+        if not MPI.Is_initialized():
+            # By a foreign call, which lets other threads run: if a rank is missing, this one waits here for ever.
+            library = ctypes.CDLL(MPI.__file__)
+            library.MPI_Init_thread(None, None, MPI.THREAD_MULTIPLE, ctypes.byref(ctypes.c_int()))
         self._mpi = MPI
 
     @property

@@ -57,14 +57,19 @@ def size(number: float) -> str:
     """Bytes for people to read."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(number) < 1024:
-            return f"{number:.3g} {unit}"
+            return f"{_short(number)} {unit}"
         number /= 1024
-    return f"{number:.3g} TiB"
+    return f"{_short(number)} TiB"
 
 
 def seconds(number: float) -> str:
     """A time for people to read."""
     for factor, unit in ((1, "s"), (1e3, "ms")):
         if number * factor >= 1:
-            return f"{number * factor:.3g} {unit}"
-    return f"{number * 1e6:.3g} us"
+            return f"{_short(number * factor)} {unit}"
+    return f"{_short(number * 1e6)} us"
+
+
+def _short(number: float) -> str:
+    """Three digits, or as many as stand before the point."""
+    return f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"

@@ -22,6 +22,8 @@ LAUNCHERS = {
     "mpirun": [str(BIN / "mpirun"), "--oversubscribe", "--bind-to", "none", "-np"],
     "horovodrun": [str(BIN / "horovodrun"), "-np"],
     "gloo": [str(BIN / "horovodrun"), "--gloo", "-np"],
+    # This machine under two names: two hosts for Horovod, each with a local rank 0.
+    "two_hosts": [str(BIN / "horovodrun"), "--gloo", "-H", "localhost:1,127.0.0.1:1", "-np"],
 }
 ENVIRONMENT = {
     **os.environ,

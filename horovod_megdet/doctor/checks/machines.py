@@ -27,7 +27,8 @@ def check_ranks(examination: Examination) -> list[Finding]:
             "or with `megdet launch`."
         )
         return [Finding("ranks", "error", sentence, remedy)]
-    findings = _namesakes(ranks)
+    if namesakes := _namesakes(ranks):
+        return namesakes
     counts = Counter(facts.place.host for facts in ranks)
     if len(set(counts.values())) > 1:
         per_host = grouped((facts, counts[facts.place.host]) for facts in ranks)
@@ -36,9 +37,9 @@ def check_ranks(examination: Examination) -> list[Finding]:
             "Give all hosts the same slots= in the host file: the fullest host sets the pace, and groups of cross-GPU "
             "batch normalisation reach over hosts."
         )
-        findings.append(Finding("ranks", "warning", f"the hosts have unequal numbers of ranks: {text}", remedy))
+        return [Finding("ranks", "warning", f"the hosts have unequal numbers of ranks: {text}", remedy)]
     each = f", {ranks[0].place.local_size} on each" if len(counts) > 1 else ""
-    return findings or [Finding("ranks", "ok", f"{count(len(ranks), 'rank')} on {count(len(counts), 'host')}{each}")]
+    return [Finding("ranks", "ok", f"{count(len(ranks), 'rank')} on {count(len(counts), 'host')}{each}")]
 
 
 def check_gpus(examination: Examination) -> list[Finding]:
@@ -52,11 +53,11 @@ def check_gpus(examination: Examination) -> list[Finding]:
     names = [(facts, facts.gpus[0]) for facts in wanting if facts.gpus]
     findings = []
     if forced:
-        sentence = f"{where(forced, ranks)} sees no GPU, and runtime.device is cuda"
+        sentence = f"there is no GPU on {where(forced, ranks)}, and runtime.device is cuda"
         remedy = "Look at nvidia-smi, the driver and CUDA_VISIBLE_DEVICES there, or set runtime.device: auto."
         findings.append(Finding("GPUs", "error", sentence, remedy))
     elif without and names:
-        sentence = f"{where(without, ranks)} sees no GPU, while other ranks do"
+        sentence = f"there is no GPU on {where(without, ranks)}, while other ranks have one"
         remedy = "Look at nvidia-smi, the driver and CUDA_VISIBLE_DEVICES there: that rank would train on its CPU."
         findings.append(Finding("GPUs", "error", sentence, remedy))
     if short := [facts for facts in wanting if facts.gpus and facts.place.local_rank >= len(facts.gpus)]:

@@ -1,0 +1,575 @@
+"""``megdet doctor``: healthy machines have no findings, and each planted fault has its own."""
+
+import dataclasses
+import json
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from horovod_megdet.config import Config
+from horovod_megdet.doctor import facts as find
+from horovod_megdet.doctor import report, shared
+from horovod_megdet.doctor.checks import CHECKS, examine
+from horovod_megdet.doctor.examination import Examination, Finding
+from horovod_megdet.doctor.facts import (
+    Build,
+    Configured,
+    Disk,
+    Facts,
+    Interface,
+    Limits,
+    Machine,
+    Memory,
+    Network,
+    Place,
+    Processor,
+    Readable,
+    Software,
+)
+from horovod_megdet.doctor.network import Clock, Timing
+from horovod_megdet.doctor.shared import Shared
+from horovod_megdet.doctor.wording import seconds, size, some, where
+from horovod_megdet.errors import UserError
+
+GIB = 2**30
+PER_HOST = 2
+LOOPBACK = Interface("lo", ["127.0.0.1"], up=True, loopback=True, speed=0)
+
+
+def healthy_rank(rank: int, hosts: int = 2) -> Facts:
+    """One of ``hosts`` hosts with two ranks, two GPUs and 16 cores each."""
+    number, local_rank = divmod(rank, PER_HOST)
+    address = f"10.0.0.{number + 1}"
+    known = {f"node{index}": [f"10.0.0.{index + 1}"] for index in range(hosts)}
+    readable = Readable("f" * 64, "1000 images, 5 classes")
+    return Facts(
+        place=Place(rank, hosts * PER_HOST, local_rank, PER_HOST, f"node{number}"),
+        launched=hosts * PER_HOST,
+        software=Software({"Python": "3.11.7", "numpy": "2.0"}, "a" * 64, "/work/horovod_megdet"),
+        build=Build("mpi", "Open MPI v4.1.8", dict.fromkeys(("mpi", "gloo", "nccl", "cuda"), True)),
+        machine=Machine(f"boot{number}", [address]),
+        processor=Processor(16, list(range(16)), None),
+        gpus=["A100", "A100"],
+        network=Network([LOOPBACK, Interface("eth0", [address], up=True, loopback=False, speed=25000)], {}),
+        run_disk=Disk("/shared", 1000 * GIB, 500 * GIB, 10**6),
+        temporary_disk=Disk("/tmp", 100 * GIB, 50 * GIB, 10**6),
+        shared_memory=Disk("/dev/shm", 64 * GIB, 64 * GIB, -1),
+        memory=Memory(128 * GIB, 100 * GIB),
+        limits=Limits(65536, -1, infiniband=True),
+        config=Configured("c" * 64, "auto", 4, 2, "/shared/run", "none", 3, 20 * 2**20),
+        threads=8,
+        resolved=known if local_rank == 0 else None,
+        data={"training set": readable, "validation set": readable} if local_rank == 0 else None,
+    )
+
+
+def healthy(hosts: int = 2) -> Examination:
+    ranks = [healthy_rank(rank, hosts) for rank in range(hosts * PER_HOST)]
+    return Examination(
+        ranks,
+        clocks=[Clock(facts.place.rank, facts.place.host, 1e-4, 2e-4) for facts in ranks],
+        shared=[Shared(host * PER_HOST, f"node{host}", "/shared/run") for host in range(hosts)],
+        timings=[Timing(4096, 2e-4, 2e-5), Timing(2**26, 0.05, 0.04)],
+        gradient_bytes=160 * 10**6,
+        checkpoint_bytes=320 * 10**6,
+    )
+
+
+def with_fault(rank: int, hosts: int = 2, **changes: Any) -> Examination:
+    """Healthy hosts, but for one rank."""
+    examination = healthy(hosts)
+    ranks = list(examination.ranks)
+    ranks[rank] = replace(ranks[rank], **changes)
+    return replace(examination, ranks=ranks)
+
+
+def with_faults(**changes: Any) -> Examination:
+    """Hosts that all have the same fault."""
+    examination = healthy()
+    return replace(examination, ranks=[replace(facts, **changes) for facts in examination.ranks])
+
+
+def bad(findings: list[Finding]) -> list[Finding]:
+    return [finding for finding in findings if finding.severity != "ok"]
+
+
+def rank(number: int) -> Facts:
+    return healthy_rank(number)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 16])
+def test_healthy_machines(hosts: int) -> None:
+    findings = examine(healthy(hosts))
+    assert bad(findings) == []
+    # With one host there is nobody to know it by name.
+    assert {finding.check for finding in findings} == CHECKS.keys() - ({"names"} if hosts == 1 else set())
+    assert not report.failed(findings)
+
+
+def part(number: int, name: str, **changes: Any) -> dict[str, Any]:
+    """A part of a rank's facts with changes."""
+    return {name: replace(getattr(rank(number), name), **changes)}
+
+
+UNREADABLE = Readable("", "", "train.json: image 7 (7.jpg): there is no such file")
+DOCKER = Interface("docker0", ["172.17.0.1"], up=True, loopback=False, speed=0)
+IPOIB_DOWN = Interface("ib0", ["10.1.0.1"], up=False, loopback=False, speed=0)
+
+FAULTS: list[tuple[str, str, Examination, list[str]]] = [
+    (
+        "another version of a package on one rank",
+        "error",
+        with_fault(3, **part(3, "software", versions={"Python": "3.11.7", "numpy": "1.26"})),
+        ["versions", "numpy differs: 2.0 on node0, rank 2 on node1; 1.26 on rank 3 on node1"],
+    ),
+    (
+        "a package that is missing on a host",
+        "error",
+        with_fault(3, **part(3, "software", versions={"Python": "3.11.7"})),
+        ["numpy differs", "missing on rank 3 on node1"],
+    ),
+    (
+        "a package that is missing everywhere",
+        "error",
+        with_faults(**part(0, "software", versions={"Python": "3.11.7", "numpy": "missing"})),
+        ["versions", "numpy is not installed"],
+    ),
+    (
+        "another commit on one host",
+        "error",
+        with_fault(2, **part(2, "software", source="b" * 64)),
+        ["the code of horovod_megdet differs", "bbbbbbbbbbbb (/work/horovod_megdet) on rank 2 on node1"],
+    ),
+    (
+        "another MPI on one host",
+        "error",
+        with_fault(2, **part(2, "build", mpi_library="MPICH 4.3")),
+        ["the MPI library differs", "MPICH 4.3 on rank 2 on node1"],
+    ),
+    (
+        "Horovod for CPUs on a host with GPUs",
+        "error",
+        with_faults(**part(0, "build", features={"mpi": True, "gloo": True, "cuda": False, "nccl": False})),
+        ["Horovod was built without CUDA on all hosts"],
+    ),
+    (
+        "mpirun of another MPI",
+        "error",
+        Examination([replace(healthy_rank(0), place=Place(0, 1, 0, 1, "node0"), launched=4)]),
+        ["the launcher started 4 processes", "each takes itself for one of 1", "megdet launch"],
+    ),
+    (
+        "two hosts with one name",
+        "error",
+        Examination(
+            [
+                replace(rank(index), threads=4, place=Place(index, 4, index % 2, 2, "node0"))
+                for index in range(2 * PER_HOST)
+            ]
+        ),
+        ["2 hosts have the name node0: 10.0.0.1, 10.0.0.2"],
+    ),
+    (
+        "unequal ranks per host",
+        "warning",
+        replace(healthy(), ranks=healthy().ranks[:3]),
+        ["unequal numbers of ranks: 2 on node0, 1 on node1"],
+    ),
+    (
+        "a configuration that cannot be read on one host",
+        "error",
+        with_fault(2, config=None, config_error="mine.yaml: no such configuration file."),
+        ["configuration", "mine.yaml: no such configuration file. (rank 2 on node1)"],
+    ),
+    (
+        "another configuration on one host",
+        "error",
+        with_fault(2, **part(2, "config", fingerprint="d" * 64)),
+        ["the configuration differs", "dddddddddddd on rank 2 on node1"],
+    ),
+    ("a host without GPU", "error", with_fault(2, gpus=[]), ["there is no GPU on rank 2 on node1, while"]),
+    ("fewer GPUs than ranks", "error", with_fault(3, gpus=["A100"]), ["none is left for rank 3 on node1"]),
+    (
+        "GPUs of two kinds",
+        "warning",
+        with_fault(3, gpus=["V100", "V100"]),
+        ["the GPUs differ: A100 on node0, rank 2 on node1; V100 on rank 3 on node1"],
+    ),
+    (
+        "no GPU where one is asked for",
+        "error",
+        with_faults(gpus=[], **part(0, "config", device="cuda")),
+        ["there is no GPU on all hosts, and runtime.device is cuda"],
+    ),
+    ("too many threads", "warning", with_faults(threads=12), ["24 threads of 2 ranks share 16 cores on all hosts"]),
+    (
+        "a container with less time than cores",
+        "warning",
+        with_faults(**part(0, "processor", quota=4.0)),
+        ["16 threads of 2 ranks share 4 cores"],
+    ),
+    (
+        "a rank bound to one core",
+        "warning",
+        with_fault(1, threads=1, **part(1, "processor", usable=[1])),
+        ["rank 1 on node0 may use one core only", "--bind-to none"],
+    ),
+    (
+        "little memory",
+        "warning",
+        with_fault(2, **part(2, "memory", available=GIB)),
+        ["only 512 MiB of memory are available per rank on rank 2 on node1"],
+    ),
+    (
+        "few open files",
+        "warning",
+        with_faults(**part(0, "limits", open_files=256)),
+        ["all hosts may have 256 files open"],
+    ),
+    (
+        "memory that cannot be locked",
+        "warning",
+        with_fault(2, **part(2, "limits", locked_memory=65536)),
+        ["rank 2 on node1 may not lock all of its memory"],
+    ),
+    (
+        "an interface that one host does not have",
+        "error",
+        with_fault(2, network=Network(rank(2).network.interfaces, {"OMPI_MCA_btl_tcp_if_include": "ib0"})),  # type: ignore[union-attr]
+        ["OMPI_MCA_btl_tcp_if_include is ib0: there is no such interface on node1, which has lo, eth0"],
+    ),
+    (
+        "an interface that is down",
+        "error",
+        with_fault(0, network=Network([LOOPBACK, IPOIB_DOWN], {"HOROVOD_GLOO_IFACE": "ib0"})),
+        ["HOROVOD_GLOO_IFACE is ib0: it is down on node0"],
+    ),
+    (
+        "loopback for several hosts",
+        "error",
+        with_faults(network=Network([LOOPBACK], {"HOROVOD_GLOO_IFACE": "lo"})),
+        ["it does not lead to other hosts on all hosts"],
+    ),
+    (
+        "docker0 on all hosts",
+        "warning",
+        with_faults(network=Network([LOOPBACK, DOCKER], {})),
+        ["all hosts have the same address 172.17.0.1 (docker0)"],
+    ),
+    (
+        "a name that one host does not know",
+        "error",
+        with_fault(2, resolved={"node0": [], "node1": ["10.0.0.2"]}),
+        ["the name node0 is not known on node1"],
+    ),
+    (
+        "a name that leads to another host",
+        "error",
+        with_fault(2, resolved={"node0": ["10.9.9.9"], "node1": ["10.0.0.2"]}),
+        ["node0 is 10.9.9.9 for node1, but has 10.0.0.1"],
+    ),
+    (
+        "a host that knows itself as 127.0.1.1",
+        "warning",
+        with_fault(2, resolved={"node0": ["10.0.0.1"], "node1": ["127.0.1.1"]}),
+        ["node1 knows its own name as a loopback address", "/etc/hosts"],
+    ),
+    (
+        "a clock that is ahead",
+        "warning",
+        replace(healthy(), clocks=[Clock(0, "node0", 0.0, 0.0), Clock(2, "node1", 42.0, 0.1)]),
+        ["the clock of node1 is 42 s ahead of that of rank 0"],
+    ),
+    (
+        "an image that is missing on one host",
+        "error",
+        with_fault(2, data={"training set": UNREADABLE, "validation set": Readable("f" * 64, "")}),
+        ["the training set cannot be used on node1: train.json: image 7 (7.jpg): there is no such file"],
+    ),
+    (
+        "other annotations on one host",
+        "error",
+        with_fault(2, data={"training set": Readable("e" * 64, ""), "validation set": Readable("f" * 64, "")}),
+        ["the training set differs: ffffffffffff on node0; eeeeeeeeeeee on node1"],
+    ),
+    (
+        "starting weights that one host lacks",
+        "error",
+        with_fault(2, weights=Readable("", "", "w.pth: cannot be read: No such file or directory.")),
+        ["the starting weights cannot be used on", "w.pth", "Correct model.weights"],
+    ),
+    (
+        "a run directory that is not shared",
+        "error",
+        replace(
+            healthy(), shared=[Shared(0, "node0", "/r"), Shared(2, "node1", "/r", unseen="there is no such folder")]
+        ),
+        ["node1 does not see what rank 0 writes into /r: there is no such folder"],
+    ),
+    (
+        "a run directory that rank 0 cannot write",
+        "error",
+        replace(healthy(), shared=[Shared(0, "node0", "/r", unwritable="Read-only file system")]),
+        ["node0 cannot write into /r: Read-only file system"],
+    ),
+    (
+        "a run directory that another host cannot write",
+        "warning",
+        replace(healthy(), shared=[Shared(0, "node0", "/r"), Shared(2, "node1", "/r", unwritable="Permission denied")]),
+        ["node1 cannot write into /r: Permission denied"],
+    ),
+    (
+        "a run directory of that name on each host",
+        "error",
+        replace(healthy(), shared=[Shared(0, "node0", "/r"), Shared(2, "node1", "/r", arrived=False)]),
+        ["rank 0 does not see what node1 writes into /r"],
+    ),
+    (
+        "a full disk",
+        "error",
+        with_fault(0, **part(0, "run_disk", free=2**20)),
+        ["disks", "/shared, is full: 1 MiB are free", "--run-dir"],
+    ),
+    (
+        "a disk without room for another file",
+        "error",
+        with_fault(0, **part(0, "run_disk", free_files=3)),
+        ["is full: 500 GiB are free for 3 files"],
+    ),
+    (
+        "a disk that will be full",
+        "warning",
+        with_fault(0, **part(0, "run_disk", free=GIB)),
+        ["has 1 GiB free; the 5 checkpoints that a run keeps take about 1.49 GiB"],
+    ),
+    (
+        "a full /tmp",
+        "warning",
+        with_fault(2, **part(2, "temporary_disk", free=1000)),
+        ["/tmp has 1000 B free on node1"],
+    ),
+    (
+        "Docker's /dev/shm",
+        "error",
+        with_fault(2, shared_memory=Disk("/dev/shm", 2**26, 2**26, -1)),
+        ["/dev/shm is too small on node1: 64 MiB are free of 64 MiB, and 160 MiB are needed", "--shm-size"],
+    ),
+    (
+        "slow small messages",
+        "warning",
+        replace(healthy(), timings=[Timing(4096, 0.08, 1e-5), Timing(2**26, 0.05, 0.04)]),
+        ["an allreduce of 4 KiB takes 80 ms, a bare MPI allreduce 10 us", "mpi_yield_when_idle"],
+    ),
+    (
+        "a slow network",
+        "warning",
+        replace(healthy(), timings=[Timing(4096, 2e-4, 2e-5), Timing(2**26, 1.0, 1.0)]),
+        ["0.81 Gbit/s between the ranks", "the gradients of a step take 2.38 s"],
+    ),
+    (
+        "something that could not be found out",
+        "warning",
+        with_fault(2, memory=None, failures={"memory": "OSError: no /proc"}),
+        ["memory could not be found out: OSError: no /proc (rank 2 on node1)"],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("severity", "examination", "said"), [fault[1:] for fault in FAULTS], ids=[fault[0] for fault in FAULTS]
+)
+def test_planted_fault(severity: str, examination: Examination, said: list[str]) -> None:
+    findings = bad(examine(examination))
+    assert [finding.severity for finding in findings] == [severity], findings
+    text = f"{findings[0].check}: {findings[0].sentence} {findings[0].remedy}"
+    assert findings[0].remedy
+    for words in said:
+        assert words in text
+    assert report.failed(findings) == (severity == "error")
+
+
+def test_a_check_that_fails_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(examination: Examination) -> list[Finding]:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setitem(CHECKS, "memory", broken)
+    findings = examine(with_fault(2, gpus=[]))
+    assert {finding.check for finding in bad(findings)} == {"memory", "GPUs"}
+    assert "ZeroDivisionError: planted" in next(f.sentence for f in findings if f.check == "memory")
+    assert len(findings) == len(CHECKS)
+
+
+@pytest.mark.parametrize("field", [entry.name for entry in dataclasses.fields(Facts) if entry.name != "place"])
+def test_what_is_not_known_is_passed_over(field: str) -> None:
+    """No check may take for granted that a part of the facts is there."""
+    empty = dataclasses.fields(Facts)[[entry.name for entry in dataclasses.fields(Facts)].index(field)]
+    value = empty.default if empty.default is not dataclasses.MISSING else {}
+    assert bad(examine(with_faults(**{field: value}))) == []
+
+
+def test_facts_of_this_process(tmp_path: Path) -> None:
+    config = Config.model_validate({"output": {"run_dir": str(tmp_path / "not" / "yet")}})
+    mine = find.of_process(config, "")
+    assert mine.failures == {}
+    assert mine.software
+    assert mine.software.versions["torch"] != find.MISSING
+    assert mine.run_disk
+    assert mine.run_disk.folder == str(tmp_path)
+    assert mine.network
+    assert any(interface.loopback and interface.up for interface in mine.network.interfaces)
+    assert mine.processor
+    assert set(mine.processor.usable) == os.sched_getaffinity(0)
+    assert mine.config
+    assert mine.config.run_dir == str(tmp_path / "not" / "yet")
+
+
+def test_a_part_that_cannot_be_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Memory:
+        raise PermissionError("planted")
+
+    monkeypatch.setattr(find, "memory", broken)
+    mine = find.of_process(None, "no such file")
+    assert mine.memory is None
+    assert mine.limits is not None
+    assert mine.failures == {"memory": "PermissionError: planted"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "place", "launched"),
+    [
+        ({}, (0, 1, 0, 1), None),
+        (
+            {
+                "OMPI_COMM_WORLD_RANK": "5",
+                "OMPI_COMM_WORLD_SIZE": "8",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+            },
+            (5, 8, 1, 4),
+            8,
+        ),
+        (
+            {"HOROVOD_RANK": "3", "HOROVOD_SIZE": "4", "HOROVOD_LOCAL_RANK": "0", "HOROVOD_LOCAL_SIZE": "2"},
+            (3, 4, 0, 2),
+            4,
+        ),
+        ({"PMI_RANK": "2", "PMI_SIZE": "4"}, (2, 4, 0, 1), 4),
+        ({"PMIX_RANK": "2", "SLURM_LOCALID": "2"}, (2, 1, 2, 1), None),
+    ],
+)
+def test_places_by_launcher(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], place: tuple[int, ...], launched: int | None
+) -> None:
+    for names in find.PLACE_VARIABLES:
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert find.place_by_launcher() == Place(*place, socket.gethostname())  # type: ignore[misc]
+    assert find.launched_ranks() == launched
+
+
+def test_limits_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"cpu.max": "250000 100000", "memory.max": str(4 * GIB), "memory.current": str(GIB)}
+    monkeypatch.setattr(find, "_cgroup_text", settings.__getitem__)
+    assert find.processor().quota == 2.5
+    assert find.memory().total == 4 * GIB
+    assert find.memory().available <= 3 * GIB
+    settings |= {"cpu.max": "max 100000", "memory.max": "max"}
+    assert find.processor().quota is None
+    assert find.memory().total != 4 * GIB
+
+
+def test_unknown_names_are_told() -> None:
+    found = find.resolve(["localhost", "no-such-host.invalid"])
+    assert found["no-such-host.invalid"] == []
+    assert set(found["localhost"]) & {"127.0.0.1", "::1"}
+
+
+def test_data_is_read_and_not_generated(tmp_path: Path) -> None:
+    config = Config.model_validate({"data": {"synthetic_root": str(tmp_path / "synthetic")}})
+    assert {found.fingerprint for found in find.data(config).values()} == {"generated"}
+    assert not (tmp_path / "synthetic").exists()
+    real = Config.model_validate({"data": {"root": str(tmp_path), "train_annotations": "a.json", "train_images": "i"}})
+    assert "a.json" in find.data(real)["training set"].error
+
+
+def test_weights_are_told_apart_by_content(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    config = Config.model_validate({"model": {"weights": str(path)}})
+    missing = find.starting_weights(config)
+    assert missing
+    assert str(path) in missing.error
+    fingerprints = set()
+    for content in (b"a" * 3_000_000, b"a" * 2_999_999 + b"b", b"a" * 3_000_001):
+        path.write_bytes(content)
+        found = find.starting_weights(config)
+        assert found
+        fingerprints.add(found.fingerprint)
+    assert len(fingerprints) == 3
+    assert find.starting_weights(Config.model_validate({"model": {"weights": "none"}})) is None
+
+
+def test_the_run_directory_is_left_as_it_was(tmp_path: Path) -> None:
+    run_dir = tmp_path / "new" / "run"
+    assert shared.try_run_directory(run_dir) == [Shared(0, socket.gethostname(), str(run_dir))]
+    assert list(tmp_path.iterdir()) == []
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text("keep")
+    shared.try_run_directory(run_dir)
+    assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
+
+
+def test_a_run_directory_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    found = shared.try_run_directory(tmp_path / "file" / "run")
+    assert found[0].unwritable == "Not a directory"
+
+
+def test_json_holds_everything() -> None:
+    examination = with_fault(2, gpus=[])
+    data = json.loads(json.dumps(report.as_data(examination, examine(examination))))
+    assert data["training_would_fail"] is True
+    assert data["ranks"][2]["place"]["host"] == "node1"
+    assert data["timings"][0]["gbit_per_second"] > 0
+    assert {"check", "severity", "sentence", "remedy"} == data["findings"][0].keys()
+
+
+def test_the_worst_stands_last() -> None:
+    examination = replace(with_fault(2, gpus=[]), timings=[Timing(4096, 0.08, None)])
+    findings = examine(examination)
+    console = Console(record=True, width=120, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    report.show(examination, findings, console)
+    text = console.export_text()
+    assert text.index("ok      ranks") < text.index("warning allreduce") < text.index("error   GPUs")
+    assert text.rstrip().endswith("Training would fail: 1 error, 2 warnings.")
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_plot(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"plot.{suffix}"
+    report.write_plot(healthy().timings, 4, "title", path)
+    assert path.stat().st_size > 5000
+    with pytest.raises(UserError, match="cannot be written"):
+        report.write_plot(healthy().timings, 4, "title", path / "below" / "plot.png")
+
+
+def test_bandwidth_counts_what_is_sent() -> None:
+    assert Timing(10**9, 1.0, None).bandwidth(2) == pytest.approx(8.0)
+    assert Timing(10**9, 1.0, None).bandwidth(4) == pytest.approx(12.0)
+
+
+def test_wording() -> None:
+    ranks = healthy().ranks
+    assert where(ranks, ranks) == "all hosts"
+    assert where(ranks[:2], ranks) == "node0"
+    assert where(ranks[:3], ranks) == "node0, rank 2 on node1"
+    assert where([ranks[2]], [ranks[0], ranks[2]]) == "node1"
+    assert some(str(number) for number in range(8)) == "0, 1, 2, 3, 4, 5 and 2 more"
+    assert [size(value) for value in (5, 2048, 3 * GIB, 2**41)] == ["5 B", "2 KiB", "3 GiB", "2 TiB"]
+    assert [seconds(value) for value in (3600, 2.5, 0.0025, 2.5e-6)] == ["3600 s", "2.5 s", "2.5 ms", "2.5 us"]
