@@ -46,7 +46,8 @@ def listed(findings: list[Finding]) -> Group:
     for severity in reversed(ORDER):
         for finding in findings:
             if finding.severity == severity:
-                lines.append(Text.assemble((f"{severity:8}", STYLES[severity]), f"{finding.check}: {finding.sentence}"))
+                sentence = f"{finding.check}: {finding.sentence}".replace("\n", f"\n{'':8}")
+                lines.append(Text.assemble((f"{severity:8}", STYLES[severity]), sentence))
                 lines += [Text(f"{'':8}-> {finding.remedy}")] if finding.remedy else []
     return Group(*lines)
 

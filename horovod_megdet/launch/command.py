@@ -14,6 +14,7 @@ import socket
 from pathlib import Path
 
 from horovod_megdet.errors import UserError
+from horovod_megdet.launch import reach
 from horovod_megdet.launch.hostfile import Host, parse_hostfile, write_hostfile
 from horovod_megdet.launch.job import Command, Job, horovodrun_command, mpirun_command, place_ranks
 from horovod_megdet.launch.launcher import Family, Mpirun, find_mpirun, find_program
@@ -63,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--launcher-args", metavar="TEXT", default="", help="more options for mpirun or horovodrun, in one string"
     )
+    parser.add_argument(
+        "--no-check", action="store_true", help="start without trying first whether the other hosts can be used"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the command to run, ready to be copied, and end")
     parser.add_argument(
         "--expand", metavar="FILE", help="write the hosts as a plain host file, for launchers by hand, and end"
@@ -82,16 +86,15 @@ def run_launch(arguments: argparse.Namespace) -> int:
         write_hostfile(hosts, arguments.expand)
         return 0
     job = _job(arguments, hosts)
-    if not arguments.dry_run:
-        _check_machine(job)
-    if arguments.controller == "gloo":
-        command, run = _gloo_command(job, arguments), run_horovodrun
-    else:
-        command, run = _mpi_command(job, arguments), run_mpirun
+    mpirun = find_mpirun(arguments.mpirun) if arguments.controller == "mpi" else None
+    command = _mpi_command(job, mpirun) if mpirun else _gloo_command(job, arguments)
     if arguments.dry_run:
         print(command)
         return 0
-    return run(command)
+    _check_machine(job)
+    if not arguments.no_check:
+        _check_others(job, mpirun, arguments.hostfile)
+    return run_mpirun(command) if mpirun else run_horovodrun(command)
 
 
 def _hosts(arguments: argparse.Namespace) -> list[Host]:
@@ -127,8 +130,7 @@ def _job(arguments: argparse.Namespace, hosts: list[Host]) -> Job:
     )
 
 
-def _mpi_command(job: Job, arguments: argparse.Namespace) -> Command:
-    mpirun: Mpirun = find_mpirun(arguments.mpirun)
+def _mpi_command(job: Job, mpirun: Mpirun) -> Command:
     if mpirun.family is Family.HYDRA:
         if job.prefix:
             raise UserError(f"--prefix: {mpirun.path} is {mpirun.family.value} {mpirun.version}, which needs none.")
@@ -145,7 +147,7 @@ def _gloo_command(job: Job, arguments: argparse.Namespace) -> Command:
         raise UserError(f"--bind-to {job.bind_to}: is for --controller mpi.")
     horovodrun = find_program("horovodrun")
     if horovodrun is None:
-        raise UserError("horovodrun is not installed here; `make env` or scripts/setup_env.py installs Horovod.")
+        raise UserError("horovodrun is not installed here; `make setup` or scripts/setup_env.py installs Horovod.")
     if job.remote:
         _safe(Path.cwd(), "the current folder")
     return horovodrun_command(job, horovodrun)
@@ -197,6 +199,20 @@ def _check_machine(job: Job) -> None:
             raise UserError(f"--interface {job.interface}: this machine has {', '.join(names)}.")
     if job.ssh_identity_file and not job.ssh_identity_file.is_file():
         raise UserError(f"--ssh-identity-file {job.ssh_identity_file}: there is no such file.")
+
+
+def _check_others(job: Job, mpirun: Mpirun | None, hostfile: str) -> None:
+    """The same for the other machines, where the launcher uses ssh."""
+    if not job.remote:
+        return
+    reach.check_names(job.remote, hostfile)
+    other_way = {"SLURM_JOB_ID", "OMPI_MCA_plm_rsh_agent", "HYDRA_LAUNCHER"} & os.environ.keys()
+    if mpirun and (other_way or any("plm" in word or "launcher" in word for word in job.launcher_args)):
+        return
+    programs = [Path(job.program[0])]
+    if mpirun and mpirun.family is Family.OPEN_MPI_4:
+        programs.append((job.prefix or mpirun.prefix) / "bin" / "orted")
+    reach.check_hosts(job.remote, job.ssh_options, folders=[Path.cwd()], programs=programs)
 
 
 def _safe(path: Path, what: str) -> Path:

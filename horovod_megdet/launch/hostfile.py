@@ -27,6 +27,11 @@ KEYS = ("slots", "max_slots")
 
 # What DNS allows, and no more: names are passed on to ssh, and by some launchers through the shell of another host.
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+_HINTS = {
+    "@": "write the name only; another user's goes into ~/.ssh/config (User ...)",
+    "{": "a range is written node[01-16]",
+    ",": "write one host a line, or a range such as node[01-03,07]",
+}
 _RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 
@@ -112,8 +117,12 @@ def _parse_keys(words: list[str]) -> tuple[int, int]:
 
 
 def _unknown(key: str) -> str:
+    if key.isdigit():
+        return f"the number needs a name: slots={key}."
     close = difflib.get_close_matches(key.lower().replace("-", "_"), KEYS, n=1)
-    remedy = f"did you mean {close[0]}=?" if close else "write `host slots=8` or `host slots=8 max_slots=8`."
+    remedy = (
+        f"did you mean {close[0]}=?" if close else "write `host slots=8` or `host slots=8 max_slots=8`, a line each."
+    )
     return f"unknown key; {remedy}"
 
 
@@ -156,6 +165,9 @@ def _check_name(name: str) -> None:
             raise UserError(f"{name!r} is neither a host name nor an IPv4 address.") from None
         return
     if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in name.split(".")):
+        for character, remedy in _HINTS.items():
+            if character in name:
+                raise UserError(f"{name!r} is not a host name: {remedy}.")
         raise UserError(
             f"{name!r} is not a host name: letters, digits, hyphens and dots are allowed, "
             "and labels begin and end with a letter or digit."

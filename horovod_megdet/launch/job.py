@@ -44,11 +44,11 @@ class Job:
         return ",".join(f"{name}:{count}" for name, count in self.placement)
 
     @property
-    def remote(self) -> bool:
-        """Whether ranks run on other machines than this one, as far as names tell."""
+    def remote(self) -> list[str]:
+        """The hosts that are other machines than this one, as far as names tell."""
         name = socket.gethostname().lower()
         here = {"localhost", "127.0.0.1", name, name.partition(".")[0]}
-        return any(host.lower() not in here for host, _ in self.placement)
+        return [host for host, _ in self.placement if host.lower() not in here]
 
     @property
     def ssh_options(self) -> list[str]:

@@ -241,7 +241,7 @@ FAULTS: list[tuple[str, str, Examination, list[str]]] = [
         "an interface that one host does not have",
         "error",
         with_fault(2, network=Network(rank(2).network.interfaces, {"OMPI_MCA_btl_tcp_if_include": "ib0"})),  # type: ignore[union-attr]
-        ["OMPI_MCA_btl_tcp_if_include is ib0: there is no such interface on node1, which has lo, eth0"],
+        ["OMPI_MCA_btl_tcp_if_include is ib0: there is no such interface on node1 (there are lo, eth0)"],
     ),
     (
         "an interface that is down",

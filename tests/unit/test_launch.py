@@ -4,6 +4,7 @@ import argparse
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -38,7 +39,7 @@ except UserError as error:
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
-        if name.startswith(("HOROVOD_", "NCCL_", "OMPI_")) or name in ("LD_LIBRARY_PATH", "OMP_NUM_THREADS"):
+        if name.startswith(("HOROVOD_", "NCCL_", "OMPI_", "SLURM_")) or name in ("LD_LIBRARY_PATH", "OMP_NUM_THREADS"):
             monkeypatch.delenv(name)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
 
@@ -227,6 +228,84 @@ def test_mistakes_about_hosts(hosts: str, mpirun, tmp_path: Path) -> None:
     (tmp_path / "six").write_text("::1 slots=1\n")
     with pytest.raises(UserError, match="do not take the IPv6 address ::1"):
         launch("--hostfile", str(tmp_path / "six"), "--", "python")
+
+
+@pytest.fixture
+def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Hosts for ssh to reach, each the script that it runs; all names are known. Returns the log of the calls."""
+    (tmp_path / "bin").mkdir()
+    path = tmp_path / "bin" / "ssh"
+    path.write_text(
+        f'#!/bin/bash\necho "$*" >> {tmp_path}/calls\n'
+        'case "${@: -2:1}" in\n'
+        '  good*) eval "${@: -1}" ;;\n'
+        "  moved*) echo /work/run; echo /work/python ;;\n"
+        "  locked*) echo 'me@locked: Permission denied (publickey).' >&2; exit 255 ;;\n"
+        "  new*) echo 'Host key verification failed.' >&2; exit 255 ;;\n"
+        "  *) exit 255 ;;\n"
+        "esac\n"
+    )
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port: [] if "." not in host else socket.gethostbyname(host))
+    return tmp_path / "calls"
+
+
+def launch_on(tmp_path: Path, mpirun: str, names: str, *words: str) -> int:
+    """Launches on hosts of these names."""
+    (tmp_path / "names").write_text("".join(f"{name} slots=1\n" for name in names.split()))
+    return launch("--hostfile", str(tmp_path / "names"), "--mpirun", mpirun, *words, "--", "python")
+
+
+def with_daemon(mpirun: str) -> str:
+    """An installation that has the daemon for other hosts."""
+    orted = Path(mpirun).with_name("orted")
+    orted.write_text("")
+    orted.chmod(0o755)
+    return mpirun
+
+
+def test_hosts_that_can_be_used(tmp_path: Path, mpirun, ssh: Path) -> None:
+    path = with_daemon(mpirun(OPEN_MPI_4, "exit 7"))
+    assert launch_on(tmp_path, path, "good1 good2 localhost", "--ssh-port", "2222") == 7
+    calls = ssh.read_text().splitlines()
+    assert len(calls) == 2, "this machine is not tried"
+    assert all("-p 2222 good" in call and "BatchMode=yes" in call for call in calls)
+
+
+def test_hosts_that_cannot_be_used_are_all_named(tmp_path: Path, mpirun, ssh: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        launch_on(tmp_path, with_daemon(mpirun(OPEN_MPI_4)), "good moved locked new dead")
+    assert str(caught.value).splitlines() == [
+        "of the 5 other hosts, 4 cannot be used (--no-check starts all the same):",
+        "  moved: no /work/run, no /work/python there; every host needs checkout and environment at the same path",
+        "  locked: me@locked: Permission denied (publickey).; put your public key there: ssh-copy-id locked",
+        "  new: Host key verification failed.; accept its key once: ssh new true",
+        "  dead: ssh failed without a word; try: ssh dead true",
+    ]
+
+
+def test_the_daemon_is_looked_for(tmp_path: Path, mpirun, ssh: Path) -> None:
+    with pytest.raises(UserError, match=r"good: no \S+/bin/orted there"):
+        launch_on(tmp_path, mpirun(OPEN_MPI_4), "good")
+    assert launch_on(tmp_path, mpirun(OPEN_MPI_5), "good") == 0, "Open MPI 5 has another"
+    assert launch_on(tmp_path, mpirun(OPEN_MPI_4), "good", "--no-check") == 0
+
+
+def test_unknown_names_end_the_launch(tmp_path: Path, mpirun, ssh: Path) -> None:
+    with pytest.raises(UserError, match=r"does not know bad1\.invalid, .*, bad5\.invalid and 1 more"):
+        launch_on(tmp_path, mpirun(OPEN_MPI_4), " ".join(f"bad{number}.invalid" for number in range(1, 7)))
+    assert not ssh.exists()
+
+
+@pytest.mark.parametrize("variable", ["SLURM_JOB_ID", "OMPI_MCA_plm_rsh_agent"])
+def test_hosts_are_not_tried_where_ssh_is_not_used(
+    tmp_path: Path, mpirun, ssh: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "1")
+    assert launch_on(tmp_path, mpirun(OPEN_MPI_4), "dead") == 0
+    assert launch_on(tmp_path, mpirun(OPEN_MPI_4), "dead", "--launcher-args", "--mca plm_rsh_agent rsh") == 0
+    assert not ssh.exists()
 
 
 def test_expand_writes_a_plain_host_file(hosts: str, tmp_path: Path) -> None:

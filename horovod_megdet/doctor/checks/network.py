@@ -26,16 +26,14 @@ def check_interfaces(examination: Examination) -> list[Finding]:
     known = [(facts, facts.network) for facts in hosts if facts.network]
     faults: list[tuple[Facts, Fault]] = []
     for facts, network in known:
-        there = some(interface.name for interface in network.interfaces)
+        there = f"there are {some(interface.name for interface in network.interfaces)}"
         for variable, value in network.chosen.items():
             if variable != "NCCL_SOCKET_IFNAME" or facts.gpus:
                 fault = interface_fault(network.interfaces, variable, value, several)
                 faults += [(facts, (variable, value, fault, there))] if fault else []
     remedy = "Name one that all hosts have, with `megdet launch --interface NAME`; `ip -br addr` lists them."
     findings = [
-        Finding(
-            "interfaces", "error", f"{variable} is {value}: {fault} on {where(who, hosts)}, which has {there}", remedy
-        )
+        Finding("interfaces", "error", f"{variable} is {value}: {fault} on {where(who, hosts)} ({there})", remedy)
         for (variable, value, fault, there), who in grouped(faults).items()
     ]
     if several:

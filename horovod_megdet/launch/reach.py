@@ -1,0 +1,101 @@
+"""Trying the other hosts before the launcher does, whose own words about a host that it cannot use are a riddle."""
+
+import shlex
+import socket
+import subprocess
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from horovod_megdet.errors import UserError
+
+T = TypeVar("T")
+
+CONNECT_TIMEOUT = 10
+"""Seconds that a host has to answer."""
+
+AT_ONCE = 32
+"""Hosts that are tried at a time."""
+
+SHOWN = 5
+"""Hosts that a message lists."""
+
+_SSH_FAILED = 255
+_REMEDIES = {
+    "Permission denied": "put your public key there: ssh-copy-id {host}",
+    "Host key verification failed": "accept its key once: ssh {host} true",
+    "Connection refused": "no ssh server listens there; give its port with --ssh-port",
+}
+"""What ssh says, and what helps."""
+
+
+def check_names(hosts: Sequence[str], where: str) -> None:
+    """Raises :class:`UserError` for host names that this machine does not know; ``where`` they were found."""
+    unknown = [host for host, fault in zip(hosts, _each(hosts, _unknown), strict=True) if fault]
+    if unknown:
+        raise UserError(
+            f"{where}: this machine does not know {_some(unknown)}. Write the names of your machines into a host file "
+            "of your own (hostfiles/README.md), or add them to /etc/hosts."
+        )
+
+
+def check_hosts(
+    hosts: Sequence[str], ssh_options: Sequence[str], folders: Sequence[Path], programs: Sequence[Path]
+) -> None:
+    """Logs in to each host as the launcher will, and looks for the folders and programs that the ranks need there.
+
+    Raises :class:`UserError` with a line for each host that fails.
+    """
+    tests = [f"test -d {shlex.quote(str(path))} || echo {shlex.quote(str(path))}" for path in folders]
+    tests += [f"test -x {shlex.quote(str(path))} || echo {shlex.quote(str(path))}" for path in programs]
+    faults = _each(hosts, lambda host: _fault(host, ssh_options, "; ".join(tests)))
+    bad = [f"  {host}: {fault}" for host, fault in zip(hosts, faults, strict=True) if fault]
+    if bad:
+        more = [f"  and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+        first = f"of the {len(hosts)} other hosts, {len(bad)} cannot be used (--no-check starts all the same):"
+        raise UserError("\n".join([first, *bad[:SHOWN], *more]))
+
+
+def _fault(host: str, ssh_options: Sequence[str], tests: str) -> str:
+    """What is wrong with a host; nothing if all is well."""
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_TIMEOUT}", *ssh_options]
+    try:
+        answer = subprocess.run(
+            ["ssh", *options, host, tests],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=3 * CONNECT_TIMEOUT,
+        )
+    except FileNotFoundError:
+        return "ssh is not installed here (Debian: apt install openssh-client)"
+    except subprocess.TimeoutExpired:
+        return f"no answer within {3 * CONNECT_TIMEOUT} s; is it up, and does a firewall let ssh pass?"
+    if answer.returncode == _SSH_FAILED:
+        said = (answer.stderr.strip().splitlines() or ["ssh failed without a word"])[-1]
+        remedy = next((text for words, text in _REMEDIES.items() if words in said), "try: ssh {host} true")
+        return f"{said}; {remedy.format(host=host)}"
+    missing = answer.stdout.split("\n")[:-1]
+    if missing:
+        return f"no {', no '.join(missing)} there; every host needs checkout and environment at the same path"
+    return ""
+
+
+def _unknown(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError):
+        return True
+    return False
+
+
+def _each(hosts: Sequence[str], function: Callable[[str], T]) -> list[T]:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(function, hosts))
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
