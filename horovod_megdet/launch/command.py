@@ -209,10 +209,12 @@ def _check_others(job: Job, mpirun: Mpirun | None, hostfile: str) -> None:
     other_way = {"SLURM_JOB_ID", "OMPI_MCA_plm_rsh_agent", "HYDRA_LAUNCHER"} & os.environ.keys()
     if mpirun and (other_way or any("plm" in word or "launcher" in word for word in job.launcher_args)):
         return
-    programs = [Path(job.program[0])]
+    needs = [reach.folder(Path.cwd()), reach.program(Path(job.program[0]))]
     if mpirun and mpirun.family is Family.OPEN_MPI_4:
-        programs.append((job.prefix or mpirun.prefix) / "bin" / "orted")
-    reach.check_hosts(job.remote, job.ssh_options, folders=[Path.cwd()], programs=programs)
+        needs.append(reach.program((job.prefix or mpirun.prefix) / "bin" / "orted"))
+    if job.interface:
+        needs.append(reach.interface(job.interface))
+    reach.check_hosts(job.remote, job.ssh_options, needs)
 
 
 def _safe(path: Path, what: str) -> Path:

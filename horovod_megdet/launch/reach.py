@@ -12,6 +12,9 @@ from horovod_megdet.errors import UserError
 
 T = TypeVar("T")
 
+Need = tuple[str, str]
+"""Something that a host has to have: a test for the shell there, and a sentence if it fails."""
+
 CONNECT_TIMEOUT = 10
 """Seconds that a host has to answer."""
 
@@ -40,16 +43,31 @@ def check_names(hosts: Sequence[str], where: str) -> None:
         )
 
 
-def check_hosts(
-    hosts: Sequence[str], ssh_options: Sequence[str], folders: Sequence[Path], programs: Sequence[Path]
-) -> None:
-    """Logs in to each host as the launcher will, and looks for the folders and programs that the ranks need there.
+def folder(path: Path) -> Need:
+    """A folder that the ranks start in."""
+    return f"test -d {shlex.quote(str(path))}", f"no folder {path}: every host needs the checkout at the same path"
+
+
+def program(path: Path) -> Need:
+    """A program that is to be run there."""
+    return f"test -x {shlex.quote(str(path))}", f"no program {path}: every host needs the environment at the same path"
+
+
+def interface(name: str) -> Need:
+    """A network interface that is to be used there."""
+    return (
+        f"test -e {shlex.quote(f'/sys/class/net/{name}')}",
+        f"no network interface {name}: name one that all hosts have (ip -br addr), or leave --interface out",
+    )
+
+
+def check_hosts(hosts: Sequence[str], ssh_options: Sequence[str], needs: Sequence[Need]) -> None:
+    """Logs in to each host as the launcher will, and looks for what the ranks need there.
 
     Raises :class:`UserError` with a line for each host that fails.
     """
-    tests = [f"test -d {shlex.quote(str(path))} || echo {shlex.quote(str(path))}" for path in folders]
-    tests += [f"test -x {shlex.quote(str(path))} || echo {shlex.quote(str(path))}" for path in programs]
-    faults = _each(hosts, lambda host: _fault(host, ssh_options, "; ".join(tests)))
+    script = "; ".join(f"{test} || echo {shlex.quote(sentence)}" for test, sentence in needs)
+    faults = _each(hosts, lambda host: _fault(host, ssh_options, script))
     bad = [f"  {host}: {fault}" for host, fault in zip(hosts, faults, strict=True) if fault]
     if bad:
         more = [f"  and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
@@ -57,12 +75,12 @@ def check_hosts(
         raise UserError("\n".join([first, *bad[:SHOWN], *more]))
 
 
-def _fault(host: str, ssh_options: Sequence[str], tests: str) -> str:
+def _fault(host: str, ssh_options: Sequence[str], script: str) -> str:
     """What is wrong with a host; nothing if all is well."""
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_TIMEOUT}", *ssh_options]
     try:
         answer = subprocess.run(
-            ["ssh", *options, host, tests],
+            ["ssh", *options, host, script],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -77,10 +95,7 @@ def _fault(host: str, ssh_options: Sequence[str], tests: str) -> str:
         said = (answer.stderr.strip().splitlines() or ["ssh failed without a word"])[-1]
         remedy = next((text for words, text in _REMEDIES.items() if words in said), "try: ssh {host} true")
         return f"{said}; {remedy.format(host=host)}"
-    missing = answer.stdout.split("\n")[:-1]
-    if missing:
-        return f"no {', no '.join(missing)} there; every host needs checkout and environment at the same path"
-    return ""
+    return "; ".join(answer.stdout.splitlines())
 
 
 def _unknown(host: str) -> bool:

@@ -239,7 +239,7 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         f'#!/bin/bash\necho "$*" >> {tmp_path}/calls\n'
         'case "${@: -2:1}" in\n'
         '  good*) eval "${@: -1}" ;;\n'
-        "  moved*) echo /work/run; echo /work/python ;;\n"
+        "  moved*) echo 'no folder /work'; echo 'no program python' ;;\n"
         "  locked*) echo 'me@locked: Permission denied (publickey).' >&2; exit 255 ;;\n"
         "  new*) echo 'Host key verification failed.' >&2; exit 255 ;;\n"
         "  *) exit 255 ;;\n"
@@ -278,16 +278,19 @@ def test_hosts_that_cannot_be_used_are_all_named(tmp_path: Path, mpirun, ssh: Pa
         launch_on(tmp_path, with_daemon(mpirun(OPEN_MPI_4)), "good moved locked new dead")
     assert str(caught.value).splitlines() == [
         "of the 5 other hosts, 4 cannot be used (--no-check starts all the same):",
-        "  moved: no /work/run, no /work/python there; every host needs checkout and environment at the same path",
+        "  moved: no folder /work; no program python",
         "  locked: me@locked: Permission denied (publickey).; put your public key there: ssh-copy-id locked",
         "  new: Host key verification failed.; accept its key once: ssh new true",
         "  dead: ssh failed without a word; try: ssh dead true",
     ]
 
 
-def test_the_daemon_is_looked_for(tmp_path: Path, mpirun, ssh: Path) -> None:
-    with pytest.raises(UserError, match=r"good: no \S+/bin/orted there"):
+def test_what_the_ranks_need_is_looked_for(tmp_path: Path, mpirun, ssh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"  good: no program \S+/bin/orted: every host needs the environment"):
         launch_on(tmp_path, mpirun(OPEN_MPI_4), "good")
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(7, "nope0")])
+    with pytest.raises(UserError, match="no network interface nope0: name one that all hosts have"):
+        launch_on(tmp_path, mpirun(OPEN_MPI_4), "good", "--interface", "nope0")
     assert launch_on(tmp_path, mpirun(OPEN_MPI_5), "good") == 0, "Open MPI 5 has another"
     assert launch_on(tmp_path, mpirun(OPEN_MPI_4), "good", "--no-check") == 0
 
