@@ -7,7 +7,7 @@ from pathlib import Path
 
 from horovod_megdet import main as frame
 from horovod_megdet.config import Config
-from horovod_megdet.errors import EXIT_USER_ERROR, UserError
+from horovod_megdet.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
 from horovod_megdet.launch import command as launch
 
 
@@ -148,8 +148,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
     try:
         from horovod_megdet.doctor.command import run_doctor
     except ImportError as error:
-        sentence = f"{socket.gethostname()}: {sys.executable} lacks what training needs: {error}. Run make setup there"
-        raise UserError(f"{sentence}, or use one environment that all hosts share.") from None
+        print(
+            f"megdet doctor: {sys.executable} on {socket.gethostname()} lacks what training needs: {error}.\n"
+            "    -> Run make setup there, or use one environment that all hosts share.",
+            file=sys.stderr,
+        )
+        return EXIT_CRASHED
     return run_doctor(arguments)
 
 
