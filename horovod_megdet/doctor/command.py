@@ -23,9 +23,11 @@ from horovod_megdet.config import Config
 from horovod_megdet.doctor import facts as find
 from horovod_megdet.doctor import network, report, shared
 from horovod_megdet.doctor.checks import examine
+from horovod_megdet.doctor.checks.network import usable_interfaces
 from horovod_megdet.doctor.examination import Examination
 from horovod_megdet.doctor.facts import Facts
 from horovod_megdet.doctor.patience import patience
+from horovod_megdet.doctor.wording import some
 from horovod_megdet.engine import device
 from horovod_megdet.errors import EXIT_CRASHED, UserError
 from horovod_megdet.files import atomic_write
@@ -177,6 +179,9 @@ def _alone(mine: Facts, reason: str) -> None:
             f"  {finding.severity}: {finding.check}: {finding.sentence}\n    -> {finding.remedy}"
             for finding in findings
         ]
-        if not findings:
-            lines.append("  This host finds no fault of its own: look at names, firewalls, and --interface.")
+        if mine.network and mine.place.size > mine.place.local_size:
+            names = some(entry.name for entry in usable_interfaces(mine.network.interfaces)) or "none"
+            lines.append(
+                f"  Its interfaces to other hosts: {names}. Do all hosts have these, and do firewalls let ranks talk?"
+            )
         comm.say("\n".join(lines))

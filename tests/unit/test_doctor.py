@@ -259,7 +259,13 @@ FAULTS: list[tuple[str, str, Examination, list[str]]] = [
         "docker0 on all hosts",
         "warning",
         with_faults(network=Network([LOOPBACK, DOCKER], {})),
-        ["all hosts have the same address 172.17.0.1 (docker0)"],
+        ["MPI may try docker0 (172.17.0.1) on all hosts", "--interface"],
+    ),
+    (
+        "one address on two hosts",
+        "warning",
+        with_faults(network=rank(0).network),
+        ["all hosts have the same address 10.0.0.1 (eth0)"],
     ),
     (
         "a name that one host does not know",

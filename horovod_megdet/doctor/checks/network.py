@@ -16,13 +16,17 @@ SMALL_MESSAGE, SLOW_SMALL_MESSAGE = 4096, 0.005
 SLOW_BANDWIDTH = 1.2
 """Gbit/s between hosts up to which it is an office network, or the wrong interface."""
 
+VIRTUAL = ("docker", "br-", "virbr", "podman", "cni", "veth", "lxc", "lxd")
+"""How the names of interfaces begin that lead to containers and virtual machines of the same host."""
+
 Fault = tuple[str, str, str, str]
 """Variable, its value, what is wrong, and the interfaces that there are."""
 
 
 def check_interfaces(examination: Examination) -> list[Finding]:
     """Whether the interfaces that were named exist, and whether it is clear which ones lead to the other hosts."""
-    hosts, several = examination.host_ranks, len(examination.hosts) > 1
+    hosts = examination.host_ranks
+    several = any(facts.place.size > facts.place.local_size for facts in hosts)
     known = [(facts, facts.network) for facts in hosts if facts.network]
     faults: list[tuple[Facts, Fault]] = []
     for facts, network in known:
@@ -37,7 +41,7 @@ def check_interfaces(examination: Examination) -> list[Finding]:
         for (variable, value, fault, there), who in grouped(faults).items()
     ]
     if several:
-        findings += _address_findings(known_usable(examination), hosts)
+        findings += _ambiguous_findings(hosts)
     if findings or not known:
         return findings
     chosen = known[0][1].chosen
@@ -166,21 +170,32 @@ def usable_interfaces(interfaces: Sequence[Interface]) -> list[Interface]:
     return [interface for interface in interfaces if interface.up and interface.addresses and not interface.loopback]
 
 
-def known_usable(examination: Examination) -> list[tuple[Facts, str]]:
-    """Each address of each host at which it may be reached, unless the launcher was told which interfaces to use."""
-    return [
-        (facts, f"{address} ({interface.name})")
-        for facts in examination.host_ranks
-        if facts.network and not set(facts.network.chosen) & {"OMPI_MCA_btl_tcp_if_include", "HOROVOD_GLOO_IFACE"}
+def _ambiguous_findings(hosts: list[Facts]) -> list[Finding]:
+    """Interfaces that lead to no other host, such as docker0, and that MPI would use unless it is told which to use."""
+    told = {"OMPI_MCA_btl_tcp_if_include", "HOROVOD_GLOO_IFACE", "OMPI_MCA_btl_tcp_if_exclude"}
+    usable = [
+        (facts, interface)
+        for facts in hosts
+        if facts.network and not told & facts.network.chosen.keys()
         for interface in usable_interfaces(facts.network.interfaces)
+    ]
+    local = [
+        (facts, f"{interface.name} ({some(interface.addresses)})")
+        for facts, interface in usable
+        if interface.name.startswith(VIRTUAL)
+    ]
+    addresses = [
+        (facts, f"{address} ({interface.name})")
+        for facts, interface in usable
+        if not interface.name.startswith(VIRTUAL)
         for address in interface.addresses
     ]
-
-
-def _address_findings(addresses: list[tuple[Facts, str]], hosts: list[Facts]) -> list[Finding]:
-    """An address that several hosts have, such as that of docker0, leads each to itself."""
-    remedy = "Name the interface that leads to the others with `megdet launch --interface`: start may hang without."
-    return [
+    remedy = "Name the interface that leads to the others with `megdet launch --interface`: the start may hang without."
+    findings = [
+        Finding("interfaces", "warning", f"MPI may try {name} on {where(who, hosts)}, a bridge within the host", remedy)
+        for name, who in grouped(local).items()
+    ]
+    return findings + [
         Finding("interfaces", "warning", f"{where(who, hosts)} have the same address {address}", remedy)
         for address, who in grouped(addresses).items()
         if len(who) > 1
