@@ -44,10 +44,12 @@ def check_interfaces(examination: Examination) -> list[Finding]:
         findings += _ambiguous_findings(hosts)
     if findings or not known:
         return findings
-    chosen = known[0][1].chosen
-    named = ", ".join(f"{name}={value}" for name, value in chosen.items()) or "none is named"
-    usable = some(interface.name for interface in usable_interfaces(known[0][1].interfaces))
-    return [Finding("interfaces", "ok", f"{named}; in use are {usable or 'loopback'} (of {known[0][0].place.host})")]
+    facts, network = known[0]
+    if network.chosen:
+        text = ", ".join(f"{name}={value}" for name, value in network.chosen.items())
+    else:
+        text = f"none is named; {facts.place.host} has {some(entry.name for entry in usable_interfaces(network.interfaces))}"
+    return [Finding("interfaces", "ok", text)]
 
 
 def check_names(examination: Examination) -> list[Finding]:
