@@ -48,7 +48,8 @@ def check_interfaces(examination: Examination) -> list[Finding]:
     if network.chosen:
         text = ", ".join(f"{name}={value}" for name, value in network.chosen.items())
     else:
-        text = f"none is named; {facts.place.host} has {some(entry.name for entry in usable_interfaces(network.interfaces))}"
+        names = some(entry.name for entry in usable_interfaces(network.interfaces)) or "loopback only"
+        text = f"none is named; {facts.place.host} has {names}"
     return [Finding("interfaces", "ok", text)]
 
 
