@@ -47,17 +47,9 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     config, config_error = _config(arguments)
     mine = find.of_process(config, config_error)
     _warn_of_interfaces(mine)
-    bare_mpi: dict[int, float] = {}
-    start_limit = min(START_LIMIT, arguments.timeout)
-    with patience(start_limit, lambda: _alone(mine, f"the ranks have not found each other within {start_limit} s")):
-        try:
-            bare_mpi = network.bare_mpi_times()
-            comm.init(deterministic=config is not None and config.runtime.deterministic)
-        except Exception as error:  # MPI and Horovod raise all kinds
-            _alone(mine, f"Horovod cannot start: {error}")
-            comm.abort(EXIT_CRASHED)
+    bare_mpi = _start(mine, config, min(START_LIMIT, arguments.timeout))
     mine = dataclasses.replace(mine, place=find.place_by_horovod(), settings=comm.launch_settings())
-    late = f"some rank has not answered within {arguments.timeout} s"
+    late = f"no answer from some rank within {arguments.timeout} s (reading a large data set takes longer: --timeout)"
     try:
         with patience(arguments.timeout, lambda: _alone(mine, late)):
             examination = _together(mine, config, bare_mpi, with_data=not arguments.no_data)
@@ -72,6 +64,19 @@ def run_doctor(arguments: argparse.Namespace) -> int:
         comm.abort(EXIT_CRASHED)
     comm.shutdown()
     return exit_code
+
+
+def _start(mine: Facts, config: Config | None, limit: int) -> dict[int, float]:
+    """Starts MPI and Horovod, and returns the times of bare MPI; ends this rank if that is not done in time."""
+    with patience(limit, lambda: _alone(mine, f"the ranks have not found each other within {limit} s")):
+        try:
+            bare_mpi = network.bare_mpi_times()
+            comm.init(deterministic=config is not None and config.runtime.deterministic)
+        except Exception as error:  # MPI and Horovod raise all kinds
+            _alone(mine, f"MPI or Horovod cannot start: {error}")
+            comm.abort(EXIT_CRASHED)
+            raise
+    return bare_mpi
 
 
 def _config(arguments: argparse.Namespace) -> tuple[Config | None, str]:

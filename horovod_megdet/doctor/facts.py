@@ -50,8 +50,10 @@ PLACE_VARIABLES = (
     ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     ("PMIX_RANK", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
 )
-"""How Open MPI, horovodrun --gloo, MPICH and srun tell a process rank and number of ranks, and both on the host."""
+"""How Open MPI, horovodrun --gloo, MPICH, and srun with and without PMIx tell a process its rank and the number of
+ranks, and both on its host."""
 
 MISSING = "missing"
 """The version of a package that is not installed."""

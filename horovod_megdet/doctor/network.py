@@ -18,7 +18,7 @@ SIZES = tuple(4**power for power in range(2, 14))
 SLOWEST = 1.5
 """Seconds; messages larger than one that takes longer are left out."""
 
-MEASURED = 0.2
+MEASURED = 0.1
 """Seconds that are measured for each size, about."""
 
 REPETITIONS = (3, 200)

@@ -466,6 +466,7 @@ def test_a_part_that_cannot_be_found_out(monkeypatch: pytest.MonkeyPatch) -> Non
         ),
         ({"PMI_RANK": "2", "PMI_SIZE": "4"}, (2, 4, 0, 1), 4),
         ({"PMIX_RANK": "2", "SLURM_LOCALID": "2"}, (2, 1, 2, 1), None),
+        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}, (3, 4, 1, 1), 4),
     ],
 )
 def test_places_by_launcher(

@@ -23,8 +23,8 @@ def check_ranks(examination: Examination) -> list[Finding]:
     if launched not in (None, found):
         sentence = f"the launcher started {launched} processes, but each takes itself for one of {found}"
         remedy = (
-            "Its MPI is not the one that Horovod was built with: take the environment's mpirun, by its absolute path "
-            "or with `megdet launch`."
+            "It is not the launcher of the MPI that Horovod was built with: take the environment's mpirun, by its "
+            "absolute path or with `megdet launch`; with srun, --mpi=pmix."
         )
         return [Finding("ranks", "error", sentence, remedy)]
     if namesakes := _namesakes(ranks):
