@@ -75,7 +75,6 @@ def _start(mine: Facts, config: Config | None, limit: int) -> dict[int, float]:
         except Exception as error:  # MPI and Horovod raise all kinds
             _alone(mine, f"MPI or Horovod cannot start: {error}")
             comm.abort(EXIT_CRASHED)
-            raise
     return bare_mpi
 
 
