@@ -15,8 +15,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit codes: 0 done, 1 crashed, 2 bad input, 3 loss not finite, 4 checkpoint not written, 85 stopped by "
-        "SIGUSR1, SIGTERM or Ctrl-C after a checkpoint (start again with --resume).",
+        epilog="Exit codes: 0 done, 1 crashed, 2 bad input, 3 loss not finite, 4 checkpoint not written, 5 no rank got "
+        "on for runtime.stall_timeout seconds, 85 stopped by SIGUSR1, SIGTERM or Ctrl-C after a checkpoint. After all "
+        "but 2, start again with --resume.",
     )
     main.add_config_arguments(parser)
     parser.add_argument(

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from horovod_megdet import activity
 from horovod_megdet.errors import EXIT_USER_ERROR, UserError
 
 T = TypeVar("T")
@@ -35,8 +36,11 @@ LAUNCH_DEFAULTS = {
 }
 """Environment variables that :func:`init` sets where the user did not."""
 
-LAUNCHER_VARIABLES = {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "HOROVOD_RANK"}
-"""One of these is set by whatever starts several ranks: Open MPI, PMIx (srun), MPICH and its kin, horovodrun --gloo."""
+LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK")
+"""One of these is set by whatever starts several ranks: Open MPI, horovodrun --gloo, PMIx (srun), MPICH and its kin."""
+
+SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+"""And one of these with it."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,8 @@ class BareMPI:
 
 def uses_mpi() -> bool:
     """Whether an MPI launcher has started this process and Horovod will talk through MPI; known before :func:`init`."""
-    launched = LAUNCHER_VARIABLES - {"HOROVOD_RANK"} & os.environ.keys()
-    return bool(launched) and os.environ.get("HOROVOD_CONTROLLER", "mpi") == "mpi"
+    by_mpi = any(name in os.environ for name in LAUNCHER_VARIABLES if name != "HOROVOD_RANK")
+    return by_mpi and os.environ.get("HOROVOD_CONTROLLER", "mpi") == "mpi"
 
 
 def init(deterministic: bool = False) -> None:
@@ -96,7 +100,7 @@ def init(deterministic: bool = False) -> None:
     _set_launch_defaults()
     if deterministic:
         os.environ["HOROVOD_FUSION_THRESHOLD"] = "0"
-    if not LAUNCHER_VARIABLES & os.environ.keys():
+    if not launched():
         # A process that no launcher started is alone. MPI could start that way too, but only with its daemon beside it.
         os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = "gloo"
     hvd.init()
@@ -107,9 +111,43 @@ def _set_launch_defaults() -> None:
         os.environ.setdefault(name, value)
 
 
+def launched() -> bool:
+    """Whether a launcher started this process, as one rank of several or of one."""
+    return any(name in os.environ for name in LAUNCHER_VARIABLES)
+
+
+def launched_by_horovodrun() -> bool:
+    """Whether it was horovodrun itself, with the Gloo controller; with the MPI controller it calls mpirun."""
+    return "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
+
+
+def launched_rank() -> int:
+    """The rank that the launcher gave this process, known before :func:`init`; 0 without a launcher."""
+    return next((int(os.environ[name]) for name in LAUNCHER_VARIABLES if name in os.environ), 0)
+
+
+def launched_size() -> int:
+    """The number of ranks that the launcher started, known before :func:`init`; 1 without a launcher."""
+    return next((int(os.environ[name]) for name in SIZE_VARIABLES if name in os.environ), 1) if launched() else 1
+
+
+def check_launcher() -> None:
+    """Raises :class:`UserError` where srun started several processes and did not tell them how to find each other.
+
+    Each would believe to be alone, and all would train the same into the same run directory. A shell in a batch job,
+    also one that srun opened, is one process, and mpirun in it tells its ranks.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and not launched():
+        raise UserError(
+            f"srun started {tasks} processes that do not know of each other: add --mpi=pmix to srun (see slurm/"
+            "megdet_srun.sbatch), or start the ranks with mpirun (see slurm/megdet.sbatch)."
+        )
+
+
 def rank() -> int:
-    """This rank, 0 to size() - 1; 0 before :func:`init`."""
-    return hvd.rank() if hvd.is_initialized() else 0
+    """This rank, 0 to size() - 1; before :func:`init` the one that the launcher gave it."""
+    return hvd.rank() if hvd.is_initialized() else launched_rank()
 
 
 def size() -> int:
@@ -197,24 +235,34 @@ def sum_(tensor: Tensor, name: str, group: Group | None = None) -> Tensor:
     group = group or world()
     if group.size == 1:
         return tensor
-    return hvd.allreduce_(tensor, op=hvd.Sum, name=name, process_set=group.process_set)
+    activity.current.waits_for(name)
+    total = hvd.allreduce_(tensor, op=hvd.Sum, name=name, process_set=group.process_set)
+    activity.current.has_got()
+    return total
 
 
 def gather(tensor: Tensor, name: str) -> Tensor:
     """Returns the ranks' 1-d float tensors, all of one length, as the rows of a (size, length) tensor."""
     if size() == 1:
         return tensor[None].clone()
-    return hvd.allgather(tensor[None].contiguous(), name=name)
+    with _waiting_for(name):
+        return hvd.allgather(tensor[None].contiguous(), name=name)
 
 
 def gather_objects(value: T, name: str) -> list[T]:
     """Returns the ranks' values, in rank order, on every rank."""
-    return [value] if size() == 1 else hvd.allgather_object(value, name=name)
+    if size() == 1:
+        return [value]
+    with _waiting_for(name):
+        return hvd.allgather_object(value, name=name)
 
 
 def broadcast_object(value: T, name: str, root: int = 0) -> T:
     """Returns the root's value on every rank."""
-    return value if size() == 1 else hvd.broadcast_object(value, root_rank=root, name=name)
+    if size() == 1:
+        return value
+    with _waiting_for(name):
+        return hvd.broadcast_object(value, root_rank=root, name=name)
 
 
 def broadcast_(tensor: Tensor, name: str) -> None:
@@ -226,13 +274,22 @@ def broadcast_(tensor: Tensor, name: str) -> None:
 def broadcast_weights(module: nn.Module) -> None:
     """Copies rank 0's parameters and buffers to all ranks."""
     if size() > 1:
-        hvd.broadcast_parameters(module.state_dict(), root_rank=0)
+        with _waiting_for("starting weights"):
+            hvd.broadcast_parameters(module.state_dict(), root_rank=0)
 
 
 def barrier() -> None:
     """Waits for all ranks."""
     if size() > 1:
-        hvd.barrier()
+        with _waiting_for("barrier"):
+            hvd.barrier()
+
+
+@contextlib.contextmanager
+def _waiting_for(name: str) -> Iterator[None]:
+    activity.current.waits_for(name)
+    yield
+    activity.current.has_got()
 
 
 def distributed_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, passes_per_step: int, fp16: bool) -> Any:
@@ -248,6 +305,13 @@ def distributed_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, p
         backward_passes_per_step=passes_per_step,
         op=hvd.Average,
     )
+
+
+def synchronize(optimizer: Any) -> None:
+    """Waits until the gradients of a distributed optimizer are averaged over the ranks."""
+    activity.current.waits_for("gradients")
+    optimizer.synchronize()
+    activity.current.has_got()
 
 
 @contextlib.contextmanager

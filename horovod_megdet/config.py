@@ -260,6 +260,10 @@ class RuntimeConfig(Section):
     deterministic: bool = False
     """Fix the order of all sums, so that runs with more than two ranks repeat bit for bit. Slower."""
 
+    stall_timeout: Annotated[float, Field(ge=0.0)] = 600.0
+    """Seconds after which a job ends in which no rank gets on, naming what each is stuck in; 0 waits for ever. Longer
+    than the longest step, and than what one rank does alone while the others wait, such as COCO's metrics."""
+
 
 class OutputConfig(Section):
     """What a run writes, and when."""

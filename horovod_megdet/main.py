@@ -46,21 +46,31 @@ def config_of(arguments: argparse.Namespace) -> Config:
     return load_config(arguments.config, overrides)
 
 
-def run_ranks(get_config: Callable[[], Config], program: Callable[[Config], int]) -> int:
+def run_ranks(get_config: Callable[[], Config], program: Callable[[Config], int], heartbeats: bool = False) -> int:
     """Runs ``program`` with the configuration on every rank and returns the exit code.
+
+    A watchdog ends a job that gets nowhere. With ``heartbeats`` every rank says in a file of the run directory what it
+    does, so that the watchdog knows who is stuck.
 
     A :class:`UserError` that all ranks agreed on is printed once, by rank 0, and they all end with its exit code. Any
     other exception ends this rank, and with it the job, at once.
     """
     from horovod_megdet import comm
+    from horovod_megdet.engine.watchdog import Watchdog
 
     config: Config | None = None
+    watchdog: Watchdog | None = None
     config_error: UserError | None = None
     try:
         config = get_config()
     except UserError as error:
         config_error = error
     try:
+        comm.check_launcher()
+        if config:
+            run_dir = Path(config.output.run_dir) if heartbeats else None
+            watchdog = Watchdog(run_dir, config.runtime.stall_timeout)
+            watchdog.start()
         comm.init(deterministic=config is not None and config.runtime.deterministic)
         with comm.agreement("configuration"):
             if config_error:
@@ -70,18 +80,34 @@ def run_ranks(get_config: Callable[[], Config], program: Callable[[Config], int]
     except UserError as error:
         if not error.on_all_ranks:
             comm.say(f"error: rank {comm.rank()} on {comm.host()}: {error}")
+            if watchdog:
+                watchdog.last_words("had an error")
             comm.abort(error.exit_code)
         if comm.is_main():
             comm.say(f"error: {error}")
         exit_code = error.exit_code
     except comm.LostRankError as error:
-        comm.say(f"error: rank {comm.rank()} on {comm.host()} lost contact with another rank, which says why: {error}")
+        comm.say(f"error: {_this_rank()} lost contact with another one: {error}")
+        if watchdog:
+            watchdog.last_words("lost contact")
+            watchdog.sum_up_losses()
         comm.abort(EXIT_CRASHED)
     except BaseException:
-        comm.say(f"error: rank {comm.rank()} on {comm.host()} crashed:\n{traceback.format_exc()}")
+        comm.say(f"error: {_this_rank()} crashed:\n{traceback.format_exc()}")
+        if watchdog:
+            watchdog.last_words("crashed")
         comm.abort(EXIT_CRASHED)
     comm.shutdown()
+    if watchdog:
+        watchdog.stop()
     return exit_code
+
+
+def _this_rank() -> str:
+    from horovod_megdet import activity, comm
+
+    step = activity.current.step
+    return f"rank {comm.rank()} on {comm.host()}" + (f", at step {step}," if step else "")
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -98,7 +124,7 @@ def train(arguments: argparse.Namespace) -> int:
             comm.say("Stopped by a signal; the checkpoint is written. Start again with --resume.")
         return exit_code
 
-    return run_ranks(lambda: config_of(arguments), program)
+    return run_ranks(lambda: config_of(arguments), program, heartbeats=not arguments.eval_only)
 
 
 def evaluate(config: Config, path: Path) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from horovod_megdet import activity
 from horovod_megdet.errors import UserError
 
 VERSION = 1
@@ -265,6 +266,7 @@ def _write_split(root: Path, split: str, count: int, seed: list[int]) -> None:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id in range(1, count + 1):
+        activity.current.went_on()
         pixels, objects = draw_image(np.random.default_rng([*seed, image_id]))
         name = f"{image_id:06d}.jpg"
         Image.fromarray(pixels).save(folder / name, quality=JPEG_QUALITY)

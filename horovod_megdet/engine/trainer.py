@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from horovod_megdet import comm
+from horovod_megdet import activity, comm
 from horovod_megdet.config import Config
 from horovod_megdet.data.coco import CocoDataset
 from horovod_megdet.data.loader import Batch, build_eval_loader, build_train_loader
@@ -116,12 +116,16 @@ class Trainer:
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimiser step: ``accumulation`` forward and backward passes, averaged gradients, SGD."""
         started = time.perf_counter()
+        now = activity.current
+        now.step = self.position.step + 1
         lr = self.schedule.lr(self.position.images_seen)
         set_lr(self.optimizer, lr)
         waited = 0.0
         for _ in range(self.schedule.accumulation):
             waiting = time.perf_counter()
+            now.now("waits for the data loader")
             batch = next(batches).to(self.device)
+            now.now("computes")
             waited += time.perf_counter() - waiting
             with device.autocast(self.config.runtime, self.device):
                 losses = self.detector.forward_losses(batch.images, batch.targets)
@@ -156,7 +160,7 @@ class Trainer:
         return (values * weights).sum()
 
     def _apply_gradients(self) -> None:
-        self.optimizer.synchronize()
+        comm.synchronize(self.optimizer)
         if self.config.solver.clip_gradient_norm is not None:
             self.scaler.unscale_(self.optimizer)  # after the allreduce, so that all ranks find the same infinities
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -209,6 +213,7 @@ class Trainer:
 
     def evaluate(self) -> tuple[Evaluation, bool]:
         """Evaluates on the validation set; returns the evaluation and whether it is the best of the run so far."""
+        activity.current.now("evaluates")
         average_running_statistics(self.detector)
         evaluation = evaluate_detector(self.config, self.detector, self.val_set, self.device)
         ap = evaluation.metrics["AP"]
@@ -226,6 +231,7 @@ class Trainer:
 
     def write_report(self, evaluation: Evaluation | None) -> None:
         """Writes the page of validation images and ``summary.json``; nothing to do when a finished run is resumed."""
+        activity.current.now("writes the report")
         if evaluation is not None:
             with warned("the report"):
                 write_validation_page(
@@ -246,6 +252,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint. When that fails training goes on and tries again, unless this was the last chance."""
+        activity.current.now("writes a checkpoint")
         average_running_statistics(self.detector)
         random_states = comm.gather_objects(random_state.capture(), "random")
         try:
