@@ -80,6 +80,8 @@ from environment.state import (
 )
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+PROJECT_FILES = ("setup.cfg", "setup.py", "pyproject.toml", "horovod_megdet/layers/batch_norm_cpu.c")
+"""What the installation of the checkout depends on."""
 
 ENVIRONMENT_BYTES = 7 * GIB
 """Room for the installed packages: 5.5 GB with a CUDA build of torch."""
@@ -140,7 +142,7 @@ class Setup:
             RECIPE_VERSION,
             [asdict(adjustment) for adjustment in source_adjustments(self.options.gpu, self.mpi.kind)],
         )
-        files = [self.checkout / name for name in ("setup.cfg", "pyproject.toml")]
+        files = [self.checkout / name for name in PROJECT_FILES]
         project = short_hash([file.read_text(encoding="utf-8") for file in files if file.exists()])
         return {"environment": environment, "project": project}
 

@@ -105,8 +105,8 @@ class CrossGPUBatchNorm(_BatchNorm):
         channels = self.num_features
         if self.algorithm == "one_pass":
             message = comm.sum_(kernels.sums(x), self.message_name, self.group)
-            count, mean = message[0], message[1 : channels + 1] / message[0]
-            var = (message[channels + 1 :] / count - mean.square()).clamp_min_(0)
+            count, (mean, mean_square) = message[0], (message[1:] / message[0]).chunk(2)
+            var = torch.addcmul(mean_square, mean, mean, value=-1).clamp_min_(0)
         else:
             message = comm.sum_(kernels.sums(x)[: channels + 1], f"{self.message_name}.mean", self.group)
             count, mean = message[0], message[1:] / message[0]
@@ -161,24 +161,22 @@ class _Normalise(torch.autograd.Function):
         group: comm.Group,
         name: str,
     ) -> Tensor:
-        x, mean = kernels.near_zero(x, statistics.mean, statistics.var)
-        ctx.save_for_backward(x, weight, mean, statistics.var, statistics.count)
-        ctx.eps, ctx.group, ctx.name, ctx.has_bias = eps, group, name, bias is not None
-        return kernels.normalise(x, weight, bias, mean, statistics.var, eps)
+        invstd = (statistics.var + eps).rsqrt_()
+        ctx.save_for_backward(x, weight, statistics.mean, invstd, statistics.count)
+        ctx.group, ctx.name, ctx.has_bias = group, name, bias is not None
+        return kernels.normalise(x, weight, bias, statistics.mean, invstd)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, var, count = ctx.saved_tensors
-        partial, sum_dy, sum_dy_xhat = kernels.gradient_sums(dy, x, weight, mean, var, ctx.eps)
+        x, weight, mean, invstd, count = ctx.saved_tensors
+        sums = kernels.gradient_sums(dy, x, mean, invstd)
+        dbias, dweight = (None, None) if weight is None else sums.to(weight.dtype, copy=True)
         dx = None
         if ctx.needs_input_grad[0]:
-            message = torch.cat([sum_dy.double(), sum_dy_xhat.double()])
-            total = comm.sum_(message, f"{ctx.name}.backward", ctx.group)
-            dx = kernels.input_gradient(partial, x, weight, mean, var, ctx.eps, total, count)
-        dweight = None if weight is None else sum_dy_xhat.to(weight.dtype)
-        dbias = sum_dy.to(weight.dtype) if ctx.has_bias else None
-        return dx, dweight, dbias, None, None, None, None
+            total = comm.sum_(sums, f"{ctx.name}.backward", ctx.group)
+            dx = kernels.input_gradient(dy, x, weight, mean, invstd, total, count)
+        return dx, dweight, dbias if ctx.has_bias else None, None, None, None, None
 
 
 def convert_batch_norm(

@@ -1,0 +1,102 @@
+"""What users would take instead of our Cross-GPU BN, written after the published schemes for a comparison on CPUs."""
+
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from horovod_megdet.layers.cross_gpu_bn import replace_layers
+
+
+class NaiveBatchNorm(nn.BatchNorm2d):
+    """The differentiable allreduce of (mean x, mean x^2) through torch.distributed that detection code bases use.
+
+    Autograd makes the backward message by itself. All ranks have to hold equally many values.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) in and out."""
+        mean, mean_square = input.mean(dim=(0, 2, 3)), input.square().mean(dim=(0, 2, 3))
+        mean, mean_square = (_SumOfRanks.apply(torch.cat([mean, mean_square])) / dist.get_world_size()).chunk(2)
+        var = mean_square - mean.square()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var, self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        return input * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+
+class _SumOfRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+class FiveMessageBatchNorm(nn.BatchNorm2d):
+    """The scheme of ``hvd.SyncBatchNorm`` (which refuses CPU tensors): three allgathers forward, two sums backward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) in and out."""
+        return _FiveMessages.apply(input, self.weight, self.bias, self)
+
+
+class _FiveMessages(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, layer: "FiveMessageBatchNorm") -> Tensor:
+        channels, name = x.shape[1], layer.message_name
+        var, mean = torch.var_mean(x, dim=(0, 2, 3), unbiased=False)
+        count = torch.tensor([x.numel() // channels], dtype=torch.float32)
+        handles = [
+            hvd.allgather_async(value[None], name=f"{name}.{what}")
+            for what, value in (("count", count), ("mean", mean), ("var", var))
+        ]
+        counts, means, variances = (hvd.synchronize(handle) for handle in handles)
+        shares = counts / counts.sum()
+        mean = (means * shares).sum(0)
+        var = ((variances + (means - mean).square()) * shares).sum(0)
+        layer.running_mean.lerp_(mean, layer.momentum)
+        layer.running_var.lerp_(var, layer.momentum)
+        ctx.save_for_backward(x, weight, mean, var, counts.sum())
+        ctx.eps, ctx.name = layer.eps, name
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, layer.eps)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, var, count = ctx.saved_tensors
+        invstd = (var + ctx.eps).rsqrt()
+        xmu = x - mean.view(1, -1, 1, 1)
+        local_dy, local_dy_xmu = dy.sum(dim=(0, 2, 3)), (dy * xmu).sum(dim=(0, 2, 3))
+        handles = [
+            hvd.allreduce_async(value, op=hvd.Sum, name=f"{ctx.name}.{what}")
+            for what, value in (("dy", local_dy), ("dy_xmu", local_dy_xmu))
+        ]
+        sum_dy, sum_dy_xmu = (hvd.synchronize(handle) for handle in handles)
+        slope = invstd.square() * sum_dy_xmu / count
+        centred = dy - (sum_dy / count).view(1, -1, 1, 1) - xmu * slope.view(1, -1, 1, 1)
+        dx = centred * (weight * invstd).view(1, -1, 1, 1)
+        return dx, local_dy_xmu * invstd, local_dy, None
+
+
+def converted(model: nn.Module, kind: type[_BatchNorm]) -> nn.Module:
+    """Replaces the plain BatchNorm layers of ``model`` by the alternative."""
+
+    def make(layer: nn.BatchNorm2d, path: str) -> nn.Module:
+        new = kind(layer.num_features, layer.eps, layer.momentum)
+        new.message_name = f"{kind.__name__}.{path}"
+        new.load_state_dict(layer.state_dict())
+        return new
+
+    return replace_layers(model, (nn.BatchNorm2d,), make)
