@@ -50,7 +50,8 @@ def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tenso
     if x.is_cuda:
         statistics = _cuda_statistics(x, mean, invstd)
         # The kernel takes eps beside 1 / sqrt(var + eps), and does not use it.
-        return torch.batch_norm_elemt(_dense(x), *(_like(p, statistics[0]) for p in (weight, bias)), *statistics, 0.0)
+        weight, bias = _like(weight, statistics[0]), _like(bias, statistics[0])
+        return torch.batch_norm_elemt(_dense(x), weight, bias, *statistics, 0.0)
     if x.dtype == torch.float64:
         y = (x - per_channel(mean, x)) * per_channel(invstd, x)
         y = y if weight is None else y * per_channel(weight, x)
@@ -112,6 +113,11 @@ def input_gradient(
         *_pointers(vectors, dx),
     )
     return dx.to(x.dtype)
+
+
+def widened(x: Tensor) -> Tensor:
+    """``x`` in float32 if it is of a 16-bit type, else as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
