@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from horovod_megdet.config import Config
 from horovod_megdet.doctor import facts as find
 from horovod_megdet.doctor import network, report, shared
 from horovod_megdet.doctor.checks import examine
-from horovod_megdet.doctor.checks.network import usable_interfaces
+from horovod_megdet.doctor.checks.network import check_interfaces, usable_interfaces
 from horovod_megdet.doctor.examination import Examination
 from horovod_megdet.doctor.facts import Facts
 from horovod_megdet.doctor.patience import patience
@@ -45,35 +45,35 @@ COCO_CLASSES = 80
 def run_doctor(arguments: argparse.Namespace) -> int:
     """What ``megdet doctor`` does on each rank; returns the exit code: 1 if training would fail, else 0."""
     config, config_error = _config(arguments)
-    mine = find.of_process(config, config_error)
-    _warn_of_interfaces(mine)
-    bare_mpi = _start(mine, config, min(START_LIMIT, arguments.timeout))
-    mine = dataclasses.replace(mine, place=find.place_by_horovod(), settings=comm.launch_settings())
+    known = Examination([find.of_process(config, config_error)])
+    _warn_of_interfaces(known)
+    bare_mpi = _start(known, config, min(START_LIMIT, arguments.timeout))
     late = f"no answer from some rank within {arguments.timeout} s (reading a large data set takes longer: --timeout)"
     try:
-        with patience(arguments.timeout, lambda: _alone(mine, late)):
-            examination = _together(mine, config, bare_mpi, with_data=not arguments.no_data)
+        with patience(arguments.timeout, lambda: _give_up(known, late)):
+            for more in _together(known.ranks[0], config, bare_mpi, with_data=not arguments.no_data):
+                known = more
             with comm.agreement("doctor.report"):
-                exit_code = _tell(examination, arguments)
+                exit_code = _tell(known, arguments)
     except UserError as error:  # of a file to write
         if comm.is_main():
             comm.say(f"error: {error}")
         exit_code = error.exit_code
     except comm.LostRankError as error:
-        _alone(mine, f"another rank was lost: {error}")
+        _give_up(known, f"messages between ranks fail: {error}")
         comm.abort(EXIT_CRASHED)
     comm.shutdown()
     return exit_code
 
 
-def _start(mine: Facts, config: Config | None, limit: int) -> dict[int, float]:
+def _start(known: Examination, config: Config | None, limit: int) -> dict[int, float]:
     """Starts MPI and Horovod, and returns the times of bare MPI; ends this rank if that is not done in time."""
-    with patience(limit, lambda: _alone(mine, f"the ranks have not found each other within {limit} s")):
+    with patience(limit, lambda: _give_up(known, f"the ranks have not found each other within {limit} s")):
         try:
             bare_mpi = network.bare_mpi_times()
             comm.init(deterministic=config is not None and config.runtime.deterministic)
         except Exception as error:  # MPI and Horovod raise all kinds
-            _alone(mine, f"MPI or Horovod cannot start: {error}")
+            _give_up(known, f"MPI or Horovod cannot start: {error}")
             comm.abort(EXIT_CRASHED)
     return bare_mpi
 
@@ -85,36 +85,37 @@ def _config(arguments: argparse.Namespace) -> tuple[Config | None, str]:
         return None, str(error)
 
 
-def _warn_of_interfaces(mine: Facts) -> None:
+def _warn_of_interfaces(known: Examination) -> None:
     """Says before the start what may keep it from coming to an end."""
-    if mine.place.local_rank == 0:
-        for finding in examine(Examination([mine])):
-            if finding.check == "interfaces" and finding.severity == "error":
+    if known.ranks[0].place.local_rank == 0:
+        for finding in check_interfaces(known):
+            if finding.severity == "error":
                 comm.say(f"megdet doctor: {finding.sentence}. {finding.remedy}")
 
 
-def _together(mine: Facts, config: Config | None, bare_mpi: dict[int, float], with_data: bool) -> Examination:
-    """Everything that is known, on rank 0; what this rank knows, on the others. Collective.
+def _together(mine: Facts, config: Config | None, bare_mpi: dict[int, float], with_data: bool) -> Iterator[Examination]:
+    """Yields more and more of what is known, so that a measurement that fails does not hide what came before it.
 
-    Every rank makes the same collectives, whatever it finds: they stand outside of everything that may fail.
+    Collective: every rank makes the same calls, whatever it finds out.
     """
+    mine = dataclasses.replace(mine, place=find.place_by_horovod(), settings=comm.launch_settings())
     hosts = list(dict.fromkeys(comm.gather_objects(comm.host(), "doctor.hosts")))
-    ranks = comm.gather_objects(_look(mine, config, hosts, with_data), "doctor.facts")
-    clocks = network.clocks()
-    folders = shared.try_run_directory(Path(config.output.run_dir) if config else None)
-    horovod = network.allreduce_times(_device(config))
+    known = Examination(comm.gather_objects(_look(mine, config, hosts, with_data), "doctor.facts"))
+    yield known
     sizes = find.collect({"size of the detector": lambda: _parameter_bytes(config) if config else 0})
     parameters = sizes.get("size of the detector", 0)
-    return Examination(
-        ranks,
-        clocks,
-        folders,
-        [network.Timing(size, seconds, bare_mpi.get(size)) for size, seconds in horovod.items()],
-        gradient_bytes=parameters,
-        # Weights and momentum.
-        checkpoint_bytes=2 * parameters,
-        failures=sizes["failures"],
+    weights_and_momentum = 2 * parameters
+    known = dataclasses.replace(
+        known, gradient_bytes=parameters, checkpoint_bytes=weights_and_momentum, failures=sizes["failures"]
     )
+    yield known
+    known = dataclasses.replace(known, shared=shared.try_run_directory(Path(config.output.run_dir) if config else None))
+    yield known
+    known = dataclasses.replace(known, clocks=network.clocks())
+    yield known
+    horovod = network.allreduce_times(_device(config))
+    timings = [network.Timing(size, seconds, bare_mpi.get(size)) for size, seconds in horovod.items()]
+    yield dataclasses.replace(known, timings=timings)
 
 
 def _look(mine: Facts, config: Config | None, hosts: list[str], with_data: bool) -> Facts:
@@ -133,11 +134,13 @@ def _look(mine: Facts, config: Config | None, hosts: list[str], with_data: bool)
 
 
 def _device(config: Config | None) -> torch.device:
-    """Where gradients are; the CPU where the device that was asked for is not there, which is a finding elsewhere."""
+    """Where gradients will be; the CPU if a rank has no GPU, which is a finding elsewhere. Collective."""
+    chosen = torch.device("cpu")
     if config:
         with contextlib.suppress(UserError):
-            return device.choose(config.runtime)
-    return torch.device("cpu")
+            chosen = device.choose(config.runtime)
+    everywhere = all(kind == chosen.type for kind in comm.gather_objects(chosen.type, "doctor.device"))
+    return chosen if everywhere else torch.device("cpu")
 
 
 def _parameter_bytes(config: Config) -> int:
@@ -174,18 +177,20 @@ def _write_json(text: str, target: str) -> None:
         file.write(text.encode() + b"\n")
 
 
-def _alone(mine: Facts, reason: str) -> None:
-    """Says what this host knows of itself, where the ranks cannot talk to each other."""
-    if mine.place.local_rank == 0:
-        findings = [finding for finding in examine(Examination([mine])) if finding.severity != "ok"]
-        lines = [f"megdet doctor: rank {mine.place.rank} on {mine.place.host}: {reason}. Training would fail."]
-        lines += [
-            f"  {finding.severity}: {finding.check}: {finding.sentence}\n    -> {finding.remedy}"
-            for finding in findings
-        ]
-        if mine.network and mine.place.size > mine.place.local_size:
-            names = some(entry.name for entry in usable_interfaces(mine.network.interfaces)) or "none"
-            lines.append(
-                f"  Its interfaces to other hosts: {names}. Do all hosts have these, and do firewalls let ranks talk?"
-            )
-        comm.say("\n".join(lines))
+def _give_up(known: Examination, reason: str) -> None:
+    """Says what is known so far, each host for itself if that is only what it knows of itself."""
+    together = len(known.ranks) > 1
+    mine = known.ranks[comm.rank()] if together else known.ranks[0]
+    if mine.place.local_rank:
+        return
+    lines = [f"megdet doctor: {mine.where}: {reason}. Training would fail."]
+    if not together or mine.place.rank == 0:
+        for finding in examine(known):
+            if finding.severity != "ok":
+                lines.append(f"  {finding.severity}: {finding.check}: {finding.sentence}\n    -> {finding.remedy}")
+    if mine.network and mine.place.size > mine.place.local_size:
+        names = some(entry.name for entry in usable_interfaces(mine.network.interfaces)) or "none"
+        lines.append(
+            f"  Its interfaces to other hosts: {names}. Do all hosts have these, and do firewalls let ranks talk?"
+        )
+    comm.say("\n".join(lines))
