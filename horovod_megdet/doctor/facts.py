@@ -137,7 +137,7 @@ class Network:
 
     interfaces: list[Interface]
     chosen: dict[str, str]
-    """Of `INTERFACE_VARIABLES`, those that are set."""
+    """Of `INTERFACE_VARIABLES`, those that are set and matter."""
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,12 @@ def network() -> Network:
         own = [entry.address for entry in addresses.get(name, []) if entry.family == socket.AF_INET]
         loopback = "loopback" in stats.flags.split(",")
         interfaces.append(Interface(name, own, stats.isup, loopback, stats.speed))
-    chosen = {name: os.environ[name] for name in INTERFACE_VARIABLES if os.environ.get(name)}
+    of_other_controller = "HOROVOD_GLOO" if comm.uses_mpi() else "OMPI_"
+    chosen = {
+        name: os.environ[name]
+        for name in INTERFACE_VARIABLES
+        if os.environ.get(name) and not name.startswith(of_other_controller)
+    }
     return Network(interfaces, chosen)
 
 

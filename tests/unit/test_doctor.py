@@ -481,6 +481,20 @@ def test_places_by_launcher(
     assert find.launched_ranks() == launched
 
 
+@pytest.mark.parametrize(
+    ("rank_variable", "expected"), [("PMI_RANK", "OMPI_MCA_btl_tcp_if_include"), ("HOROVOD_RANK", "HOROVOD_GLOO_IFACE")]
+)
+def test_interfaces_of_the_other_controller_do_not_matter(
+    monkeypatch: pytest.MonkeyPatch, rank_variable: str, expected: str
+) -> None:
+    for name in (*(names[0] for names in find.PLACE_VARIABLES), *find.INTERFACE_VARIABLES, "HOROVOD_CONTROLLER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(rank_variable, "0")
+    monkeypatch.setenv("OMPI_MCA_btl_tcp_if_include", "eth0")
+    monkeypatch.setenv("HOROVOD_GLOO_IFACE", "eth0")
+    assert find.network().chosen == {expected: "eth0"}
+
+
 def test_limits_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"cpu.max": "250000 100000", "memory.max": str(4 * GIB), "memory.current": str(GIB)}
     monkeypatch.setattr(find, "_cgroup_text", settings.__getitem__)
