@@ -31,8 +31,6 @@ LAUNCH_DEFAULTS = {
     "OMPI_MCA_mpi_yield_when_idle": "1",
     # Milliseconds between two negotiations. Horovod's 1 ms suits a few large messages; CGBN sends many small ones.
     "HOROVOD_CYCLE_TIME": "0.05",
-    # CGBN groups are process sets that are made after the configuration is known.
-    "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
 }
 """Environment variables that :func:`init` sets where the user did not."""
 
@@ -91,8 +89,11 @@ def uses_mpi() -> bool:
     return by_mpi and os.environ.get("HOROVOD_CONTROLLER", "mpi") == "mpi"
 
 
-def init(deterministic: bool = False) -> None:
+def init(deterministic: bool = False, groups: bool = False) -> None:
     """Starts Horovod, under any launcher or alone.
+
+    ``groups`` makes :func:`split_world` possible. It costs every negotiation another round of messages, so that it is
+    off where all ranks share their statistics.
 
     ``deterministic`` turns off fusion: each tensor is then summed on its own, in an order that depends on nothing but
     its size and the number of ranks, and not on what else happened to be ready.
@@ -100,6 +101,9 @@ def init(deterministic: bool = False) -> None:
     _set_launch_defaults()
     if deterministic:
         os.environ["HOROVOD_FUSION_THRESHOLD"] = "0"
+    if groups:
+        # Groups are made after the configuration is known; Horovod allows that only if it is told so at the start.
+        os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
     if not launched():
         # A process that no launcher started is alone. MPI could start that way too, but only with its daemon beside it.
         os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = "gloo"
@@ -211,7 +215,8 @@ def world() -> Group:
 def split_world(ranks_per_group: int) -> Group:
     """Divides the world into groups of consecutive ranks and returns the one that this rank is in.
 
-    Launchers number the ranks host by host, so consecutive ranks are on as few hosts as possible. Collective.
+    Launchers number the ranks host by host, so consecutive ranks are on as few hosts as possible. Collective; needs
+    ``init(groups=True)``, or HOROVOD_DYNAMIC_PROCESS_SETS=1 where Horovod is started in another way.
     """
     if size() % ranks_per_group:
         raise ValueError(f"{size()} ranks cannot be divided into groups of {ranks_per_group}")

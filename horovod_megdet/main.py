@@ -71,7 +71,10 @@ def run_ranks(get_config: Callable[[], Config], program: Callable[[Config], int]
             run_dir = Path(config.output.run_dir) if heartbeats else None
             watchdog = Watchdog(run_dir, config.runtime.stall_timeout)
             watchdog.start()
-        comm.init(deterministic=config is not None and config.runtime.deterministic)
+        comm.init(
+            deterministic=config is not None and config.runtime.deterministic,
+            groups=config is not None and config.batch_norm.bn_size != "world",
+        )
         with comm.agreement("configuration"):
             if config_error:
                 raise config_error

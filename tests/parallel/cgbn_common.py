@@ -51,7 +51,7 @@ def worst(values: dict[str, float]) -> dict[str, float]:
 
 def main(measure: Callable[[], dict[str, Any]]) -> None:
     """Runs ``measure`` on all ranks; rank 0 writes its result to the JSON file named on the command line."""
-    comm.init()
+    comm.init(groups=True)
     torch.set_num_threads(1)
     try:
         result = measure()
