@@ -81,7 +81,7 @@ class Software:
     versions: dict[str, str]
     """Python and packages; `missing` for a package that is not there."""
     source: str
-    """SHA-256 of the project's own Python files."""
+    """SHA-256 of the project's own source files."""
     folder: str
     """Where they are."""
 
@@ -290,7 +290,7 @@ def software() -> Software:
     """Versions, and the project's code itself: a checkout may differ without its version saying so."""
     folder = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.c")]):
         digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     versions = {"Python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
     return Software(versions, digest.hexdigest(), str(folder))

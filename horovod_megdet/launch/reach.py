@@ -56,7 +56,7 @@ def program(path: Path) -> Need:
 def interface(name: str) -> Need:
     """A network interface that is to be used there."""
     return (
-        f"test -e {shlex.quote(f'/sys/class/net/{name}')}",
+        f"grep -q {shlex.quote(f'^ *{name}:')} /proc/net/dev",
         f"no network interface {name}: name one that all hosts have (ip -br addr), or leave --interface out",
     )
 
