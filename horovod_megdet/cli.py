@@ -31,6 +31,20 @@ def _parser() -> argparse.ArgumentParser:
     frame.add_config_arguments(plan)
     plan.add_argument("--ranks", type=frame.positive, required=True, help="number of ranks (GPUs)")
     plan.add_argument("--images", type=frame.positive, help="images of the training set, where the data is not at hand")
+    plan.add_argument(
+        "--latency-us",
+        type=float,
+        default=100.0,
+        help="microseconds of a small allreduce between two ranks, as `megdet doctor` measures it (default: "
+        "%(default)g, between two processes of one machine)",
+    )
+    plan.add_argument(
+        "--bandwidth-gbs",
+        type=float,
+        default=1.0,
+        help="gigabytes per second of a large allreduce (default: %(default)g, one 10 Gbit/s link)",
+    )
+    plan.add_argument("--step-seconds", type=float, help="time of a step on one rank, to predict the whole step")
     plan.set_defaults(run=_plan)
 
     check = commands.add_parser("check-data", help="list everything that is wrong with the data of a configuration")
@@ -101,13 +115,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    from horovod_megdet.models.detector import build_detector
     from horovod_megdet.report.tables import console, two_columns
+    from horovod_megdet.solver.cost import MessageCost, communication_table
     from horovod_megdet.solver.schedule import make_schedule
 
     config = frame.config_of(arguments)
     images = arguments.images or _training_images(config)
     schedule = make_schedule(config.solver, images, arguments.ranks, config.data.images_per_rank)
     console().print(two_columns("Schedule", schedule.table()))
+    cost = MessageCost(arguments.latency_us * 1e-6, arguments.bandwidth_gbs * 1e9)
+    detector = build_detector(config.model, config.batch_norm, num_classes=80)
+    rows = communication_table(cost, detector, arguments.ranks, arguments.step_seconds)
+    console().print(two_columns("Communication, predicted", rows))
     return 0
 
 

@@ -1,0 +1,191 @@
+"""How fast Cross-GPU BN is: every table of docs/benchmarks.md, from one command.
+
+    python benchmarks/cross_gpu_bn.py                              # prints the tables, about 12 minutes on 2 cores
+    python benchmarks/cross_gpu_bn.py --write docs/benchmarks.md   # and writes them
+    python benchmarks/cross_gpu_bn.py --only memory messages       # some of them
+
+Everything runs with two ranks of one thread each on this machine, but for the table of ranks. A ratio is the median
+over turns in which the variants run one after the other, the slowest rank counting; times depend on the machine.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import Timing
+
+from horovod_megdet.solver.cost import MessageCost
+
+HERE = Path(__file__).parent
+HOROVOD_DEFAULTS = {"HOROVOD_CYCLE_TIME": "1", "OMPI_MCA_mpi_yield_when_idle": "0"}
+RANKS = (1, 2, 4, 8, 16)
+
+Row = tuple[str, ...]
+Table = tuple[str, Row, list[Row]]
+
+
+def measure(part: str, ranks: int = 2, settings: dict[str, str] | None = None) -> dict[str, Any]:
+    """Runs a part of measure_cgbn.py on so many ranks, with these environment variables, and returns its result."""
+    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if mpirun is None:
+        raise SystemExit("mpirun is not on the PATH: activate the environment that 'make setup' made.")
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [mpirun, "--oversubscribe", "--bind-to", "none", "-np", str(ranks)]
+        command += [word for name in settings or {} for word in ("-x", name)]
+        command += [sys.executable, str(HERE / "measure_cgbn.py"), part, str(result)]
+        print(f"# {part}, {ranks} ranks {settings or ''}", file=sys.stderr, flush=True)
+        subprocess.run(command, check=True, env=os.environ | (settings or {}))
+        return json.loads(result.read_text())
+
+
+def steps_table() -> Table:
+    """ResNet-50 and the detector: CGBN against what else one would take."""
+    names = {
+        "local": "plain nn.BatchNorm2d under Horovod",
+        "local_ddp": "plain nn.BatchNorm2d under DDP-gloo",
+        "naive_ddp": "differentiable allreduce of (E x, E x^2) under DDP-gloo",
+        "five_messages": "Horovod's five messages a layer",
+    }
+    rows = []
+    for model, part in (("ResNet-50", "resnet_steps"), ("R50-FPN detector", "detector_steps")):
+        for side, variants in measure(part).items():
+            timings = {name: Timing(seconds) for name, seconds in variants.items()}
+            ours = timings.pop("cgbn")
+            rows += [
+                (
+                    f"{model}, 2 images of {side} px per rank",
+                    names[name],
+                    _ms(ours.median),
+                    _ms(timing.median),
+                    f"{ours.ratio(timing):.2f}",
+                )
+                for name, timing in timings.items()
+            ]
+    return "Whole steps", ("step", "compared with", "CGBN, ms", "other, ms", "ratio"), rows
+
+
+def messages_table() -> Table:
+    """One CGBN message with our launch defaults, with Horovod's own, and as a bare MPI call."""
+    ours, theirs = measure("messages"), measure("messages", settings=HOROVOD_DEFAULTS)
+    rows = []
+    for channels in ("64", "512", "2048"):
+        mine, other, bare = ours[channels]["horovod"], theirs[channels]["horovod"], ours[channels]["mpi"]
+        rows.append((channels, f"{mine * 1e6:.0f}", f"{other * 1e6:.0f}", f"{mine / other:.2f}", f"{bare * 1e6:.0f}"))
+    head = ("channels", "launch defaults, us", "Horovod's defaults, us", "ratio", "bare MPI.Allreduce, us")
+    return "One message of 2 C + 1 float64", head, rows
+
+
+def memory_table() -> Table:
+    """ResNet-50 at 512 px with and without recomputation by blocks."""
+    result = measure("memory")
+    none, blocks = Timing(result["512"]["none"]), Timing(result["512"]["blocks"])
+    peaks = result["peak_mb"]
+    rows = [
+        ("peak memory of a step, MB", f"{peaks['none']:.0f}", f"{peaks['blocks']:.0f}",
+         f"{peaks['blocks'] / peaks['none']:.2f}"),
+        ("step, ms", _ms(none.median), _ms(blocks.median), f"{blocks.ratio(none):.2f}"),
+    ]  # fmt: skip
+    return "Recomputation: ResNet-50, 2 images of 512 px per rank", ("", "none", "blocks", "ratio"), rows
+
+
+def overlap_table() -> Table:
+    """CGBN messages beside the gradients' messages, by the fusion threshold."""
+    rows = []
+    for name, settings in (
+        ("default, 128 MB", {}),
+        ("2 MB", {"HOROVOD_FUSION_THRESHOLD": str(2 << 20)}),
+        ("0, no fusion", {"HOROVOD_FUSION_THRESHOLD": "0"}),
+    ):
+        result = measure("overlap", settings=settings)
+        waits = [result[phase][figure] for phase in ("forward", "backward") for figure in ("median", "p95")]
+        rows.append((name, *(f"{seconds * 1e3:.2f}" for seconds in waits), _ms(result["step"])))
+    head = ("fusion threshold", "forward, median ms", "p95", "backward, median ms", "p95", "step, ms")
+    return "CGBN messages beside gradient messages: ResNet-50 at 128 px", head, rows
+
+
+def settings_table() -> Table:
+    """The step of the whole job by cycle time and yield."""
+    rows = []
+    for cycle, idle in (("0.01", "1"), ("0.05", "1"), ("0.2", "1"), ("1", "1"), ("0.05", "0"), ("1", "0")):
+        settings = {"HOROVOD_CYCLE_TIME": cycle, "OMPI_MCA_mpi_yield_when_idle": idle}
+        result = measure("overlap", settings=settings)
+        rows.append((cycle, idle, f"{result['forward']['median'] * 1e3:.2f}", _ms(result["step"])))
+    head = ("HOROVOD_CYCLE_TIME, ms", "mpi_yield_when_idle", "message in the forward pass, ms", "step, ms")
+    return "Launch settings: ResNet-50 at 128 px with CGBN", head, rows
+
+
+def ranks_table() -> Table:
+    """A small model on 1 to 16 ranks of this machine, and the cost of messages that they tell."""
+    results = [measure("scaling", ranks) for ranks in RANKS]
+    rows = [
+        (
+            str(result["ranks"]),
+            f"{1 / result['seconds']:.2f}",
+            f"{result['memory_mb']:.0f}",
+            f"{result['message'] * 1e6:.0f}" if result["ranks"] > 1 else "",
+            f"{result['large_message'] * 1e3:.0f}" if result["ranks"] > 1 else "",
+        )
+        for result in results
+    ]
+    cores = os.cpu_count() or 1
+    fitted = [result for result in results if 1 < result["ranks"] <= max(2, cores)]
+    cost = MessageCost.fitted([(r["ranks"], r["message"], r["large_message"]) for r in fitted], large_bytes=16 << 20)
+    rows.append((f"fit over at most {max(2, cores)} ranks: {cost}", "", "", "", ""))
+    head = ("ranks", "steps/s", "memory per rank, MB", "CGBN message, us", "message of 16 MiB, ms")
+    return f"Ranks on {cores} cores: ResNet-18 with CGBN, 2 images of 64 px per rank", head, rows
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "steps": steps_table,
+    "messages": messages_table,
+    "memory": memory_table,
+    "overlap": overlap_table,
+    "settings": settings_table,
+    "ranks": ranks_table,
+}
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), help="tables to measure")
+    parser.add_argument("--write", type=Path, help="Markdown file to write")
+    arguments = parser.parse_args()
+    parts = [_markdown(*TABLES[name]()) for name in arguments.only]
+    text = "\n\n".join([_head(), *parts]) + "\n"
+    print(text)
+    if arguments.write:
+        arguments.write.write_text(text)
+
+
+def _head() -> str:
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.processor())  # fmt: skip
+    return (
+        "# Benchmarks\n\nWritten by `python benchmarks/cross_gpu_bn.py --write docs/benchmarks.md`, which says how it "
+        f"measures. {os.cpu_count()} cores of {cpu}, no GPU, torch {torch.__version__}. A ratio below 1 "
+        "means that ours is faster. [performance.md](performance.md) explains the figures."
+    )
+
+
+def _markdown(title: str, head: Row, rows: list[Row]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return f"## {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f}"
+
+
+if __name__ == "__main__":
+    main()
