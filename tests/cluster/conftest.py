@@ -1,0 +1,67 @@
+"""Hosts and a Slurm cluster for the tests of this folder.
+
+A test asks for ``hosts`` (four of them, see hosts.py) or ``slurm`` (the same with Slurm, see slurm.py), and for
+``shared``, a folder of its own that all hosts see. A program on several of them, here two ranks on each of two:
+
+    def test_two_hosts(hosts: Hosts, shared: Path) -> None:
+        command = launch("mpirun", hosts, 2, ["megdet", "doctor", "--json"], among=[hosts[0], hosts[1]])
+        done = hosts[0].run(command, cwd=shared, check=False)         # .returncode, .stdout
+
+``launch`` (jobs.py) makes the command line for mpirun, horovodrun and megdet launch. Faults go to one host: its own
+mounts (``hosts[1].run(["mount", ...])``: /tmp, /run and /dev/shm are each host's own), its network (``unplug``,
+``limit_rate``), its environment (``hosts[1].run(["ssh", ...])`` has what sshd gives). A test that changes a host ends
+with ``hosts[1].kill()`` and ``hosts[1].boot()``; ``slurm.boot_node`` where Slurm is used.
+
+Where hosts cannot be made, the tests are skipped with the reason.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import hosts as hosts_of_a_machine
+import pytest
+import slurm as slurm_of_hosts
+from hosts import Hosts, Unavailable
+from slurm import Slurm
+
+
+@pytest.fixture(scope="session")
+def cluster_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keys, logs and states."""
+    return tmp_path_factory.mktemp("cluster")
+
+
+@pytest.fixture(scope="session")
+def hosts(cluster_folder: Path) -> Iterator[Hosts]:
+    """Four hosts on one switch."""
+    try:
+        hosts_of_a_machine.check_available()
+    except Unavailable as reason:
+        pytest.skip(f"no hosts can be made here: {reason}")
+    etc = {}
+    if Path("/etc/slurm").is_dir():
+        etc["slurm"] = slurm_of_hosts.write_configuration(cluster_folder, Hosts.NAMES)
+    with Hosts(4, cluster_folder, etc) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def slurm(hosts: Hosts, cluster_folder: Path) -> Slurm:
+    """The four hosts as nodes of a Slurm cluster."""
+    try:
+        slurm_of_hosts.check_available()
+    except Unavailable as reason:
+        pytest.skip(f"no Slurm can be started here: {reason}")
+    return Slurm(hosts, cluster_folder)
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """A folder of one test on the disk that all hosts share."""
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first training writes the generated data set for all."""
+    return tmp_path_factory.mktemp("data") / "synthetic"

@@ -1,0 +1,135 @@
+"""What can happen to a job, and what has to follow: the rows of docs/reliability.md, for the tests and measure.py."""
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jobs import Job, Training, left_behind, poll
+
+STALL_TIMEOUT = 8.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happens to a running job."""
+
+    name: str
+    launcher: str
+    happen: Callable[[Training, Job], None] | None
+    """What is done to it from outside; None where a fault is planted."""
+    limit: float
+    """Seconds after which no rank may be left."""
+    says: tuple[str, ...] = ()
+    """Regular expressions that the output has to match. {step} is any step, {victim} the last rank with its host."""
+    fault: str | None = None
+    """Kind of a fault of faulty.py in the last rank."""
+    repair: Callable[[Training], None] | None = None
+    """Brings the hosts back to order."""
+
+
+def _victim(training: Training, job: Job) -> object:
+    return training.members[-1].processes(job.script)[-1]
+
+
+def kill_rank(training: Training, job: Job) -> None:
+    """A rank ends as by the kernel's out-of-memory killer."""
+    training.members[-1].processes(job.script)[-1].signal(signal.SIGKILL)
+
+
+def stop_rank(training: Training, job: Job) -> None:
+    """A rank is stopped and never goes on."""
+    training.members[-1].processes(job.script)[-1].signal(signal.SIGSTOP)
+
+
+def kill_host(training: Training, job: Job) -> None:
+    """A host is gone, with all that ran on it."""
+    training.members[-1].kill()
+
+
+def unplug_host(training: Training, job: Job) -> None:
+    """No packet reaches a host any more; its processes go on."""
+    training.members[-1].unplug()
+
+
+def kill_launcher(name: str) -> Callable[[Training, Job], None]:
+    """SIGKILL to a launcher's process on the first host."""
+
+    def happen(training: Training, job: Job) -> None:
+        found = training.members[0].processes(name)
+        assert found, f"no {name} runs"
+        found[0].signal(signal.SIGKILL)
+
+    return happen
+
+
+def boot_host(training: Training) -> None:
+    """Brings a killed host back."""
+    training.members[-1].boot()
+
+
+def plug_host_in(training: Training) -> None:
+    """Brings an unplugged host back."""
+    training.members[-1].plug_in()
+
+
+MPI, GLOO = "megdet launch", "megdet launch --controller gloo"
+LOST = (r"{victim}.* lost at step {step}",)
+STUCK = f"no rank has got on for {STALL_TIMEOUT:.0f} s"
+STACK = r"rank {number} on {host}, step {step}:\n(?:.*\n)*?.*File .*faulty.py"
+
+EVENTS = [
+    Event("rank killed", "mpirun", kill_rank, 5, LOST),
+    Event("rank killed", "horovodrun --mpi", kill_rank, 5, LOST),
+    Event("rank killed", GLOO, kill_rank, 5, LOST),
+    Event("rank raises", MPI, None, 5, (r"{victim}, at step {step}, crashed",), fault="raise"),
+    Event("rank raises", GLOO, None, 5, (r"{victim}, at step {step}, crashed",), fault="raise"),
+    Event(
+        "rank out of memory", MPI, None, 5, (r"{victim}, at step {step}, crashed", "allocate memory"), fault="memory"
+    ),
+    Event("host gone", MPI, kill_host, 5, LOST, repair=boot_host),
+    Event("host gone", GLOO, kill_host, 5, LOST, repair=boot_host),
+    Event("link down", MPI, unplug_host, 15, (), repair=plug_host_in),
+    Event("link down", GLOO, unplug_host, 15, LOST, repair=plug_host_in),
+    Event("rank stopped", MPI, stop_rank, STALL_TIMEOUT + 10, (STUCK, r"{victim}: silent")),
+    Event("rank stopped", GLOO, stop_rank, STALL_TIMEOUT + 10, (r"{victim}",)),
+    Event("deadlock", MPI, None, STALL_TIMEOUT + 10, (STUCK, "waits for tensor only here", STACK), fault="deadlock"),
+    Event("deadlock", GLOO, None, STALL_TIMEOUT + 10, (STUCK, "waits for tensor only here", STACK), fault="deadlock"),
+    Event(
+        "loader hangs", MPI, None, STALL_TIMEOUT + 10, (STUCK, r"{victim}: waits for the data loader", STACK), "loader"
+    ),
+    Event("launcher killed", "mpirun", kill_launcher("mpirun"), 15),
+    Event("launcher killed", "horovodrun --mpi", kill_launcher("horovodrun"), 15),
+    Event("launcher killed", "horovodrun --gloo", kill_launcher("horovodrun"), 15),
+    Event("launcher killed", MPI, kill_launcher("megdet"), 15),
+    Event("launcher killed", GLOO, kill_launcher("megdet"), 15),
+]
+
+
+def happen(event: Event, training: Training) -> tuple[float, Job]:
+    """Starts the job, lets the event happen in its third step and returns the seconds until all ranks were gone.
+
+    Fails if ranks or launchers are left on any host, and if the output does not say what it has to.
+    """
+    start = training.steps_done()
+    last_rank = training.among * training.ranks_per_host - 1
+    fault = f"{event.fault}:{last_rank}:{start + 4}" if event.fault else None
+    settings = {"runtime.stall_timeout": str(STALL_TIMEOUT)}
+    job = training.start(event.launcher, fault, **settings)
+    try:
+        job.wait_for_step(start + 3)
+        if event.happen:
+            event.happen(training, job)
+        else:
+            job.wait_for_output("^planted fault")
+        seconds = job.seconds_until_gone(time.monotonic(), event.limit + 20)
+        if event.name != "launcher killed":
+            job.wait(20)
+        assert poll(lambda: not left_behind(training.hosts), 15), left_behind(training.hosts)
+        # What the others of a killed launcher print has nobody to go to.
+        job.wait(20)
+    finally:
+        job.end()
+        if event.repair:
+            event.repair(training)
+    return seconds, job
