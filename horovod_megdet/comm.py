@@ -208,7 +208,9 @@ def launch_settings() -> dict[str, str]:
 
 
 def world() -> Group:
-    """All ranks."""
+    """All ranks. Raises ``RuntimeError`` if there are several and Horovod has not been started yet."""
+    if not hvd.is_initialized() and launched_size() > 1:
+        raise RuntimeError(f"{launched_size()} ranks were launched: call comm.init() or hvd.init() first")
     return Group(tuple(range(size())), hvd.global_process_set)
 
 

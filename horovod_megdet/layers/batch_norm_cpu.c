@@ -12,7 +12,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 /* One binary for all CPUs of a cluster: the loader picks the version that the CPU can run. */
-#define FOR_EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define FOR_EVERY_CPU __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
 #else
 #define FOR_EVERY_CPU
 #endif

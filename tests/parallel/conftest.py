@@ -12,7 +12,7 @@ LAUNCHER = {"mpi": "mpirun", "gloo": "gloo"}
 
 @pytest.fixture(scope="session")
 def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., CompletedProcess[str]]:
-    """``run_ranks(script, ranks, *arguments, controller="mpi", timeout=120)``: runs a script of this folder.
+    """``run_ranks(script, ranks, *arguments, controller="mpi", timeout=120)``: runs a script of this folder (or an absolute path).
 
     Returns exit code and output (both streams of all ranks, in ``stdout``); fails with that output when the exit code
     is not 0.
@@ -21,7 +21,7 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Complet
     def run(
         script: str, ranks: int, *arguments: str, controller: str = "mpi", timeout: float = 120
     ) -> CompletedProcess[str]:
-        path = Path(__file__).with_name(script)
+        path = Path(__file__).parent / script
         folder = tmp_path_factory.mktemp(path.stem)
         job = launching.Job(LAUNCHER[controller], ranks, list(arguments), folder, script=path)
         code = job.wait(timeout)

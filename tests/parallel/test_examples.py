@@ -1,0 +1,14 @@
+"""The examples run as their docstrings say."""
+
+from collections.abc import Callable
+from subprocess import CompletedProcess
+
+import pytest
+from launching import PROJECT
+
+pytestmark = pytest.mark.parallel
+
+
+def test_classifier(run_ranks: Callable[..., CompletedProcess[str]]) -> None:
+    output = run_ranks(str(PROJECT / "examples" / "classifier.py"), 2).stdout
+    assert "epoch 1: loss" in output
