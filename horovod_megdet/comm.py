@@ -9,6 +9,7 @@ import ctypes
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
@@ -17,6 +18,7 @@ import horovod.torch as hvd
 import mpi4py
 import numpy as np
 import torch
+from horovod.runner.http import http_client
 from torch import Tensor, nn
 
 from horovod_megdet import activity
@@ -33,6 +35,10 @@ LAUNCH_DEFAULTS = {
     "HOROVOD_CYCLE_TIME": "0.05",
 }
 """Environment variables that :func:`init` sets where the user did not."""
+
+GLOO_TIMEOUT = "10"
+"""Seconds after which Gloo takes a rank for lost that does not answer, which a rank does also while it computes.
+Horovod's default, 30, is for ranks that start late; :func:`init` waits for those by itself."""
 
 LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK")
 """One of these is set by whatever starts several ranks: Open MPI, horovodrun --gloo, PMIx (srun), MPICH and its kin."""
@@ -107,7 +113,35 @@ def init(deterministic: bool = False, groups: bool = False) -> None:
     if not launched():
         # A process that no launcher started is alone. MPI could start that way too, but only with its daemon beside it.
         os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = "gloo"
+    if launched_by_horovodrun():
+        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", GLOO_TIMEOUT)
+        with _waiting_for("start"):
+            _wait_for_late_ranks()
     hvd.init()
+
+
+def _wait_for_late_ranks() -> None:
+    """Returns when all ranks that horovodrun has started have called this.
+
+    One host may take a minute longer than another to import torch from a cold disk, and Gloo would give up. The ranks
+    meet at horovodrun's own store of keys and values.
+    """
+    store = os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"], os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"], "megdet_start"
+
+    def wait_for(key: str) -> None:
+        while True:
+            with contextlib.suppress(RuntimeError):  # not there yet
+                http_client.read_data_from_kvstore(*store, key)
+                return
+            time.sleep(0.2)
+
+    if launched_rank() == 0:
+        for other in range(1, launched_size()):
+            wait_for(str(other))
+        http_client.put_data_into_kvstore(*store, "all", True)
+    else:
+        http_client.put_data_into_kvstore(*store, str(launched_rank()), True)
+        wait_for("all")
 
 
 def _set_launch_defaults() -> None:

@@ -56,6 +56,7 @@ def run_ranks(get_config: Callable[[], Config], program: Callable[[Config], int]
     other exception ends this rank, and with it the job, at once.
     """
     from horovod_megdet import comm
+    from horovod_megdet.engine.heartbeats import LOST_CONTACT
     from horovod_megdet.engine.watchdog import Watchdog
 
     config: Config | None = None
@@ -92,7 +93,7 @@ def run_ranks(get_config: Callable[[], Config], program: Callable[[Config], int]
     except comm.LostRankError as error:
         comm.say(f"error: {_this_rank()} lost contact with another one: {error}")
         if watchdog:
-            watchdog.last_words("lost contact")
+            watchdog.last_words(LOST_CONTACT)
             watchdog.sum_up_losses()
         comm.abort(EXIT_CRASHED)
     except BaseException:

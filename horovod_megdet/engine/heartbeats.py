@@ -175,24 +175,29 @@ def _verdict(beats: list[Heartbeat]) -> str:
     return "All ranks wait in the same collective, whose messages do not arrive"
 
 
+LOST_CONTACT = "lost contact"
+"""Last words of a rank whose messages do not come through any more."""
+
+WAITED = "waited for tensor"
+"""The beginning of the last words of a rank that was told to end while it waited."""
+
+
 def describe_losses(beats: list[Heartbeat]) -> str | None:
-    """One sentence on which ranks were lost: those without last words. None if all others had some."""
+    """One sentence on which ranks were lost: those without last words. None if there is nothing to tell."""
     if not beats:
         return None
-    lost = [beat for beat in beats if beat.ended is None]
     # Ranks are in lock-step, and the last heartbeat of the lost ones may be some seconds old.
     step = max(beat.step for beat in beats)
     at = f"at step {step}" if step else "before the first step"
+    lost = [beat for beat in beats if beat.ended is None]
     missing = sorted(set(range(max(beat.size for beat in beats))) - {beat.rank for beat in beats})
-    sentences = []
-    if lost:
-        sentences.append(f"{name_ranks(lost)} lost {at} (last seen: {lost[0].doing})")
-    if missing:
-        sentences.append(f"no sign of rank {_ranges(missing)}")
-    sentences += [
-        f"{name_ranks([beat])} {beat.ended}" for beat in beats if beat.ended and not beat.ended.startswith("waited")
-    ]
-    waiting = [beat for beat in beats if beat.ended and beat.ended.startswith("waited")]
-    if waiting and sentences:
-        sentences.append(f"{name_ranks(waiting)} {waiting[0].ended}")
-    return "; ".join(sentences) + "." if sentences else None
+    failed = [beat for beat in beats if beat.ended and not beat.ended.startswith((LOST_CONTACT, WAITED))]
+    clauses = [f"{name_ranks(lost)} lost {at} (last seen: {lost[0].doing})"] if lost else []
+    clauses += [f"no sign of rank {_ranges(missing)}"] if missing else []
+    clauses += [f"{name_ranks([beat])} {beat.ended} {at}" for beat in failed]
+    others = [beat for beat in beats if beat.ended and beat not in failed]
+    if clauses and others:
+        clauses.append(f"{name_ranks(others)} {others[0].ended}")
+    elif not clauses and any(beat.ended == LOST_CONTACT for beat in others):
+        clauses.append(f"all ranks still ran {at}, but could not reach each other: {name_ranks(others)}")
+    return f"{'; '.join(clauses)}." if clauses else None

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from horovod_megdet import activity, comm
-from horovod_megdet.engine.heartbeats import Heartbeat, Heartbeats, describe_losses, diagnose, groups
+from horovod_megdet.engine.heartbeats import WAITED, Heartbeat, Heartbeats, describe_losses, diagnose, groups
 from horovod_megdet.engine.launcher_watch import LauncherWatch, die_with_parent
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_STALLED
 
@@ -153,7 +153,7 @@ class Watchdog:
         self._beat()
         time.sleep(LAST_WORDS / 4)
         if activity.current.waiting_for is not None and activity.current.progress == progress:
-            self.last_words(f"waited for tensor {activity.current.waiting_for}")
+            self.last_words(f"{WAITED} {activity.current.waiting_for}")
             self.sum_up_losses()
             self.ended = None  # it may have been a request to stop, and the other ranks just slow
 

@@ -1,6 +1,7 @@
 """Running a launcher and passing signals on to it."""
 
 import contextlib
+import ctypes
 import os
 import re
 import signal
@@ -20,6 +21,10 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The first of these asks the ranks to write a checkpoint and stop; the second ends them; the third kills."""
 
 _TAIL_BYTES = 4096
+
+# Found before the fork: afterwards, the locks that another thread held stay locked.
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
 
 
 def run_mpirun(command: Command) -> int:
@@ -120,6 +125,11 @@ class _Relay:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
 
+def _end_with_parent() -> None:
+    """Has the launcher end the ranks and itself when this process is killed. Runs in the new process."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _run(command: Command, ask_ranks: Callable[[subprocess.Popen[bytes]], bool], stderr: int | None = None) -> int:
     relay = _Relay(ask_ranks)
     with relay.installed():
@@ -131,6 +141,7 @@ def _run(command: Command, ask_ranks: Callable[[subprocess.Popen[bytes]], bool],
                 stdin=subprocess.DEVNULL,
                 stderr=stderr,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         except OSError as error:
             raise UserError(f"{command.argv[0]}: cannot be run: {error.strerror or error}.") from None

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import hosts as hosts_of_a_machine
 import pytest
-import slurm as slurm_of_hosts
 from hosts import Hosts, Unavailable
+
+import slurm as slurm_of_hosts
 from slurm import Slurm
 
 

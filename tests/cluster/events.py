@@ -90,16 +90,18 @@ EVENTS = [
     Event("host gone", MPI, kill_host, 5, LOST, repair=boot_host),
     Event("host gone", GLOO, kill_host, 5, LOST, repair=boot_host),
     Event("link down", MPI, unplug_host, 15, (), repair=plug_host_in),
-    Event("link down", GLOO, unplug_host, 15, LOST, repair=plug_host_in),
+    Event(
+        "link down", GLOO, unplug_host, 15, ("could not reach each other: .*{victim}|" + LOST[0],), repair=plug_host_in
+    ),
     Event("rank stopped", MPI, stop_rank, STALL_TIMEOUT + 10, (STUCK, r"{victim}: silent")),
-    Event("rank stopped", GLOO, stop_rank, STALL_TIMEOUT + 10, (r"{victim}",)),
+    Event("rank stopped", GLOO, stop_rank, 15, LOST),
     Event("deadlock", MPI, None, STALL_TIMEOUT + 10, (STUCK, "waits for tensor only here", STACK), fault="deadlock"),
     Event("deadlock", GLOO, None, STALL_TIMEOUT + 10, (STUCK, "waits for tensor only here", STACK), fault="deadlock"),
     Event(
         "loader hangs", MPI, None, STALL_TIMEOUT + 10, (STUCK, r"{victim}: waits for the data loader", STACK), "loader"
     ),
     Event("launcher killed", "mpirun", kill_launcher("mpirun"), 15),
-    Event("launcher killed", "horovodrun --mpi", kill_launcher("horovodrun"), 15),
+    Event("launcher killed", "horovodrun --mpi", kill_launcher("mpirun"), 15),  # what horovodrun has become
     Event("launcher killed", "horovodrun --gloo", kill_launcher("horovodrun"), 15),
     Event("launcher killed", MPI, kill_launcher("megdet"), 15),
     Event("launcher killed", GLOO, kill_launcher("megdet"), 15),
@@ -114,7 +116,7 @@ def happen(event: Event, training: Training) -> tuple[float, Job]:
     start = training.steps_done()
     last_rank = training.among * training.ranks_per_host - 1
     fault = f"{event.fault}:{last_rank}:{start + 4}" if event.fault else None
-    settings = {"runtime.stall_timeout": str(STALL_TIMEOUT)}
+    settings = {"runtime.stall_timeout": str(STALL_TIMEOUT)} if STUCK in event.says else {}
     job = training.start(event.launcher, fault, **settings)
     try:
         job.wait_for_step(start + 3)

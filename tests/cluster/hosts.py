@@ -97,11 +97,12 @@ class Host:
         """Starts it and waits for its sshd."""
         shared = [str(path) for path in _shared_below_tmp(self.files)]
         with (self.files / "sshd.log").open("w") as log:
+            # setpriv: what unshare holds dies with the process that called boot().
+            argv = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--uts", "--mount", "--ipc", "--pid"]
+            argv += ["--fork", "--kill-child", "--mount-proc"]
+            argv += ["bash", "-c", START_HOST, "host", self.name, str(self.files), *shared]
             self._holder = subprocess.Popen(
-                # setpriv: what unshare holds dies with the process that called boot().
-                ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--uts", "--mount", "--ipc", "--pid", "--fork"]
-                + ["--kill-child", "--mount-proc", "bash", "-c", START_HOST, "host", self.name, str(self.files)]
-                + shared,
+                argv,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -144,7 +145,7 @@ class Host:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Runs a command to its end; output and errors are in ``stdout``. ``check``: fails if its exit code is not 0."""
+        """Runs a command to its end; output and errors are in ``stdout``. ``check``: it must not fail."""
         done = subprocess.run(
             self.command(_in(cwd, arguments)),
             env={**environment(), **(env or {})},
@@ -178,7 +179,7 @@ class Host:
     def processes(self, script: str | None = None) -> list[Process]:
         """Its running processes, or those of a program or script: ``host.processes("train.py")``."""
         try:
-            namespace = os.readlink(f"/proc/{self._init}/ns/pid")
+            namespace = Path(f"/proc/{self._init}/ns/pid").readlink()
         except FileNotFoundError:
             return []
         found = [process for pid in _pids() if (process := _process(pid, namespace))]
@@ -352,10 +353,10 @@ def _pids() -> list[int]:
     return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
 
 
-def _process(pid: int, namespace: str) -> Process | None:
+def _process(pid: int, namespace: Path) -> Process | None:
     """A process that runs in a namespace of process ids; None for others and for zombies."""
     try:
-        if os.readlink(f"/proc/{pid}/ns/pid") != namespace:
+        if Path(f"/proc/{pid}/ns/pid").readlink() != namespace:
             return None
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
     except (FileNotFoundError, ProcessLookupError, PermissionError):

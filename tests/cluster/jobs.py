@@ -170,7 +170,7 @@ def left_behind(hosts: Hosts) -> list[str]:
         f"{host.name}: {' '.join(process.arguments)[:150]}"
         for host in hosts
         for process in host.processes()
-        if process.script not in DAEMONS and not process.arguments[0].startswith("sshd: /")
+        if process.script not in DAEMONS and not process.arguments[0].startswith("sshd:")
     ]
 
 

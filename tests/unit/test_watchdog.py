@@ -58,8 +58,8 @@ def test_lost_ranks_are_those_without_last_words() -> None:
         ]
     )
     assert sentence == (
-        "rank 2 on node1 lost at step 18 (last seen: computes); rank 3 on node1 crashed; ranks 0-1 on node0 waited for "
-        "tensor losses."
+        "rank 2 on node1 lost at step 18 (last seen: computes); rank 3 on node1 crashed at step 18; ranks 0-1 on node0 "
+        "waited for tensor losses."
     )
 
 
@@ -67,6 +67,13 @@ def test_ranks_that_never_wrote_are_missed() -> None:
     sentence = describe_losses([beat(rank, ended="lost contact", step=0) for rank in (0, 1, 3)])
     assert sentence is not None
     assert sentence.startswith("no sign of rank 2;")
+
+
+def test_ranks_that_are_all_there_point_at_the_network() -> None:
+    sentence = describe_losses([beat(rank, ended="lost contact") for rank in range(4)])
+    assert sentence == (
+        "all ranks still ran at step 17, but could not reach each other: ranks 0-1 on node0, 2-3 on node1."
+    )
 
 
 def test_nothing_is_said_when_nobody_was_lost() -> None:
