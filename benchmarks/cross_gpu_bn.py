@@ -79,7 +79,7 @@ def messages_table() -> Table:
     ours, theirs = measure("messages"), measure("messages", settings=HOROVOD_DEFAULTS)
     rows = []
     for channels in ("64", "512", "2048"):
-        mine, other, bare = ours[channels]["horovod"], theirs[channels]["horovod"], ours[channels]["mpi"]
+        mine, other, bare = ours["horovod"][channels], theirs["horovod"][channels], ours["mpi"][channels]
         rows.append((channels, f"{mine * 1e6:.0f}", f"{other * 1e6:.0f}", f"{mine / other:.2f}", f"{bare * 1e6:.0f}"))
     head = ("channels", "launch defaults, us", "Horovod's defaults, us", "ratio", "bare MPI.Allreduce, us")
     return "One message of 2 C + 1 float64", head, rows
@@ -91,7 +91,7 @@ def memory_table() -> Table:
     none, blocks = Timing(result["512"]["none"]), Timing(result["512"]["blocks"])
     peaks = result["peak_mb"]
     rows = [
-        ("peak memory of a step, MB", f"{peaks['none']:.0f}", f"{peaks['blocks']:.0f}",
+        ("peak of the activations, MB", f"{peaks['none']:.0f}", f"{peaks['blocks']:.0f}",
          f"{peaks['blocks'] / peaks['none']:.2f}"),
         ("step, ms", _ms(none.median), _ms(blocks.median), f"{blocks.ratio(none):.2f}"),
     ]  # fmt: skip

@@ -2,15 +2,17 @@
 
 import copy
 import json
-import os
 import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from alternatives import FiveMessageBatchNorm, NaiveBatchNorm, converted
@@ -18,6 +20,7 @@ from timing import Timing, take_turns
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 from torchvision.models import resnet18, resnet50
 
 from horovod_megdet import CrossGPUBatchNorm, comm, convert_batch_norm
@@ -27,9 +30,10 @@ from horovod_megdet.models.detector import build_detector
 
 IMAGES_PER_RANK = 2
 CLASSES = 100
+CHANNELS = (64, 512, 2048)
 
 
-def classifier_step(model: nn.Module, side: int, ddp: bool = False) -> Callable[[], None]:
+def classifier_step(model: nn.Module, side: int, ddp: bool = False, keep_gradients: bool = False) -> Callable[[], None]:
     """A step of SGD on fixed random images: forward, backward with averaged gradients, update."""
     generator = torch.Generator().manual_seed(comm.rank())
     images = torch.randn(IMAGES_PER_RANK, 3, side, side, generator=generator)
@@ -41,7 +45,7 @@ def classifier_step(model: nn.Module, side: int, ddp: bool = False) -> Callable[
         optimizer = comm.distributed_optimizer(optimizer, model, passes_per_step=1, fp16=False)
 
     def step() -> None:
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=not keep_gradients)
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
 
@@ -99,42 +103,44 @@ def detector_step(model: ModelConfig) -> Callable[[], None]:
     return step
 
 
-def messages() -> dict[str, Any]:
-    """Seconds of one allreduce as CGBN sends it, by its length, and of the bare MPI call."""
-    from mpi4py import MPI
-
-    result: dict[str, Any] = {"settings": {name: os.environ.get(name, "") for name in comm.LAUNCH_DEFAULTS}}
-    for channels in (64, 512, 2048):
-        message = torch.zeros(2 * channels + 1, dtype=torch.float64)
-        received = torch.empty_like(message)
-
-        def horovod(message: torch.Tensor = message, name: str = f"benchmark.{channels}") -> None:
-            comm.sum_(message, name)
-
-        def mpi(message: torch.Tensor = message, received: torch.Tensor = received) -> None:
-            MPI.COMM_WORLD.Allreduce(message.numpy(), received.numpy())
-
-        result[str(channels)] = {"horovod": _seconds_of_one(horovod), "mpi": _seconds_of_one(mpi)}
-    return result
+def bare_messages() -> dict[str, float]:
+    """Seconds of the bare MPI allreduce; before Horovod starts, whose thread would talk in between."""
+    mpi = comm.BareMPI()
+    return {
+        str(channels): _seconds_of_one(partial(mpi.sum_, np.zeros(2 * channels + 1)), mpi.largest)
+        for channels in CHANNELS
+    }
 
 
-def _seconds_of_one(call: Callable[[], None], repetitions: int = 200) -> float:
-    """Median over five rounds of the mean time of a call; the slowest rank counts."""
+def messages() -> dict[str, float]:
+    """Seconds of one allreduce as CGBN sends it, by its channels."""
+    return {
+        str(channels): _seconds_of_one(
+            partial(comm.sum_, torch.zeros(2 * channels + 1, dtype=torch.float64), f"benchmark.{channels}"), _largest
+        )
+        for channels in CHANNELS
+    }
+
+
+def _largest(value: float) -> float:
+    return comm.gather(torch.tensor([value], dtype=torch.float64), "benchmark.largest").max().item()
+
+
+def _seconds_of_one(call: Callable[[], object], largest: Callable[[float], float], repetitions: int = 200) -> float:
+    """Median over nine rounds of the mean time of a call; the slowest rank counts."""
     for _ in range(20):
         call()
     rounds = []
-    for _ in range(5):
-        comm.barrier()
+    for _ in range(9):
         start = time.perf_counter()
         for _ in range(repetitions):
             call()
-        mine = torch.tensor([(time.perf_counter() - start) / repetitions], dtype=torch.float64)
-        rounds.append(comm.gather(mine, "benchmark.message").max().item())
-    return sorted(rounds)[2]
+        rounds.append(largest((time.perf_counter() - start) / repetitions))
+    return sorted(rounds)[4]
 
 
 def memory() -> dict[str, Any]:
-    """Peak memory of a ResNet-50 step at 512 px above what stays, without and with recomputation by blocks."""
+    """Peak of the activations of a ResNet-50 step at 512 px, without and with recomputation by blocks."""
     torch.manual_seed(0)
     plain = convert_batch_norm(resnet50(num_classes=CLASSES).train())
     steps, peaks = {}, {}
@@ -143,24 +149,20 @@ def memory() -> dict[str, Any]:
         if name == "blocks":
             for stage in ("layer1", "layer2", "layer3", "layer4"):
                 setattr(model, stage, RecomputedStage(getattr(model, stage), by_block=True))
-        steps[name] = classifier_step(model, side=512)
+        steps[name] = classifier_step(model, side=512, keep_gradients=True)
     timings = take_turns(steps, turns=6)
     for name, step in steps.items():
-        peaks[name] = comm.gather(torch.tensor([_peak_mb(step)], dtype=torch.float64), "benchmark.peak").max().item()
+        peaks[name] = _largest(_peak_mb(step))
     return {"512": _seconds(timings), "peak_mb": peaks}
 
 
 def _peak_mb(step: Callable[[], None]) -> float:
-    """How far resident memory rises above its level between the steps, in MB."""
-    Path("/proc/self/clear_refs").write_text("5")  # restarts the high-water mark
-    before = _status_mb("VmRSS")
-    step()
-    return _status_mb("VmHWM") - before
-
-
-def _status_mb(field: str) -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
+    """How far the memory of tensors rises in a step above its level between the steps, in MB."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = profiled.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(accumulate(size for _, size in changes)) / 2**20
 
 
 def overlap() -> dict[str, Any]:
@@ -190,17 +192,16 @@ def scaling() -> dict[str, Any]:
     torch.manual_seed(0)
     model = convert_batch_norm(resnet18(num_classes=CLASSES).train())
     timing = take_turns({"cgbn": classifier_step(model, side=64)}, turns=10)["cgbn"]
-    peak = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024], dtype=torch.float64)
     layers = sum(isinstance(layer, CrossGPUBatchNorm) for layer in model.modules())
     message = torch.zeros(1025, dtype=torch.float64)
     large = torch.zeros(4 << 20)
     return {
         "ranks": comm.size(),
         "seconds": timing.median,
-        "memory_mb": comm.gather(peak, "benchmark.memory").max().item(),
+        "memory_mb": _largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "layers": layers,
-        "message": _seconds_of_one(lambda: comm.sum_(message, "benchmark.small"), repetitions=50),
-        "large_message": _seconds_of_one(lambda: comm.sum_(large, "benchmark.large"), repetitions=4),
+        "message": _seconds_of_one(partial(comm.sum_, message, "benchmark.small"), _largest, repetitions=50),
+        "large_message": _seconds_of_one(partial(comm.sum_, large, "benchmark.large"), _largest, repetitions=4),
     }
 
 
@@ -218,9 +219,13 @@ PARTS = {part.__name__: part for part in (resnet_steps, detector_steps, messages
 
 def main() -> None:
     """Measures the part named on the command line; rank 0 writes the result."""
+    part = sys.argv[1]
+    bare = bare_messages() if part == "messages" else None
     comm.init()
     torch.set_num_threads(1)
-    result = PARTS[sys.argv[1]]()
+    result = PARTS[part]()
+    if bare:
+        result = {"horovod": result, "mpi": bare}
     if comm.is_main():
         Path(sys.argv[2]).write_text(json.dumps(result))
     comm.barrier()
