@@ -6,11 +6,12 @@
 #   0       done
 #   85      stopped by a signal after a checkpoint: queued again, any number of times; not after scancel
 #   205     mpirun lost a node: queued again, MEGDET_MAX_REQUEUES times
+#   5       no rank got on, often because a node hangs: counted as a lost node
 #   others  a mistake or a crash, which would only happen again: the job ends with that code
 # Slurm itself queues a job again whose node fails. That start then finds that the one before it never ended, and
 # counts it as a lost node too.
 
-readonly EXIT_STOPPED=85 EXIT_LOST_NODE=205
+readonly EXIT_STOPPED=85 EXIT_STALLED=5 EXIT_LOST_NODE=205
 
 say() { printf '%s megdet: %s\n' "$(date '+%F %T')" "$*"; }
 
@@ -67,7 +68,7 @@ count_lost_node() {
     [[ ! -s $lost_nodes ]] || read -r count <"$lost_nodes"
     count=$((count + 1))
     echo "$count" >"$lost_nodes"
-    say "lost a node for the ${count}. time, $MEGDET_MAX_REQUEUES are tolerated"
+    say "lost a node, or got nowhere, for the ${count}. time; $MEGDET_MAX_REQUEUES are tolerated"
     ((count <= MEGDET_MAX_REQUEUES))
 }
 
@@ -124,7 +125,7 @@ end_job() {
                 requeue
             fi
             ;;
-        "$EXIT_LOST_NODE")
+        "$EXIT_LOST_NODE" | "$EXIT_STALLED")
             # A job that was over the limit at its start has not trained, and ends here.
             if [[ $over_limit ]] || ! count_lost_node; then
                 say "giving up after too many lost nodes; to go on, submit it anew with MEGDET_RUN_DIR=$MEGDET_RUN_DIR"

@@ -1,5 +1,6 @@
 """What can happen to a job, and what has to follow: the rows of docs/reliability.md, for the tests and measure.py."""
 
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -21,15 +22,11 @@ class Event:
     limit: float
     """Seconds after which no rank may be left."""
     says: tuple[str, ...] = ()
-    """Regular expressions that the output has to match. {step} is any step, {victim} the last rank with its host."""
+    """Regular expressions for what is printed. {step} is any step, {victim} the last rank with its host."""
     fault: str | None = None
     """Kind of a fault of faulty.py in the last rank."""
     repair: Callable[[Training], None] | None = None
     """Brings the hosts back to order."""
-
-
-def _victim(training: Training, job: Job) -> object:
-    return training.members[-1].processes(job.script)[-1]
 
 
 def kill_rank(training: Training, job: Job) -> None:
@@ -76,7 +73,7 @@ def plug_host_in(training: Training) -> None:
 MPI, GLOO = "megdet launch", "megdet launch --controller gloo"
 LOST = (r"{victim}.* lost at step {step}",)
 STUCK = f"no rank has got on for {STALL_TIMEOUT:.0f} s"
-STACK = r"rank {number} on {host}, step {step}:\n(?:.*\n)*?.*File .*faulty.py"
+STACK = r"{victim}, step {step}:\n(?:.*\n)*?.*File .*faulty.py"
 
 EVENTS = [
     Event("rank killed", "mpirun", kill_rank, 5, LOST),
@@ -114,24 +111,27 @@ def happen(event: Event, training: Training) -> tuple[float, Job]:
     Fails if ranks or launchers are left on any host, and if the output does not say what it has to.
     """
     start = training.steps_done()
-    last_rank = training.among * training.ranks_per_host - 1
-    fault = f"{event.fault}:{last_rank}:{start + 4}" if event.fault else None
+    victim = training.among * training.ranks_per_host - 1
+    fault = f"{event.fault}:{victim}:{start + 3}" if event.fault else None
     settings = {"runtime.stall_timeout": str(STALL_TIMEOUT)} if STUCK in event.says else {}
     job = training.start(event.launcher, fault, **settings)
     try:
-        job.wait_for_step(start + 3)
+        job.wait_for_step(start + 2)
         if event.happen:
             event.happen(training, job)
         else:
             job.wait_for_output("^planted fault")
         seconds = job.seconds_until_gone(time.monotonic(), event.limit + 20)
-        if event.name != "launcher killed":
-            job.wait(20)
-        assert poll(lambda: not left_behind(training.hosts), 15), left_behind(training.hosts)
-        # What the others of a killed launcher print has nobody to go to.
         job.wait(20)
+        assert poll(lambda: not left_behind(training.hosts), 15), left_behind(training.hosts)
     finally:
         job.end()
         if event.repair:
             event.repair(training)
+    host = training.members[-1].name
+    name = rf"(?:rank {victim} on {host}|ranks [^;]*\b{victim} on {host})"
+    for pattern in event.says:
+        expected = pattern.format(victim=name, step=r"[1-9]\d*")
+        assert re.search(expected, job.output), f"not said: {expected}\n{job.output}"
+    assert seconds <= event.limit, f"{seconds:.1f} s, {event.limit} s are the limit"
     return seconds, job

@@ -65,7 +65,7 @@ class Process:
     def script(self) -> str:
         """File name of the program, or of the script if that is a Python interpreter."""
         names = [Path(argument).name for argument in self.arguments[:2]]
-        return names[1] if len(names) == 2 and names[0].startswith("python") else names[0]
+        return names[1] if len(names) == 2 and names[0].startswith("python") else names[0].strip(": ")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -184,6 +184,10 @@ class Host:
             return []
         found = [process for pid in _pids() if (process := _process(pid, namespace))]
         return [process for process in found if script is None or process.script == script]
+
+    def path(self, path: Path) -> Path:
+        """Where the machine sees a path of this host, with the host's mounts."""
+        return Path(f"/proc/{self._init}/root") / path.relative_to("/")
 
     def kill(self) -> None:
         """As when the power fails, except that the kernel still closes its connections."""

@@ -20,11 +20,11 @@ INTERFACE = "eth0"
 
 SETTINGS = {
     "runtime.deterministic": "true",
-    "solver.epochs": "12",
-    "solver.milestones": "[8]",
+    "solver.epochs": "9",
+    "solver.milestones": "[6]",
     "output.log_every_images": "1",
     "output.checkpoint_every_epochs": "0.3",
-    "output.evaluate_every_epochs": "6",
+    "output.evaluate_every_epochs": "9",
 }
 """A run that writes a line for each step and a checkpoint for every other."""
 
@@ -161,7 +161,7 @@ class Job:
         self.process.wait()
 
 
-DAEMONS = {"munged", "slurmctld", "slurmd", "sshd"}
+DAEMONS = {"munged", "slurmctld", "slurmscriptd", "slurmd", "sshd"}
 
 
 def left_behind(hosts: Hosts) -> list[str]:

@@ -57,7 +57,9 @@ def write_configuration(folder: Path, names: tuple[str, ...]) -> Path:
     etc.mkdir()
     nodes = ",".join(names)
     (etc / "slurm.conf").write_text(CONFIGURATION.format(controller=names[0], nodes=nodes, folder=folder))
-    (etc / "gres.conf").write_text(f"NodeName={nodes} Name=gpu Count=8\n")
+    (etc / "gres.conf").write_text(f"NodeName={nodes} Name=gpu File={folder}/gpu[0-7]\n")
+    for number in range(8):
+        (folder / f"gpu{number}").touch()
     (etc / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     return etc
 

@@ -1,0 +1,35 @@
+"""What can happen to a job ends it soon and with a word on it, and --resume goes on to the same bits.
+
+The events hit one run after the other, each start resuming what the one before left; the last test compares its end
+with a run that nothing disturbed. measure.py does the same with four ranks, for docs/reliability.md.
+"""
+
+from pathlib import Path
+
+import pytest
+from disk import failing_disk
+from events import EVENTS, Event, happen
+from hosts import Hosts
+from jobs import Training
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def training(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory, data: Path) -> Training:
+    """The run that all events hit: two ranks on two hosts."""
+    return Training(hosts, tmp_path_factory.mktemp("disturbed") / "run", data)
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: f"{event.name}, {event.launcher}")
+def test_event(training: Training, event: Event) -> None:
+    happen(event, training)
+
+
+def test_the_end_on_a_failing_disk_is_that_of_an_undisturbed_run(
+    training: Training, hosts: Hosts, tmp_path: Path, data: Path
+) -> None:
+    undisturbed = Training(hosts, tmp_path / "run", data)
+    job = undisturbed.start("mpirun")
+    assert job.wait() == 0, job.output
+    assert failing_disk(training) == undisturbed.result()

@@ -1,0 +1,56 @@
+"""Every launcher over two and four hosts, and what the ranks find there."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hosts import Host, Hosts
+from jobs import Training, launch, left_behind
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun --mpi", "horovodrun --gloo"])
+def test_train_on_hosts(hosts: Hosts, shared: Path, data: Path, launcher: str, count: int) -> None:
+    short = {"solver.epochs": "0.1", "solver.milestones": "[0.05]", "solver.warmup_epochs": "0"}
+    training = Training(hosts, shared / "run", data, among=count, settings=short)
+    job = training.start(launcher)
+    assert job.wait() == 0, job.output
+    controller = "gloo" if "gloo" in launcher else "mpi"
+    assert f"{count}, 1 on hostA, controller {controller}" in job.output
+    assert "Finished after" in job.output
+    assert training.steps_done() >= 1
+    assert not left_behind(hosts)
+
+
+def probe(hosts: Hosts, launcher: str, ranks_per_host: int, among: list[Host]) -> list[dict[str, Any]]:
+    """What the ranks of probe.py say, by rank."""
+    program = ["python", str(Path(__file__).with_name("probe.py"))]
+    output = hosts[0].run(launch(launcher, hosts, ranks_per_host, program, among)).stdout
+    lines = [line[line.index("{") :] for line in output.splitlines() if '{"rank"' in line]
+    return sorted((json.loads(line) for line in lines), key=lambda said: said["rank"])
+
+
+@pytest.mark.parametrize("launcher", ["megdet launch", "megdet launch --controller gloo"])
+def test_groups_of_batch_normalisation_stay_on_their_host(hosts: Hosts, launcher: str) -> None:
+    said = probe(hosts, launcher, 2, [hosts[0], hosts[1]])
+    assert [rank["host"] for rank in said] == ["hostA", "hostA", "hostB", "hostB"]
+    assert [rank["group"] for rank in said] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [rank["sum"] for rank in said] == [11, 11, 1100, 1100]
+
+
+def test_a_link_of_one_gigabit(hosts: Hosts) -> None:
+    two = [hosts[0], hosts[1]]
+    try:
+        for host in two:
+            host.limit_rate("1gbit")
+        slow = max(rank["seconds"] for rank in probe(hosts, "megdet launch", 1, two))
+    finally:
+        for host in two:
+            host.limit_rate(None)
+    fast = max(rank["seconds"] for rank in probe(hosts, "megdet launch", 1, two))
+    # Both ranks send 32 MiB, at the same time: 0.27 s at this rate.
+    assert 0.25 < slow < 1.0
+    assert fast < slow

@@ -1,0 +1,82 @@
+"""The batch scripts as they are shipped, on a real Slurm of two nodes."""
+
+import re
+from pathlib import Path
+
+import pytest
+from hosts import PROJECT, VENV_BIN, Hosts, wait_for
+from jobs import INTERFACE, Training
+
+from slurm import Slurm
+
+pytestmark = pytest.mark.cluster
+
+ENVIRONMENT = {
+    "MEGDET_VENV": str(VENV_BIN.parent),
+    "MEGDET_RANKS_PER_NODE": "1",
+    "MEGDET_INTERFACE": INTERFACE,
+}
+
+
+class BatchJob:
+    """A submitted training of the tiny configuration."""
+
+    def __init__(self, slurm: Slurm, training: Training, script: str) -> None:
+        self.slurm, self.training = slurm, training
+        self.file = training.run_dir.with_suffix(".out")
+        environment = ENVIRONMENT | {"MEGDET_RUN_DIR": str(training.run_dir)}
+        arguments = [
+            argument for argument in training.arguments() if argument not in ("--run-dir", str(training.run_dir))
+        ]
+        self.number = slurm.submit(
+            "--nodes=2", f"--output={self.file}", str(PROJECT / "slurm" / script), *arguments, env=environment
+        )
+
+    @property
+    def output(self) -> str:
+        return self.file.read_text(errors="replace") if self.file.exists() else ""
+
+    def wait_for(self, pattern: str, timeout: float = 60) -> None:
+        """Waits for a line of the output."""
+        wait_for(
+            lambda: re.search(pattern, self.output, flags=re.MULTILINE),
+            pattern,
+            lambda: f"{self.output}\n{self.slurm.logs()}",
+            timeout,
+        )
+
+    def wait_for_start(self, number: int) -> None:
+        """Waits until a start of the job has trained two steps."""
+        self.wait_for(rf"megdet: ==== job {self.number}, start {number},")
+        done = self.training.steps_done()
+        self.wait_for(rf"start {number},(.*\n)*step {done + 2} ")
+
+
+def test_three_time_limits_and_a_lost_node_change_no_bit(
+    slurm: Slurm, hosts: Hosts, shared: Path, data: Path, tmp_path: Path
+) -> None:
+    undisturbed = Training(hosts, tmp_path / "undisturbed", data, settings={"solver.epochs": "4"})
+    job = undisturbed.start("mpirun")
+    assert job.wait() == 0, job.output
+    training = Training(hosts, shared / "run", data, settings={"solver.epochs": "4"})
+    batch = BatchJob(slurm, training, "megdet.sbatch")
+    for start in (1, 2, 3):
+        batch.wait_for_start(start)
+        slurm.run("scancel", "--signal=USR1", "--batch", str(batch.number))
+    batch.wait_for_start(4)
+    hosts[1].kill()
+    batch.wait_for("lost a node, or got nowhere, for the 1. time")
+    slurm.boot_node(hosts[1])
+    batch.wait_for("megdet: finished", timeout=120)
+    assert batch.output.count("megdet: queued again") >= 3
+    assert re.search(r"rank 1 on hostB lost at step \d+", batch.output)
+    assert training.result() == undisturbed.result()
+    wait_for(lambda: slurm.state(batch.number) == "COMPLETED", "the job to be completed")
+
+
+def test_srun_without_pmi_is_refused(slurm: Slurm, shared: Path, data: Path, hosts: Hosts) -> None:
+    training = Training(hosts, shared / "run", data)
+    program = ["python", str(PROJECT / "train.py"), *training.arguments()]
+    said = slurm.run("srun", "--mpi=none", "--nodes=2", "--ntasks=2", *program, check=False)
+    assert "srun started 2 processes that do not know of each other" in said
+    assert not training.run_dir.exists()
