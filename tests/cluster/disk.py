@@ -12,7 +12,7 @@ SIZE = "300m"
 """Room for the checkpoints that are kept, not for more."""
 
 
-def failing_disk(training: Training) -> dict[str, Any]:
+def failing_disk(training: Training, launcher: str = "mpirun") -> dict[str, Any]:
     """Resumes the run on such a disk, to its end, and returns the result; fails where training does not go on.
 
     While the disk is full and while it is read-only the newest checkpoint has to stay whole.
@@ -24,7 +24,7 @@ def failing_disk(training: Training) -> dict[str, Any]:
     host.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)])
     host.run(["cp", "-r", str(kept), str(folder / newest.name)])
     kept.rename(newest)
-    job = training.start("mpirun", **{"output.keep_checkpoints": "1"})
+    job = training.start(launcher, **{"output.keep_checkpoints": "1"})
     try:
         job.wait_for_output("^Resuming after")
         filler = folder / "filler"
