@@ -45,7 +45,7 @@ def classifier_step(model: nn.Module, side: int, ddp: bool = False, keep_gradien
         optimizer = comm.distributed_optimizer(optimizer, model, passes_per_step=1, fp16=False)
 
     def step() -> None:
-        optimizer.zero_grad(set_to_none=not keep_gradients)
+        model.zero_grad(set_to_none=not keep_gradients)
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
 
@@ -66,7 +66,7 @@ def resnet_steps() -> dict[str, Any]:
         "local_ddp": (copy.deepcopy(plain), True),
     }
     result = {}
-    for side, turns in ((256, 12), (128, 20)):
+    for side, turns in ((256, 8), (128, 12)):
         steps = {name: classifier_step(copy.deepcopy(model), side, ddp) for name, (model, ddp) in models.items()}
         result[str(side)] = _seconds(take_turns(steps, turns))
     dist.destroy_process_group()
@@ -80,7 +80,7 @@ def detector_steps() -> dict[str, Any]:
         torch.manual_seed(0)
         model = ModelConfig(backbone="resnet50", weights="none", backbone_norm=norm, fpn_norm=norm, box_head_norm=norm)
         steps[norm] = detector_step(model)
-    return {"320": _seconds(take_turns(steps, 12))}
+    return {"320": _seconds(take_turns(steps, 8))}
 
 
 def detector_step(model: ModelConfig) -> Callable[[], None]:
