@@ -275,7 +275,10 @@ class Trainer:
             "random": random_states,
         }
         checkpoint.save(self.run_dir, self.detector.state_dict(), state, self.description | self._where())
-        checkpoint.prune(self.run_dir, self.config.output.keep_checkpoints, self.position.best_checkpoint)
+        try:
+            checkpoint.prune(self.run_dir, self.config.output.keep_checkpoints, self.position.best_checkpoint)
+        except OSError as error:
+            comm.say(f"warning: older checkpoints could not be removed: {error}. Training goes on.")
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
         """Goes on where a checkpoint was written. Collective only through what its callers agree on."""

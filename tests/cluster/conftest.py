@@ -17,10 +17,12 @@ Where hosts cannot be made, the tests are skipped with the reason.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hosts as hosts_of_a_machine
 import pytest
 from hosts import Hosts, Unavailable
+from jobs import Training
 
 import slurm as slurm_of_hosts
 from slurm import Slurm
@@ -60,6 +62,15 @@ def slurm(hosts: Hosts, cluster_folder: Path) -> Slurm:
 def shared(tmp_path: Path) -> Path:
     """A folder of one test on the disk that all hosts share."""
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, Any]:
+    """The result of two ranks on two hosts when nothing happens to them."""
+    training = Training(hosts, tmp_path_factory.mktemp("undisturbed") / "run", data)
+    job = training.start("mpirun")
+    assert job.wait() == 0, job.output
+    return training.result()
 
 
 @pytest.fixture(scope="session")

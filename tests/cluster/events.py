@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from jobs import Job, Training, left_behind, poll
 
-STALL_TIMEOUT = 8.0
+STALL_TIMEOUT = 6.0
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ EVENTS = [
     Event(
         "loader hangs", MPI, None, STALL_TIMEOUT + 10, (STUCK, r"{victim}: waits for the data loader", STACK), "loader"
     ),
-    Event("launcher killed", "mpirun", kill_launcher("mpirun"), 15),
+    Event("launcher killed", "mpirun", kill_launcher("mpirun"), 15, only_measured=True),
     # What horovodrun has become by then:
-    Event("launcher killed", "horovodrun --mpi", kill_launcher("mpirun"), 15, only_measured=True),
+    Event("launcher killed", "horovodrun --mpi", kill_launcher("mpirun"), 15),
     Event("launcher killed", "horovodrun --gloo", kill_launcher("horovodrun"), 15),
     Event("launcher killed", MPI, kill_launcher("megdet"), 15),
     Event("launcher killed", GLOO, kill_launcher("megdet"), 15, only_measured=True),

@@ -20,11 +20,11 @@ INTERFACE = "eth0"
 
 SETTINGS = {
     "runtime.deterministic": "true",
-    "solver.epochs": "9",
-    "solver.milestones": "[6]",
+    "solver.epochs": "8",
+    "solver.milestones": "[5]",
     "output.log_every_images": "1",
     "output.checkpoint_every_epochs": "0.3",
-    "output.evaluate_every_epochs": "9",
+    "output.evaluate_every_epochs": "8",
 }
 """A run that writes a line for each step and a checkpoint for every other."""
 

@@ -5,6 +5,7 @@ with a run that nothing disturbed. measure.py does the same with four ranks, for
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from disk import failing_disk
@@ -29,9 +30,6 @@ def test_event(training: Training, event: Event) -> None:
 
 
 def test_the_end_on_a_failing_disk_is_that_of_an_undisturbed_run(
-    training: Training, hosts: Hosts, tmp_path: Path, data: Path
+    training: Training, undisturbed: dict[str, Any]
 ) -> None:
-    undisturbed = Training(hosts, tmp_path / "run", data)
-    job = undisturbed.start("mpirun")
-    assert job.wait() == 0, job.output
-    assert failing_disk(training) == undisturbed.result()
+    assert failing_disk(training) == undisturbed

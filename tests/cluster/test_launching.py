@@ -11,15 +11,15 @@ from jobs import Training, launch, left_behind
 pytestmark = pytest.mark.cluster
 
 
-@pytest.mark.parametrize("count", [2, 4])
+# Two hosts are what test_failing_fast.py starts all of these on.
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun --mpi", "horovodrun --gloo"])
-def test_train_on_hosts(hosts: Hosts, shared: Path, data: Path, launcher: str, count: int) -> None:
+def test_train_on_four_hosts(hosts: Hosts, shared: Path, data: Path, launcher: str) -> None:
     short = {"solver.epochs": "0.1", "solver.milestones": "[0.05]", "solver.warmup_epochs": "0"}
-    training = Training(hosts, shared / "run", data, among=count, settings=short)
+    training = Training(hosts, shared / "run", data, among=4, settings=short)
     job = training.start(launcher)
     assert job.wait() == 0, job.output
     controller = "gloo" if "gloo" in launcher else "mpi"
-    assert f"{count}, 1 on hostA, controller {controller}" in job.output
+    assert f"4, 1 on hostA, controller {controller}" in job.output
     assert "Finished after" in job.output
     assert training.steps_done() >= 1
     assert not left_behind(hosts)
@@ -34,23 +34,18 @@ def probe(hosts: Hosts, launcher: str, ranks_per_host: int, among: list[Host]) -
 
 
 @pytest.mark.parametrize("launcher", ["megdet launch", "megdet launch --controller gloo"])
-def test_groups_of_batch_normalisation_stay_on_their_host(hosts: Hosts, launcher: str) -> None:
-    said = probe(hosts, launcher, 2, [hosts[0], hosts[1]])
+def test_groups_of_batch_normalisation_stay_on_their_host_and_links_have_their_rate(
+    hosts: Hosts, launcher: str
+) -> None:
+    try:
+        for host in hosts[:2]:
+            host.limit_rate("1gbit")
+        said = probe(hosts, launcher, 2, hosts[:2])
+    finally:
+        for host in hosts[:2]:
+            host.limit_rate(None)
     assert [rank["host"] for rank in said] == ["hostA", "hostA", "hostB", "hostB"]
     assert [rank["group"] for rank in said] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert [rank["sum"] for rank in said] == [11, 11, 1100, 1100]
-
-
-def test_a_link_of_one_gigabit(hosts: Hosts) -> None:
-    two = [hosts[0], hosts[1]]
-    try:
-        for host in two:
-            host.limit_rate("1gbit")
-        slow = max(rank["seconds"] for rank in probe(hosts, "megdet launch", 1, two))
-    finally:
-        for host in two:
-            host.limit_rate(None)
-    fast = max(rank["seconds"] for rank in probe(hosts, "megdet launch", 1, two))
-    # Both ranks send 32 MiB, at the same time: 0.27 s at this rate.
-    assert 0.25 < slow < 1.0
-    assert fast < slow
+    # 32 MiB: at least once over the link, which takes 0.27 s, and at most 1.5 times around the ring of four.
+    assert 0.25 < max(rank["seconds"] for rank in said) < 1.5

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hosts import PROJECT, VENV_BIN, Hosts, wait_for
@@ -53,12 +54,9 @@ class BatchJob:
 
 
 def test_three_time_limits_and_a_lost_node_change_no_bit(
-    slurm: Slurm, hosts: Hosts, shared: Path, data: Path, tmp_path: Path
+    slurm: Slurm, hosts: Hosts, shared: Path, data: Path, undisturbed: dict[str, Any]
 ) -> None:
-    undisturbed = Training(hosts, tmp_path / "undisturbed", data, settings={"solver.epochs": "4"})
-    job = undisturbed.start("mpirun")
-    assert job.wait() == 0, job.output
-    training = Training(hosts, shared / "run", data, settings={"solver.epochs": "4"})
+    training = Training(hosts, shared / "run", data)
     batch = BatchJob(slurm, training, "megdet.sbatch")
     for start in (1, 2, 3):
         batch.wait_for_start(start)
@@ -70,7 +68,7 @@ def test_three_time_limits_and_a_lost_node_change_no_bit(
     batch.wait_for("megdet: finished", timeout=120)
     assert batch.output.count("megdet: queued again") >= 3
     assert re.search(r"rank 1 on hostB lost at step \d+", batch.output)
-    assert training.result() == undisturbed.result()
+    assert training.result() == undisturbed
     wait_for(lambda: slurm.state(batch.number) == "COMPLETED", "the job to be completed")
 
 
