@@ -154,7 +154,8 @@ class Setup:
         other_python = not self.keep_python and site_packages.parent.name != f"python{running_version()}"
         if other_python or not self.python.exists() or not any(site_packages.glob("horovod-*.dist-info")):
             missing |= {"environment", "project"}
-        if editable_checkout(site_packages) != str(self.checkout):
+        compiled = any((self.checkout / "horovod_megdet" / "layers").glob("_batch_norm_cpu*.so"))
+        if editable_checkout(site_packages) != str(self.checkout) or not compiled:
             missing.add("project")
         return missing
 

@@ -67,6 +67,9 @@ def complete(checkout: Path) -> Path:
     distribution(site_packages, "horovod", version=HOROVOD_VERSION)
     project = distribution(site_packages, "horovod_megdet")
     (project / "direct_url.json").write_text(f'{{"url": "{checkout.as_uri()}"}}', encoding="utf-8")
+    compiled = checkout / "horovod_megdet" / "layers" / "_batch_norm_cpu.so"
+    compiled.parent.mkdir(parents=True)
+    compiled.touch()
     setup = Setup({}, checkout)
     setup.folder.mkdir()
     update_state(setup.folder, stamp=setup.stamp())
@@ -160,6 +163,10 @@ class TestStamp:
 
     def test_other_metadata(self, complete):
         (complete / "setup.cfg").write_text("[metadata]\nname = x\n", encoding="utf-8")
+        assert Setup({}, complete).missing_parts() == {"project"}
+
+    def test_a_removed_library(self, complete):
+        (complete / "horovod_megdet" / "layers" / "_batch_norm_cpu.so").unlink()
         assert Setup({}, complete).missing_parts() == {"project"}
 
     def test_the_editable_install_of_another_checkout(self, complete, tmp_path):
