@@ -33,7 +33,9 @@ def failing_disk(training: Training, launcher: str = "mpirun") -> dict[str, Any]
         seen = whole_checkpoint(host.path(folder))
         host.run(["rm", str(filler)])
         wait_for_newer(job, host.path(folder), seen)
-        host.run(["mount", "-o", "remount,ro", str(folder)])
+        read_only = ["mount", "-o", "remount,ro", str(folder)]
+        # Refused while a file is being written.
+        wait_for(lambda: host.run(read_only, check=False).returncode == 0, "the disk to be remounted")
         job.wait_for_output("Read-only file system.* Training goes on and tries again")
         whole_checkpoint(host.path(folder))
         host.run(["mount", "-o", "remount,rw", str(folder)])

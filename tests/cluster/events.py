@@ -82,7 +82,7 @@ EVENTS = [
     Event("rank killed", "horovodrun --mpi", kill_rank, 5, LOST, only_measured=True),
     Event("rank killed", GLOO, kill_rank, 5, LOST),
     Event("rank raises", MPI, None, 5, (r"{victim}, at step {step}, crashed",), fault="raise", only_measured=True),
-    Event("rank raises", GLOO, None, 5, (r"{victim}, at step {step}, crashed",), fault="raise"),
+    Event("rank raises", GLOO, None, 5, (r"{victim}, at step {step}, crashed",), fault="raise", only_measured=True),
     Event(
         "rank out of memory", MPI, None, 5, (r"{victim}, at step {step}, crashed", "allocate memory"), fault="memory"
     ),
@@ -109,7 +109,7 @@ EVENTS = [
     ),
     Event("launcher killed", "mpirun", kill_launcher("mpirun"), 15, only_measured=True),
     # What horovodrun has become by then:
-    Event("launcher killed", "horovodrun --mpi", kill_launcher("mpirun"), 15),
+    Event("launcher killed", "horovodrun --mpi", kill_launcher("mpirun"), 15, only_measured=True),
     Event("launcher killed", "horovodrun --gloo", kill_launcher("horovodrun"), 15),
     Event("launcher killed", MPI, kill_launcher("megdet"), 15),
     Event("launcher killed", GLOO, kill_launcher("megdet"), 15, only_measured=True),

@@ -11,7 +11,7 @@ from jobs import Training, launch, left_behind
 pytestmark = pytest.mark.cluster
 
 
-# Two hosts are what test_failing_fast.py starts all of these on.
+# On two hosts, test_failing_fast.py starts mpirun and both controllers.
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun --mpi", "horovodrun --gloo"])
 def test_train_on_four_hosts(hosts: Hosts, shared: Path, data: Path, launcher: str) -> None:
     short = {"solver.epochs": "0.1", "solver.milestones": "[0.05]", "solver.warmup_epochs": "0"}

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from horovod_megdet.errors import EXIT_STALLED
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ["megdet.sbatch", "megdet_srun.sbatch"]
 
@@ -168,12 +170,13 @@ def test_a_crash_ends_the_job_with_its_code(each_slurm: Slurm, exit_code: int) -
     assert f"failed with exit code {exit_code}" in output
 
 
-def test_lost_nodes_are_counted_up_to_the_limit(slurm: Slurm) -> None:
+@pytest.mark.parametrize("exit_code", [205, EXIT_STALLED])
+def test_lost_nodes_and_stalls_are_counted_up_to_the_limit(slurm: Slurm, exit_code: int) -> None:
     for _ in range(2):
-        code, _ = slurm.run(TRAIN_EXIT="205", MEGDET_MAX_REQUEUES="2")
-        assert (code, slurm.calls("scontrol>")) == (205, [["requeue", "42"]])
-    code, output = slurm.run(TRAIN_EXIT="205", MEGDET_MAX_REQUEUES="2")
-    assert (code, slurm.calls("scontrol>")) == (205, [])
+        code, _ = slurm.run(TRAIN_EXIT=str(exit_code), MEGDET_MAX_REQUEUES="2")
+        assert (code, slurm.calls("scontrol>")) == (exit_code, [["requeue", "42"]])
+    code, output = slurm.run(TRAIN_EXIT=str(exit_code), MEGDET_MAX_REQUEUES="2")
+    assert (code, slurm.calls("scontrol>")) == (exit_code, [])
     assert "giving up" in output
 
 
