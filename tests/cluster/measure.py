@@ -24,6 +24,8 @@ from jobs import Training
 PAGE = PROJECT / "docs" / "reliability.md"
 BEGIN, END = "<!-- measured: tests/cluster/measure.py -->", "<!-- end -->"
 RANKS_PER_HOST = 2
+# Steps for all events; four ranks take half as many an epoch as the two of the tests.
+LONG = {"solver.epochs": "16", "output.evaluate_every_epochs": "16"}
 
 
 def main() -> int:
@@ -45,7 +47,7 @@ def measure(hosts: Hosts, folder: Path, only: str) -> tuple[list[tuple[Event, fl
     """Rows of event and seconds, and whether the run of each controller ended with the right bits."""
     rows, identical = [], {}
     for controller, launcher in (("MPI", "mpirun"), ("Gloo", "horovodrun --gloo")):
-        training = Training(hosts, folder / f"disturbed-{controller}", folder / "data", RANKS_PER_HOST)
+        training = Training(hosts, folder / f"disturbed-{controller}", folder / "data", RANKS_PER_HOST, settings=LONG)
         for event in EVENTS:
             if ("gloo" in event.launcher) == (controller == "Gloo") and only in event.name:
                 started = time.monotonic()
@@ -53,7 +55,9 @@ def measure(hosts: Hosts, folder: Path, only: str) -> tuple[list[tuple[Event, fl
                 rows.append((event, seconds))
                 print(f"{event.name}, {event.launcher}: {seconds:.1f} s ({time.monotonic() - started:.0f} s in all)")
         if not only:
-            undisturbed = Training(hosts, folder / f"undisturbed-{controller}", folder / "data", RANKS_PER_HOST)
+            undisturbed = Training(
+                hosts, folder / f"undisturbed-{controller}", folder / "data", RANKS_PER_HOST, settings=LONG
+            )
             job = undisturbed.start(launcher)
             assert job.wait(300) == 0, job.output
             identical[controller] = failing_disk(training, launcher) == undisturbed.result()
