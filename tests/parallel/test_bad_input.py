@@ -18,8 +18,8 @@ from PIL import Image
 from horovod_megdet.engine import checkpoint
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_NON_FINITE_LOSS, EXIT_NOT_SAVED, EXIT_USER_ERROR
 
-LIMIT = 20.0
-"""Seconds within which all ranks have to be gone."""
+LIMIT = 60.0
+"""Seconds within which all ranks have to be gone: on an idle machine they are after a third of it."""
 
 
 @pytest.fixture(scope="module")
