@@ -12,7 +12,7 @@ LAUNCHER = {"mpi": "mpirun", "gloo": "gloo"}
 
 @pytest.fixture(scope="session")
 def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., CompletedProcess[str]]:
-    """``run_ranks(script, ranks, *arguments, controller="mpi", timeout=120)``: runs a script of this folder (or an absolute path).
+    """``run_ranks(script, ranks, *arguments, controller="mpi", timeout=120)``: runs a script of this folder, or a path.
 
     Returns exit code and output (both streams of all ranks, in ``stdout``); fails with that output when the exit code
     is not 0.
