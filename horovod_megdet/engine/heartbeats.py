@@ -34,6 +34,8 @@ class Heartbeat:
     """Seconds without progress when it wrote."""
     interval: float
     """Seconds after which it wants to write again."""
+    told: bool = False
+    """Whether it got SIGTERM, so that it is known to have run until then."""
     ended: str | None = None
     """Its last words, if it could say any: why it ends."""
     age: float = field(default=0.0, compare=False)
@@ -183,13 +185,16 @@ WAITED = "waited for tensor"
 
 
 def describe_losses(beats: list[Heartbeat]) -> str | None:
-    """One sentence on which ranks were lost: those without last words. None if there is nothing to tell."""
+    """One sentence on which ranks were lost: those that were not told to end and have left no last words.
+
+    None if there is nothing to tell.
+    """
     if not beats:
         return None
     # Ranks are in lock-step, and the last heartbeat of the lost ones may be some seconds old.
     step = max(beat.step for beat in beats)
     at = f"at step {step}" if step else "before the first step"
-    lost = [beat for beat in beats if beat.ended is None]
+    lost = [beat for beat in beats if beat.ended is None and not beat.told]
     missing = sorted(set(range(max(beat.size for beat in beats))) - {beat.rank for beat in beats})
     failed = [beat for beat in beats if beat.ended and not beat.ended.startswith((LOST_CONTACT, WAITED))]
     clauses = [f"{name_ranks(lost)} lost {at} (last seen: {lost[0].doing})"] if lost else []

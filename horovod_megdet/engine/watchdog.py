@@ -48,6 +48,7 @@ class Watchdog:
         self.rank, self.size = comm.launched_rank(), comm.launched_size()
         self.launcher = LauncherWatch() if comm.launched() else None
         self.beat_every = min(BEAT_EVERY, stall_timeout / 4) if stall_timeout else BEAT_EVERY
+        self.told = False
         self.ended: str | None = None
         self._seen = activity.current.progress
         self._progress_at = self._looked_at = time.monotonic()
@@ -82,17 +83,23 @@ class Watchdog:
         self.ended = reason
         self._beat()
 
-    def sum_up_losses(self) -> None:
-        """Says, on one rank, which ranks were lost, when those that are left have said their last words."""
+    def sum_up_losses(self) -> bool:
+        """Says, on one rank, which ranks were lost, when those that are left have said their last words.
+
+        Returns whether there were any, and other ranks than this one that know of it.
+        """
         if self.heartbeats is None:
-            return
+            return False
         time.sleep(LAST_WORDS)
         try:
-            losses = describe_losses(self.heartbeats.read())
+            beats = self.heartbeats.read()
         except (OSError, ValueError) as error:
-            losses = f"which rank was lost is not known: the heartbeats cannot be read: {error}"
+            _say(f"warning: which rank was lost is not known: the heartbeats cannot be read: {error}")
+            return False
+        losses = describe_losses(beats)
         if losses and self.heartbeats.claim_report():
             _say(f"error: {losses}")
+        return losses is not None and any(beat.told or beat.ended for beat in beats if beat.rank != self.rank)
 
     def _run(self) -> None:
         while True:
@@ -143,6 +150,7 @@ class Watchdog:
             waiting_for=now.waiting_for,
             idle=round(time.monotonic() - self._progress_at, 3),
             interval=self.beat_every,
+            told=self.told,
             ended=self.ended,
         )
 
@@ -150,11 +158,14 @@ class Watchdog:
         """The launcher ends this rank. If that is because another one is lost, this one waits for it and never returns
         from there, so the main thread cannot tell."""
         progress = activity.current.progress
+        self.told = True
         self._beat()
         time.sleep(LAST_WORDS / 4)
         if activity.current.waiting_for is not None and activity.current.progress == progress:
             self.last_words(f"{WAITED} {activity.current.waiting_for}")
-            self.sum_up_losses()
+            if self.sum_up_losses():
+                # Open MPI would take a second for each rank of the host.
+                os._exit(EXIT_CRASHED)
             self.ended = None  # it may have been a request to stop, and the other ranks just slow
 
     def _end_if_all_are_stuck(self) -> None:

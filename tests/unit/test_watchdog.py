@@ -76,6 +76,12 @@ def test_ranks_that_are_all_there_point_at_the_network() -> None:
     )
 
 
+def test_a_rank_that_was_told_to_end_and_still_computes_is_not_lost() -> None:
+    beats = [beat(rank, ended="waited for tensor losses", told=True) for rank in range(3)]
+    assert describe_losses([*beats, beat(3, doing="computes", told=True)]) is None
+    assert describe_losses([*beats, beat(3, doing="computes")]) is not None
+
+
 def test_nothing_is_said_when_nobody_was_lost() -> None:
     assert describe_losses([beat(rank, ended="waited for tensor losses") for rank in range(4)]) is None
     assert describe_losses([]) is None
