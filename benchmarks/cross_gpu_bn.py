@@ -161,11 +161,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), help="tables to measure")
     parser.add_argument("--write", type=Path, help="Markdown file to write")
     arguments = parser.parse_args()
-    parts = [_markdown(*TABLES[name]()) for name in arguments.only]
-    text = "\n\n".join([_head(), *parts]) + "\n"
-    print(text)
-    if arguments.write:
-        arguments.write.write_text(text)
+    text = _head()
+    print(text, flush=True)
+    for name in arguments.only:
+        table = f"\n\n{_markdown(*TABLES[name]())}"
+        print(table, flush=True)
+        text += table
+        if arguments.write:  # after each table: an interruption keeps those before it
+            arguments.write.write_text(text + "\n")
 
 
 def _head() -> str:
