@@ -94,7 +94,7 @@ def run_ranks(get_config: Callable[[], Config], program: Callable[[Config], int]
         comm.say(f"error: {_this_rank()} lost contact with another one: {error}")
         if watchdog:
             watchdog.last_words(LOST_CONTACT)
-            watchdog.sum_up_losses()
+            watchdog.sum_up_losses(on_each_host=True)
         comm.abort(EXIT_CRASHED)
     except BaseException:
         comm.say(f"error: {_this_rank()} crashed:\n{traceback.format_exc()}")

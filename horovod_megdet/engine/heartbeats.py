@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 FOLDER = "heartbeats"
-_REPORTED = "reported"
+_REPORTED = "reported-"
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ class Heartbeats:
         # A job of more ranks may have left some behind.
         return [_aged(beat, newest - written) for written, beat in found if beat.rank < size]
 
-    def claim_report(self) -> bool:
-        """True for the first rank that asks: the one that tells the user what happened."""
+    def claim_report(self, host: str = "") -> bool:
+        """True for the first rank that asks, or the first of a host: the one that tells the user what happened."""
         try:
-            os.close(os.open(self.folder / _REPORTED, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            os.close(os.open(self.folder / f"{_REPORTED}{host}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         except FileExistsError:
             return False
         except OSError:
@@ -101,7 +101,8 @@ class Heartbeats:
     def forget_report(self) -> None:
         """The job starts anew: there is nothing to tell yet."""
         with contextlib.suppress(OSError):
-            (self.folder / _REPORTED).unlink(missing_ok=True)
+            for path in self.folder.glob(f"{_REPORTED}*"):
+                path.unlink(missing_ok=True)
 
     def remove(self, rank: int) -> None:
         """Takes a rank that ends in good order off; the last one removes the folder."""

@@ -83,10 +83,11 @@ class Watchdog:
         self.ended = reason
         self._beat()
 
-    def sum_up_losses(self) -> bool:
+    def sum_up_losses(self, on_each_host: bool = False) -> bool:
         """Says, on one rank, which ranks were lost, when those that are left have said their last words.
 
-        Returns whether there were any, and other ranks than this one that know of it.
+        ``on_each_host``: on one rank of each host, because what another one prints may not arrive. Returns whether
+        ranks were lost, and others than this one know of it.
         """
         if self.heartbeats is None:
             return False
@@ -97,7 +98,7 @@ class Watchdog:
             _say(f"warning: which rank was lost is not known: the heartbeats cannot be read: {error}")
             return False
         losses = describe_losses(beats)
-        if losses and self.heartbeats.claim_report():
+        if losses and self.heartbeats.claim_report(comm.host() if on_each_host else ""):
             _say(f"error: {losses}")
         return losses is not None and any(beat.told or beat.ended for beat in beats if beat.rank != self.rank)
 

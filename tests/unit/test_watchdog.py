@@ -130,6 +130,7 @@ def test_only_one_rank_reports(tmp_path: Path) -> None:
     beats = Heartbeats(tmp_path)
     beats.write(beat(0))
     assert [beats.claim_report() for _ in range(3)] == [True, False, False]
+    assert [beats.claim_report("node1") for _ in range(2)] == [True, False]
     beats.forget_report()
     assert beats.claim_report()
 
