@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hosts import Process
 from jobs import Job, Training, left_behind, poll
 
 STALL_TIMEOUT = 6.0
@@ -31,14 +32,28 @@ class Event:
     """Left to measure.py, because the tests have a very similar one."""
 
 
+def last_rank(training: Training) -> int:
+    """The number of the rank that things happen to."""
+    return training.among * training.ranks_per_host - 1
+
+
+def victim(training: Training, job: Job) -> Process:
+    """The process of the last rank."""
+    wanted = str(last_rank(training))
+    for process in training.members[-1].processes(job.script):
+        if wanted in (process.variable("OMPI_COMM_WORLD_RANK"), process.variable("HOROVOD_RANK")):
+            return process
+    raise AssertionError(f"rank {wanted} does not run:\n{job.output}")
+
+
 def kill_rank(training: Training, job: Job) -> None:
     """A rank ends as by the kernel's out-of-memory killer."""
-    training.members[-1].processes(job.script)[-1].signal(signal.SIGKILL)
+    victim(training, job).signal(signal.SIGKILL)
 
 
 def stop_rank(training: Training, job: Job) -> None:
     """A rank is stopped and never goes on."""
-    training.members[-1].processes(job.script)[-1].signal(signal.SIGSTOP)
+    victim(training, job).signal(signal.SIGSTOP)
 
 
 def kill_host(training: Training, job: Job) -> None:
@@ -122,8 +137,8 @@ def happen(event: Event, training: Training) -> tuple[float, Job]:
     Fails if ranks or launchers are left on any host, and if the output does not say what it has to.
     """
     start = training.steps_done()
-    victim = training.among * training.ranks_per_host - 1
-    fault = f"{event.fault}:{victim}:{start + 3}" if event.fault else None
+    number = last_rank(training)
+    fault = f"{event.fault}:{number}:{start + 3}" if event.fault else None
     settings = {"runtime.stall_timeout": str(STALL_TIMEOUT)} if STUCK in event.says else {}
     job = training.start(event.launcher, fault, **settings)
     try:
@@ -140,7 +155,7 @@ def happen(event: Event, training: Training) -> tuple[float, Job]:
         if event.repair:
             event.repair(training)
     host = training.members[-1].name
-    name = rf"(?:rank {victim} on {host}|ranks [^;]*\b{victim} on {host})"
+    name = rf"(?:rank {number} on {host}|ranks [^;]*\b{number} on {host})"
     for pattern in event.says:
         expected = pattern.format(victim=name, step=r"[1-9]\d*")
         assert re.search(expected, job.output), f"not said: {expected}\n{job.output}"

@@ -61,6 +61,11 @@ class Process:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
+    def variable(self, name: str) -> str | None:
+        """Value of an environment variable that it was started with."""
+        pairs = Path(f"/proc/{self.pid}/environ").read_bytes().decode(errors="replace").split("\0")
+        return next((pair.partition("=")[2] for pair in pairs if pair.startswith(f"{name}=")), None)
+
     @property
     def script(self) -> str:
         """File name of the program, or of the script if that is a Python interpreter."""
