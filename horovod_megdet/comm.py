@@ -21,7 +21,7 @@ import torch
 from horovod.runner.http import http_client
 from torch import Tensor, nn
 
-from horovod_megdet import activity
+from horovod_megdet import activity, launched
 from horovod_megdet.errors import EXIT_USER_ERROR, UserError
 
 T = TypeVar("T")
@@ -40,12 +40,6 @@ GLOO_TIMEOUT = "10"
 """Seconds after which Gloo takes a rank for lost that does not answer, which a rank does also while it computes.
 Horovod's default, 30, is for ranks that start late; :func:`init` waits for those by itself."""
 
-LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK")
-"""One of these is set by whatever starts several ranks: Open MPI, horovodrun --gloo, PMIx (srun), MPICH and its kin."""
-
-SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-"""And one of these with it."""
-
 
 @dataclass(frozen=True)
 class Group:
@@ -62,7 +56,7 @@ class Group:
 class BareMPI:
     """Collectives without Horovod: what a message costs at least.
 
-    To be made before :func:`init`, whose background thread would talk in between, and only where :func:`uses_mpi`.
+    To be made before :func:`init`, whose background thread would talk in between, and only if ``launched.by_mpi()``.
     """
 
     def __init__(self) -> None:
@@ -89,12 +83,6 @@ class BareMPI:
         return self._mpi.COMM_WORLD.allreduce(value, self._mpi.MAX)
 
 
-def uses_mpi() -> bool:
-    """Whether an MPI launcher has started this process and Horovod will talk through MPI; known before :func:`init`."""
-    by_mpi = any(name in os.environ for name in LAUNCHER_VARIABLES if name != "HOROVOD_RANK")
-    return by_mpi and os.environ.get("HOROVOD_CONTROLLER", "mpi") == "mpi"
-
-
 def init(deterministic: bool = False, groups: bool = False) -> None:
     """Starts Horovod, under any launcher or alone.
 
@@ -110,10 +98,10 @@ def init(deterministic: bool = False, groups: bool = False) -> None:
     if groups:
         # Groups are made after the configuration is known; Horovod allows that only if it is told so at the start.
         os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
-    if not launched():
+    if not launched.by_launcher():
         # A process that no launcher started is alone. MPI could start that way too, but only with its daemon beside it.
         os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = "gloo"
-    if launched_by_horovodrun():
+    if launched.by_horovodrun():
         os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", GLOO_TIMEOUT)
         with _waiting_for("start"):
             _wait_for_late_ranks()
@@ -135,12 +123,12 @@ def _wait_for_late_ranks() -> None:
                 return
             time.sleep(0.2)
 
-    if launched_rank() == 0:
-        for other in range(1, launched_size()):
+    if launched.rank() == 0:
+        for other in range(1, launched.size()):
             wait_for(str(other))
         http_client.put_data_into_kvstore(*store, "all", True)
     else:
-        http_client.put_data_into_kvstore(*store, str(launched_rank()), True)
+        http_client.put_data_into_kvstore(*store, str(launched.rank()), True)
         wait_for("all")
 
 
@@ -149,43 +137,9 @@ def _set_launch_defaults() -> None:
         os.environ.setdefault(name, value)
 
 
-def launched() -> bool:
-    """Whether a launcher started this process, as one rank of several or of one."""
-    return any(name in os.environ for name in LAUNCHER_VARIABLES)
-
-
-def launched_by_horovodrun() -> bool:
-    """Whether it was horovodrun itself, with the Gloo controller; with the MPI controller it calls mpirun."""
-    return "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
-
-
-def launched_rank() -> int:
-    """The rank that the launcher gave this process, known before :func:`init`; 0 without a launcher."""
-    return next((int(os.environ[name]) for name in LAUNCHER_VARIABLES if name in os.environ), 0)
-
-
-def launched_size() -> int:
-    """The number of ranks that the launcher started, known before :func:`init`; 1 without a launcher."""
-    return next((int(os.environ[name]) for name in SIZE_VARIABLES if name in os.environ), 1) if launched() else 1
-
-
-def check_launcher() -> None:
-    """Raises :class:`UserError` where srun started several processes and did not tell them how to find each other.
-
-    Each would believe to be alone, and all would train the same into the same run directory. A shell in a batch job,
-    also one that srun opened, is one process, and mpirun in it tells its ranks.
-    """
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks > 1 and not launched():
-        raise UserError(
-            f"srun started {tasks} processes that do not know of each other: add --mpi=pmix to srun (see slurm/"
-            "megdet_srun.sbatch), or start the ranks with mpirun (see slurm/megdet.sbatch)."
-        )
-
-
 def rank() -> int:
     """This rank, 0 to size() - 1; before :func:`init` the one that the launcher gave it."""
-    return hvd.rank() if hvd.is_initialized() else launched_rank()
+    return hvd.rank() if hvd.is_initialized() else launched.rank()
 
 
 def size() -> int:
@@ -243,8 +197,8 @@ def launch_settings() -> dict[str, str]:
 
 def world() -> Group:
     """All ranks. Raises ``RuntimeError`` if there are several and Horovod has not been started yet."""
-    if not hvd.is_initialized() and launched_size() > 1:
-        raise RuntimeError(f"{launched_size()} ranks were launched: call comm.init() or hvd.init() first")
+    if not hvd.is_initialized() and launched.size() > 1:
+        raise RuntimeError(f"{launched.size()} ranks were launched: call comm.init() or hvd.init() first")
     return Group(tuple(range(size())), hvd.global_process_set)
 
 

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from horovod_megdet import launched
 from horovod_megdet.config import Config, load_config, override
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_STOPPED, UserError
 
@@ -67,7 +68,7 @@ def run_ranks(get_config: Callable[[], Config], program: Callable[[Config], int]
     except UserError as error:
         config_error = error
     try:
-        comm.check_launcher()
+        launched.check()
         if config:
             run_dir = Path(config.output.run_dir) if heartbeats else None
             watchdog = Watchdog(run_dir, config.runtime.stall_timeout)

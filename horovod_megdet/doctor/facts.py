@@ -23,7 +23,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from horovod_megdet import comm
+from horovod_megdet import comm, launched
 from horovod_megdet.config import Config
 from horovod_megdet.data.configured import SYNTHETIC, load_split, split_paths
 from horovod_megdet.data.loader import PREFETCH
@@ -45,15 +45,8 @@ INTERFACE_VARIABLES = (
 )
 """Environment variables that name network interfaces; mpirun passes its options to the ranks as OMPI_MCA_*."""
 
-PLACE_VARIABLES = (
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    ("PMIX_RANK", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
-)
-"""How Open MPI, horovodrun --gloo, MPICH, and srun with and without PMIx tell a process its rank and the number of
-ranks, and both on its host."""
+PLACE_VARIABLES = (*launched.PLACE_VARIABLES, ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""))
+"""With those of srun without PMIx, whose processes do not find each other."""
 
 MISSING = "missing"
 """The version of a package that is not installed."""
@@ -325,7 +318,7 @@ def network() -> Network:
         own = [entry.address for entry in addresses.get(name, []) if entry.family == socket.AF_INET]
         loopback = "loopback" in stats.flags.split(",")
         interfaces.append(Interface(name, own, stats.isup, loopback, stats.speed))
-    of_other_controller = "HOROVOD_GLOO" if comm.uses_mpi() else "OMPI_"
+    of_other_controller = "HOROVOD_GLOO" if launched.by_mpi() else "OMPI_"
     chosen = {
         name: os.environ[name]
         for name in INTERFACE_VARIABLES

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from horovod_megdet import comm
+from horovod_megdet import comm, launched
 
 CLOCK_ROUNDS = 15
 SIZES = tuple(4**power for power in range(2, 14))
@@ -81,7 +81,7 @@ def bare_mpi_times() -> dict[int, float]:
 
     Has to be called before Horovod is started.
     """
-    if not comm.uses_mpi():
+    if not launched.by_mpi():
         return {}
     mpi = comm.BareMPI()
     if mpi.size == 1:

@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-from horovod_megdet import activity, comm
+from horovod_megdet import activity, comm, launched
 from horovod_megdet.engine.heartbeats import WAITED, Heartbeat, Heartbeats, describe_losses, diagnose, groups
 from horovod_megdet.engine.launcher_watch import LauncherWatch, die_with_parent
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_STALLED
@@ -45,8 +45,8 @@ class Watchdog:
     def __init__(self, run_dir: Path | None, stall_timeout: float) -> None:
         self.stall_timeout = stall_timeout
         self.heartbeats = Heartbeats(run_dir) if run_dir else None
-        self.rank, self.size = comm.launched_rank(), comm.launched_size()
-        self.launcher = LauncherWatch() if comm.launched() else None
+        self.rank, self.size = launched.rank(), launched.size()
+        self.launcher = LauncherWatch() if launched.by_launcher() else None
         self.beat_every = min(BEAT_EVERY, stall_timeout / 4) if stall_timeout else BEAT_EVERY
         self.told = False
         self.ended: str | None = None
@@ -60,7 +60,7 @@ class Watchdog:
 
     def start(self) -> None:
         """Begins to watch."""
-        if comm.launched_by_horovodrun():
+        if launched.by_horovodrun():
             die_with_parent()
         if self.heartbeats and self.rank == 0:
             self.heartbeats.forget_report()

@@ -93,8 +93,8 @@ def input_gradient(
         return torch.zeros_like(x)
     if x.is_cuda:
         statistics = _cuda_statistics(x, mean, invstd)
+        sums_of_all = total[0].to(statistics[0]), (total[1] / invstd).to(statistics[0])
         weight = _like(weight, statistics[0])
-        sums_of_all = total[0].to(weight), (total[1] / invstd).to(weight)
         return torch.batch_norm_backward_elemt(
             _dense(dy), _dense(x), *statistics, weight, *sums_of_all, count.to(torch.int32).view(1)
         )

@@ -50,7 +50,7 @@ def healthy_rank(rank: int, hosts: int = 2) -> Facts:
     return Facts(
         place=Place(rank, hosts * PER_HOST, local_rank, PER_HOST, f"node{number}"),
         launched=hosts * PER_HOST,
-        software=Software({"Python": "3.11.7", "numpy": "2.0"}, "a" * 64, "/work/horovod_megdet"),
+        software=Software({"Python": "3.11.7", "numpy": "2.0"}, "a" * 64, "/data/megdet/horovod_megdet"),
         build=Build("mpi", "Open MPI v4.1.8", dict.fromkeys(("mpi", "gloo", "nccl", "cuda"), True)),
         machine=Machine(f"boot{number}", [address]),
         processor=Processor(16, list(range(16)), None),
@@ -143,7 +143,7 @@ FAULTS: list[tuple[str, str, Examination, list[str]]] = [
         "another commit on one host",
         "error",
         with_fault(2, **part(2, "software", source="b" * 64)),
-        ["the code of horovod_megdet differs", "bbbbbbbbbbbb (/work/horovod_megdet) on rank 2 on node1"],
+        ["the code of horovod_megdet differs", "bbbbbbbbbbbb (/data/megdet/horovod_megdet) on rank 2 on node1"],
     ),
     (
         "another MPI on one host",

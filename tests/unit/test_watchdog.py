@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from horovod_megdet import activity, comm
+from horovod_megdet import activity, launched
 from horovod_megdet.engine import watchdog
 from horovod_megdet.engine.heartbeats import Heartbeat, Heartbeats, describe_losses, diagnose, name_ranks
 from horovod_megdet.engine.watchdog import Watchdog
@@ -242,14 +242,14 @@ def _wait_until_gone(pid: int) -> None:
 
 
 def test_srun_without_pmi_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in comm.LAUNCHER_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+    for names in launched.PLACE_VARIABLES:
+        monkeypatch.delenv(names[0], raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "4")
     monkeypatch.setenv("SLURM_PROCID", "0")
-    comm.check_launcher()  # python in a batch script
+    launched.check()  # python in a batch script
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(UserError, match="srun started 4 processes that do not know of each other"):
-        comm.check_launcher()
+        launched.check()
     monkeypatch.setenv("PMIX_RANK", "2")
-    comm.check_launcher()
-    assert (comm.launched_rank(), comm.launched_size()) == (2, 4)
+    launched.check()
+    assert (launched.rank(), launched.size()) == (2, 4)

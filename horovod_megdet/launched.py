@@ -1,0 +1,63 @@
+"""What the launcher's environment variables tell a process, before it communicates.
+
+Imports nothing that starts MPI or Horovod.
+"""
+
+import os
+
+from horovod_megdet.errors import UserError
+
+PLACE_VARIABLES = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("PMIX_RANK", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
+)
+"""How Open MPI, horovodrun --gloo, MPICH and its kin, and srun with PMIx tell a process its rank and the number of
+ranks, and both on its host."""
+
+
+def by_launcher() -> bool:
+    """Whether a launcher started this process, as one rank of several or of one."""
+    return _variables() is not None
+
+
+def by_horovodrun() -> bool:
+    """Whether it was horovodrun itself, with the Gloo controller; with the MPI controller it calls mpirun."""
+    return "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
+
+
+def by_mpi() -> bool:
+    """Whether an MPI launcher has started this process and Horovod will talk through MPI."""
+    others = (names[0] for names in PLACE_VARIABLES if names[0] != "HOROVOD_RANK")
+    return any(name in os.environ for name in others) and os.environ.get("HOROVOD_CONTROLLER", "mpi") == "mpi"
+
+
+def rank() -> int:
+    """The rank that the launcher gave this process; 0 without a launcher."""
+    names = _variables()
+    return int(os.environ[names[0]]) if names else 0
+
+
+def size() -> int:
+    """The number of ranks that the launcher started; 1 without a launcher."""
+    names = _variables()
+    return int(os.environ.get(names[1], "1")) if names else 1
+
+
+def check() -> None:
+    """Raises :class:`UserError` where srun started several processes and did not tell them how to find each other.
+
+    Each would believe to be alone, and all would train the same into the same run directory. A shell in a batch job,
+    also one that srun opened, is one process, and mpirun in it tells its ranks.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and not by_launcher():
+        raise UserError(
+            f"srun started {tasks} processes that do not know of each other: add --mpi=pmix to srun (see slurm/"
+            "megdet_srun.sbatch), or start the ranks with mpirun (see slurm/megdet.sbatch)."
+        )
+
+
+def _variables() -> tuple[str, ...] | None:
+    return next((names for names in PLACE_VARIABLES if names[0] in os.environ), None)
