@@ -8,7 +8,7 @@ setup(
         Extension(
             "horovod_megdet.layers._batch_norm_cpu",
             ["horovod_megdet/layers/batch_norm_cpu.c"],
-            extra_compile_args=["-O3", "-std=c11", "-fopenmp"],
+            extra_compile_args=["-O3", "-std=c11", "-fno-math-errno", "-fopenmp"],
             extra_link_args=["-fopenmp"],
         )
     ]

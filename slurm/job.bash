@@ -76,7 +76,7 @@ count_lost_node() {
 train() {
     local arguments=(--config "$MEGDET_CONFIG" "$@")
     [[ -z $staged ]] || arguments+=(--set "data.root=$staged")
-    ! compgen -G "$(printf '%q' "$MEGDET_RUN_DIR")/checkpoints/step_*" >/dev/null || arguments+=(--resume)
+    [[ ! -e $MEGDET_RUN_DIR/config.yaml ]] || arguments+=(--resume)
     # Last, so that it holds whatever else was said.
     arguments+=(--run-dir "$MEGDET_RUN_DIR")
     local command=()

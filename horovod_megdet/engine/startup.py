@@ -61,13 +61,18 @@ def build_trainer(config: Config, resume: bool) -> Trainer:
 def look_into(run_dir: Path, resume: bool) -> checkpoint.Checkpoint | None:
     """On rank 0, finds the checkpoint to resume from, or makes sure that there is no run yet; other ranks return None.
 
-    Raises :class:`UserError`.
+    A run that ended before its first checkpoint resumes from the beginning: then rank 0 returns None, too. Raises
+    :class:`UserError`.
     """
     if not comm.is_main():
         return None
+    started, saved = (run_dir / CONFIG_FILE).exists(), any(checkpoint.folder(run_dir).glob("step_*"))
+    if resume and started and not saved:
+        comm.say(f"warning: {run_dir}: the run has no checkpoint yet and starts from the beginning.")
+        return None
     if resume:
         return checkpoint.newest(run_dir, report=lambda sentence: comm.say(f"warning: {sentence}"))
-    if (run_dir / CONFIG_FILE).exists() or checkpoint.folder(run_dir).exists():
+    if started or saved:
         raise UserError(
             f"{run_dir}: this folder already holds a run. Add --resume to go on with it, or give another folder with "
             "--run-dir."
@@ -85,8 +90,10 @@ def write_config(run_dir: Path, config: Config) -> None:
 
 
 def resume_from(trainer: Trainer, found: checkpoint.Checkpoint | None) -> None:
-    """Loads on every rank the checkpoint that rank 0 found."""
+    """Loads on every rank the checkpoint that rank 0 found, if any."""
     path = comm.broadcast_object(str(found.path) if found else "", "checkpoint path")
+    if not path:
+        return
     saved = found or checkpoint.read(path)
     recorded = saved.description["training_data"]
     if recorded != trainer.train_set.fingerprint:

@@ -103,6 +103,7 @@ class Watchdog:
         return losses is not None and any(beat.told or beat.ended for beat in beats if beat.rank != self.rank)
 
     def _run(self) -> None:
+        self._beat()  # at once: a rank may be lost in its first second
         while True:
             ready, _, _ = select.select([self._wakeup], [], [], min(LOOK_EVERY, self.beat_every))
             received = os.read(self._wakeup, 64) if ready else None

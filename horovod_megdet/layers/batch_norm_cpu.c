@@ -5,14 +5,17 @@
  * channels last outer is the pixels of all images and inner is 1. Sums are float64, so that neither a mean far from zero
  * nor many values cost digits. Maps subtract the mean first, in two parts: its float32 value, and the rest.
  *
+ * What a layer knows of its input's statistics is one array of doubles: count, mean[C], var[C], 1 / sqrt(var + eps)[C].
+ *
  * A channel is worked on by one thread, in an order that depends on the shape alone: the same input gives the same bits
  * with any number of threads.
  */
+#include <math.h>
 #include <stddef.h>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 /* One binary for all CPUs of a cluster: the loader picks the version that the CPU can run. */
-#define FOR_EVERY_CPU __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define FOR_EVERY_CPU __attribute__((target_clones("arch=haswell", "default")))
 #else
 #define FOR_EVERY_CPU
 #endif
@@ -65,29 +68,30 @@ FOR_EVERY_CPU static void sum_channels(const float *a, const float *b, const dou
     }
 }
 
-/* y = scale * (x - centre) + shift per channel, and + slope * other where there is one. */
+/* y = scale * (x - centre) + shift, and + slope * other where there is one, over the channels [from, to). */
 FOR_EVERY_CPU static void map_channels(const float *x, const float *other, const float *centre, const float *scale,
                                        const float *slope, const float *shift, Shape s, ptrdiff_t from, ptrdiff_t to,
                                        float *y) {
-    /* With channels last the inner loop runs over the channels, else over the pixels of one. */
+    ptrdiff_t channels = to - from;
     if (s.inner == 1) {
         for (ptrdiff_t o = 0; o < s.outer; o++) {
-            ptrdiff_t at = o * s.channels;
+            const float *row = x + o * s.channels + from, *row_other = other ? other + o * s.channels + from : NULL;
+            float *result = y + o * s.channels + from;
             if (other) {
 #pragma omp simd
-                for (ptrdiff_t c = from; c < to; c++)
-                    y[at + c] = scale[c] * (x[at + c] - centre[c]) + (slope[c] * other[at + c] + shift[c]);
+                for (ptrdiff_t c = 0; c < channels; c++)
+                    result[c] = scale[c] * (row[c] - centre[c]) + (slope[c] * row_other[c] + shift[c]);
             } else {
 #pragma omp simd
-                for (ptrdiff_t c = from; c < to; c++) y[at + c] = scale[c] * (x[at + c] - centre[c]) + shift[c];
+                for (ptrdiff_t c = 0; c < channels; c++) result[c] = scale[c] * (row[c] - centre[c]) + shift[c];
             }
         }
         return;
     }
-    for (ptrdiff_t c = from; c < to; c++) {
-        float k = centre[c], a = scale[c], b = slope ? slope[c] : 0, d = shift[c];
+    for (ptrdiff_t c = 0; c < channels; c++) {
+        float k = centre[c], a = scale[c], b = slope[c], d = shift[c];
         for (ptrdiff_t o = 0; o < s.outer; o++) {
-            ptrdiff_t at = (o * s.channels + c) * s.inner;
+            ptrdiff_t at = (o * s.channels + from + c) * s.inner;
             if (other) {
 #pragma omp simd
                 for (ptrdiff_t i = at; i < at + s.inner; i++) y[i] = a * (x[i] - k) + (b * other[i] + d);
@@ -99,7 +103,7 @@ FOR_EVERY_CPU static void map_channels(const float *x, const float *other, const
     }
 }
 
-/* sums = [sum a, sum a * (b - centre)], (2, C). For the moments of x both are x and centre is NULL. */
+/* sums = [sum a, sum a * (b - centre)], (2, C); centre may be NULL. For the moments of x both are x. */
 void megdet_sums(const float *a, const float *b, const double *centre, ptrdiff_t outer, ptrdiff_t channels,
                  ptrdiff_t inner, int threads, double *sums) {
     Shape s = {outer, channels, inner};
@@ -107,40 +111,78 @@ void megdet_sums(const float *a, const float *b, const double *centre, ptrdiff_t
     for (ptrdiff_t c = 0; c < channels; c += BLOCK) sum_channels(a, b, centre, s, c, smaller(c + BLOCK, channels), sums);
 }
 
-/* y = weight * invstd * (x - mean) + bias; weight and bias may be NULL. vectors is room for 3 C floats. */
-void megdet_normalise(const float *x, const double *mean, const double *invstd, const float *weight, const float *bias,
-                      ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, int threads, float *vectors, float *y) {
-    Shape s = {outer, channels, inner};
-    float *centre = vectors, *scale = vectors + channels, *shift = vectors + 2 * channels;
+/* statistics from message = [count, sum x, sum x^2], both sums over all ranks. */
+void megdet_statistics(const double *message, double eps, ptrdiff_t channels, double *statistics) {
+    double count = message[0];
+    const double *sum = message + 1, *squares = sum + channels;
+    double *mean = statistics + 1, *var = mean + channels, *invstd = var + channels;
+    statistics[0] = count;
     for (ptrdiff_t c = 0; c < channels; c++) {
-        double a = invstd[c] * (weight ? weight[c] : 1);
-        centre[c] = (float)mean[c];
-        scale[c] = (float)a;
-        shift[c] = (float)((bias ? bias[c] : 0) - a * (mean[c] - centre[c]));
+        double m = sum[c] / count, v = squares[c] / count - m * m;
+        mean[c] = m;
+        var[c] = v < 0 ? 0 : v;
+        invstd[c] = 1 / sqrt(var[c] + eps);
     }
+}
+
+/* Moves the running statistics towards the batch's by factor; the variance is the unbiased one. */
+void megdet_update_running(const double *statistics, double factor, ptrdiff_t channels, float *running_mean,
+                           float *running_var) {
+    const double *mean = statistics + 1, *var = mean + channels;
+    double unbiased = statistics[0] / (statistics[0] - 1);
+    for (ptrdiff_t c = 0; c < channels; c++) {
+        running_mean[c] = (float)(running_mean[c] + factor * (mean[c] - running_mean[c]));
+        running_var[c] = (float)(running_var[c] + factor * (unbiased * var[c] - running_var[c]));
+    }
+}
+
+/* y = weight * invstd * (x - mean) + bias; weight and bias may be NULL. */
+void megdet_normalise(const float *x, const double *statistics, const float *weight, const float *bias,
+                      ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, int threads, float *y) {
+    Shape s = {outer, channels, inner};
+    const double *mean = statistics + 1, *invstd = mean + 2 * channels;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (ptrdiff_t c = 0; c < channels; c += BLOCK)
-        map_channels(x, NULL, centre, scale, NULL, shift, s, c, smaller(c + BLOCK, channels), y);
+    for (ptrdiff_t from = 0; from < channels; from += BLOCK) {
+        ptrdiff_t to = smaller(from + BLOCK, channels);
+        float centre[BLOCK], scale[BLOCK], slope[BLOCK] = {0}, shift[BLOCK];
+        for (ptrdiff_t c = from; c < to; c++) {
+            double a = invstd[c] * (weight ? weight[c] : 1);
+            centre[c - from] = (float)mean[c];
+            scale[c - from] = (float)a;
+            shift[c - from] = (float)((bias ? bias[c] : 0) - a * (mean[c] - centre[c - from]));
+        }
+        map_channels(x, NULL, centre, scale, slope, shift, s, from, to, y);
+    }
+}
+
+/* sums = [sum dy, sum dy * xhat], (2, C), with xhat = (x - mean) * invstd. */
+void megdet_gradient_sums(const float *dy, const float *x, const double *statistics, ptrdiff_t outer,
+                          ptrdiff_t channels, ptrdiff_t inner, int threads, double *sums) {
+    const double *mean = statistics + 1, *invstd = mean + 2 * channels;
+    megdet_sums(dy, x, mean, outer, channels, inner, threads, sums);
+    for (ptrdiff_t c = 0; c < channels; c++) sums[channels + c] *= invstd[c];
 }
 
 /*
  * dx = weight * invstd * (dy - sums[0] / count - (x - mean) * invstd * sums[1] / count), with sums = [sum dy, sum dy *
- * xhat] over all ranks; weight may be NULL. vectors is room for 4 C floats.
+ * xhat] over all ranks; weight may be NULL.
  */
-void megdet_input_gradient(const float *dy, const float *x, const double *mean, const double *invstd,
-                           const float *weight, const double *sums, double count, ptrdiff_t outer, ptrdiff_t channels,
-                           ptrdiff_t inner, int threads, float *vectors, float *dx) {
+void megdet_input_gradient(const float *dy, const float *x, const double *statistics, const float *weight,
+                           const double *sums, ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, int threads,
+                           float *dx) {
     Shape s = {outer, channels, inner};
-    float *centre = vectors, *scale = vectors + channels, *slope = vectors + 2 * channels;
-    float *shift = vectors + 3 * channels;
-    for (ptrdiff_t c = 0; c < channels; c++) {
-        double a = invstd[c] * (weight ? weight[c] : 1), b = -a * invstd[c] * sums[channels + c] / count;
-        centre[c] = (float)mean[c];
-        scale[c] = (float)b;
-        slope[c] = (float)a;
-        shift[c] = (float)(-a * sums[c] / count - b * (mean[c] - centre[c]));
-    }
+    const double count = statistics[0], *mean = statistics + 1, *invstd = mean + 2 * channels;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (ptrdiff_t c = 0; c < channels; c += BLOCK)
-        map_channels(x, dy, centre, scale, slope, shift, s, c, smaller(c + BLOCK, channels), dx);
+    for (ptrdiff_t from = 0; from < channels; from += BLOCK) {
+        ptrdiff_t to = smaller(from + BLOCK, channels);
+        float centre[BLOCK], scale[BLOCK], slope[BLOCK], shift[BLOCK];
+        for (ptrdiff_t c = from; c < to; c++) {
+            double a = invstd[c] * (weight ? weight[c] : 1), b = -a * invstd[c] * sums[channels + c] / count;
+            centre[c - from] = (float)mean[c];
+            scale[c - from] = (float)b;
+            slope[c - from] = (float)a;
+            shift[c - from] = (float)(-a * sums[c] / count - b * (mean[c] - centre[c - from]));
+        }
+        map_channels(x, dy, centre, scale, slope, shift, s, from, to, dx);
+    }
 }

@@ -13,7 +13,6 @@ backward pass too. Gradient messages of an optimiser may be on their way at the 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,19 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from horovod_megdet import comm
 from horovod_megdet.layers import kernels
+from horovod_megdet.layers.kernels import Statistics
 from horovod_megdet.layers.recomputation import current_tape
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What a group's ranks found out together about one layer's input."""
-
-    mean: Tensor
-    """(C,) float64."""
-    var: Tensor
-    """(C,) float64, biased (divided by the count)."""
-    count: Tensor
-    """() float64: values per channel over the group's ranks."""
 
 
 class CrossGPUBatchNorm(_BatchNorm):
@@ -95,37 +83,30 @@ class CrossGPUBatchNorm(_BatchNorm):
             self._update_running(statistics)
             if tape is not None:
                 tape.append(statistics)
-        output: Tensor = _Normalise.apply(
-            input, self.weight, self.bias, statistics, self.eps, self.group, self.message_name
-        )
+        output: Tensor = _Normalise.apply(input, self.weight, self.bias, statistics, self.group, self.message_name)
         return output
 
     @torch.no_grad()
     def _group_statistics(self, x: Tensor) -> Statistics:
-        channels = self.num_features
         if self.algorithm == "one_pass":
             message = comm.sum_(kernels.sums(x), self.message_name, self.group)
-            count, (mean, mean_square) = message[0], (message[1:] / message[0]).chunk(2)
-            var = torch.addcmul(mean_square, mean, mean, value=-1).clamp_min_(0)
+            statistics = Statistics.of_moments(message, self.eps)
         else:
-            message = comm.sum_(kernels.sums(x)[: channels + 1], f"{self.message_name}.mean", self.group)
+            message = comm.sum_(kernels.sums(x)[: self.num_features + 1], f"{self.message_name}.mean", self.group)
             count, mean = message[0], message[1:] / message[0]
             var = comm.sum_(kernels.squared_differences(x, mean), f"{self.message_name}.var", self.group) / count
-        if not count.is_cuda and count < 2:
+            statistics = Statistics.of(count, mean, var, self.eps)
+        if not x.is_cuda and statistics.count < 2:
             raise ValueError(
-                f"{self.message_name}: expected more than one value per channel in the group, got {int(count)}"
+                f"{self.message_name}: expected more than one value per channel in the group, got "
+                f"{int(statistics.count)}"
             )
-        return Statistics(mean, var, count)
+        return statistics
 
     @torch.no_grad()
     def _update_running(self, statistics: Statistics) -> None:
-        """Moves the running statistics towards the batch's, with the unbiased variance var * M / (M - 1)."""
-        if self.running_mean is None or self.running_var is None:
-            return
-        factor = self._next_factor()
-        unbiased = statistics.var * (statistics.count / (statistics.count - 1))
-        self.running_mean.lerp_(statistics.mean.to(self.running_mean.dtype), factor)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)
+        if self.running_mean is not None and self.running_var is not None:
+            statistics.update(self.running_mean, self.running_var, self._next_factor())
 
     def _next_factor(self) -> float:
         """Counts the batch and returns its weight in the running statistics; without a momentum they are averages."""
@@ -157,26 +138,25 @@ class _Normalise(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         statistics: Statistics,
-        eps: float,
         group: comm.Group,
         name: str,
     ) -> Tensor:
-        invstd = (statistics.var + eps).rsqrt_()
-        ctx.save_for_backward(x, weight, statistics.mean, invstd, statistics.count)
+        ctx.save_for_backward(x, weight, statistics.values)
         ctx.group, ctx.name, ctx.has_bias = group, name, bias is not None
-        return kernels.normalise(x, weight, bias, statistics.mean, invstd)
+        return kernels.normalise(x, weight, bias, statistics)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, invstd, count = ctx.saved_tensors
-        sums = kernels.gradient_sums(dy, x, mean, invstd)
+        x, weight, values = ctx.saved_tensors
+        statistics = Statistics(values)
+        sums = kernels.gradient_sums(dy, x, statistics)
         dbias, dweight = (None, None) if weight is None else sums.to(weight.dtype, copy=True)
         dx = None
         if ctx.needs_input_grad[0]:
             total = comm.sum_(sums, f"{ctx.name}.backward", ctx.group)
-            dx = kernels.input_gradient(dy, x, weight, mean, invstd, total, count)
-        return dx, dweight, dbias if ctx.has_bias else None, None, None, None, None
+            dx = kernels.input_gradient(dy, x, weight, statistics, total)
+        return dx, dweight, dbias if ctx.has_bias else None, None, None, None
 
 
 def convert_batch_norm(

@@ -1,12 +1,14 @@
 """The local arithmetic of batch normalisation. Nothing in here communicates.
 
-Tensors of activations are (N, C, *); statistics and sums are (C,) float64. On CUDA these are PyTorch's own kernels for
+Tensors of activations are (N, C, *); statistics and sums are float64. On CUDA these are PyTorch's own kernels for
 synchronised batch normalisation. PyTorch has none for the CPU: there ``batch_norm_cpu.c`` does it for float32 and for
-16-bit types, which are widened, in memory of either dense layout, and plain operators do it for float64.
+16-bit types, which are widened, in memory of either dense layout, and plain operators do it for float64. Small layers
+are many: for them each call of an operator counts, so that the compiled functions leave nothing to do around them.
 """
 
 import ctypes
 import importlib.util
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,21 +16,78 @@ from torch import Tensor
 _TINY = 1e-12
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """What a group's ranks found out together about one layer's input."""
+
+    values: Tensor
+    """(3C + 1,) float64: the count, the means, the variances, and 1 / sqrt(var + eps)."""
+
+    @classmethod
+    def of_moments(cls, message: Tensor, eps: float) -> "Statistics":
+        """From :func:`sums` over all ranks."""
+        if message.is_cuda:
+            mean, mean_square = (message[1:] / message[0]).chunk(2)
+            return cls.of(message[0], mean, torch.addcmul(mean_square, mean, mean, value=-1).clamp_min_(0), eps)
+        channels = len(message) // 2
+        values = message.new_empty(3 * channels + 1)
+        _compiled.megdet_statistics(message.data_ptr(), eps, channels, values.data_ptr())
+        return cls(values)
+
+    @classmethod
+    def of(cls, count: Tensor, mean: Tensor, var: Tensor, eps: float) -> "Statistics":
+        """From values per channel (), means (C,) and biased variances (C,), all float64."""
+        return cls(torch.cat([count.view(1), mean, var, (var + eps).rsqrt_()]))
+
+    @property
+    def count(self) -> Tensor:
+        """() values per channel over the group's ranks."""
+        return self.values[0]
+
+    @property
+    def mean(self) -> Tensor:
+        """(C,)."""
+        return self.values[1:].chunk(3)[0]
+
+    @property
+    def var(self) -> Tensor:
+        """(C,) biased: divided by the count."""
+        return self.values[1:].chunk(3)[1]
+
+    @property
+    def invstd(self) -> Tensor:
+        """(C,) 1 / sqrt(var + eps)."""
+        return self.values[1:].chunk(3)[2]
+
+    def update(self, running_mean: Tensor, running_var: Tensor, factor: float) -> None:
+        """Moves the running statistics towards these by ``factor``, with the unbiased variance var * M / (M - 1)."""
+        if running_mean.device.type == "cpu" and running_mean.dtype == torch.float32:
+            pointers = _pointers(running_mean, running_var)
+            _compiled.megdet_update_running(self.values.data_ptr(), factor, len(running_mean), *pointers)
+            return
+        unbiased = self.var * (self.count / (self.count - 1))
+        running_mean.lerp_(self.mean.to(running_mean.dtype), factor)
+        running_var.lerp_(unbiased.to(running_var.dtype), factor)
+
+
 def sums(x: Tensor) -> Tensor:
     """Returns ``[n, sum x, sum x^2]`` over everything but the channels: (2C+1,) float64, n the values per channel."""
     channels = x.shape[1]
-    message = torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
     count = x.numel() // channels
     if count == 0:
-        return message
+        return torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
+    message = torch.empty(2 * channels + 1, dtype=torch.float64, device=x.device)
     message[0] = count
     moments = message[1:].view(2, channels)
     if x.is_cuda:
         mean, invstd = torch.batch_norm_stats(_dense(x), _TINY)
         mean, var = mean.double(), (invstd.double().pow(-2) - _TINY).clamp_min(0)
         torch.stack([mean, var + mean.square()], out=moments).mul_(count)
+    elif x.dtype == torch.float64:
+        torch.stack([x.sum(_all_but_channels(x)), x.square().sum(_all_but_channels(x))], out=moments)
     else:
-        _sums(x, x, None, moments)
+        x = _dense(x.float())
+        _compiled.megdet_sums(x.data_ptr(), x.data_ptr(), None, *_shape(x), moments.data_ptr())
     return message
 
 
@@ -36,81 +95,79 @@ def squared_differences(x: Tensor, mean: Tensor) -> Tensor:
     """Returns ``sum (x - mean)^2`` per channel in float64; ``mean`` is (C,) float64."""
     if x.numel() == 0:
         return torch.zeros_like(mean)
-    if x.is_cuda:
+    if x.is_cuda or x.dtype == torch.float64:
         return (x.double() - per_channel(mean, x)).square_().sum(_all_but_channels(x))
-    first, second = _sums(x, x, mean, mean.new_empty(2, len(mean)))
+    x = _dense(x.float())
+    first, second = result = mean.new_empty(2, len(mean))
+    _compiled.megdet_sums(*_pointers(x, x, mean), *_shape(x), result.data_ptr())
     # sum (x - m)^2 = sum x (x - m) - m sum (x - m)
     return second - mean * (first - mean * (x.numel() // x.shape[1]))
 
 
-def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor) -> Tensor:
+def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Statistics) -> Tensor:
     """Returns ``weight * (x - mean) * invstd + bias`` in the type of ``x``."""
     if x.numel() == 0:
         return torch.empty_like(x)
     if x.is_cuda:
-        statistics = _cuda_statistics(x, mean, invstd)
+        mean, invstd = _cuda_statistics(x, statistics)
         # The kernel takes eps beside 1 / sqrt(var + eps), and does not use it.
-        weight, bias = _like(weight, statistics[0]), _like(bias, statistics[0])
-        return torch.batch_norm_elemt(_dense(x), weight, bias, *statistics, 0.0)
+        return torch.batch_norm_elemt(_dense(x), _like(weight, mean), _like(bias, mean), mean, invstd, 0.0)
     if x.dtype == torch.float64:
-        y = (x - per_channel(mean, x)) * per_channel(invstd, x)
+        y = (x - per_channel(statistics.mean, x)) * per_channel(statistics.invstd, x)
         y = y if weight is None else y * per_channel(weight, x)
         return y if bias is None else y + per_channel(bias, x)
     wide = _dense(x.float())
-    y, vectors = torch.empty_like(wide), wide.new_empty(3 * len(mean))
-    weight, bias = _like(weight, wide), _like(bias, wide)
-    _compiled.megdet_normalise(*_pointers(wide, mean, invstd, weight, bias), *_shape(wide), *_pointers(vectors, y))
+    y, weight, bias = torch.empty_like(wide), _like(weight, wide), _like(bias, wide)
+    _compiled.megdet_normalise(*_pointers(wide, statistics.values, weight, bias), *_shape(wide), y.data_ptr())
     return y.to(x.dtype)
 
 
-def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+def gradient_sums(dy: Tensor, x: Tensor, statistics: Statistics) -> Tensor:
     """Returns ``[sum dy, sum dy * xhat]``, the gradients of bias and weight: (2, C) float64.
 
     xhat is the normalised x before weight and bias.
     """
+    channels = x.shape[1]
     if x.numel() == 0:
-        return mean.new_zeros(2, len(mean))
+        return statistics.values.new_zeros(2, channels)
     if x.is_cuda:
         first, second, _, _ = torch.batch_norm_backward_reduce(
-            _dense(dy), _dense(x), *_cuda_statistics(x, mean, invstd), None, True, False, False
+            _dense(dy), _dense(x), *_cuda_statistics(x, statistics), None, True, False, False
         )
-        result = torch.stack([first, second]).double()
-    else:
-        result = _sums(dy, x, mean, mean.new_empty(2, len(mean)))
-    result[1].mul_(invstd)
+        return torch.stack([first.double(), second.double() * statistics.invstd])
+    if x.dtype == torch.float64:
+        products = dy * (x - per_channel(statistics.mean, x))
+        return torch.stack([dy.sum(_all_but_channels(x)), products.sum(_all_but_channels(x)) * statistics.invstd])
+    x = _dense(x.float())
+    dy, result = _as_laid_out(dy.float(), x), statistics.values.new_empty(2, channels)
+    _compiled.megdet_gradient_sums(*_pointers(dy, x, statistics.values), *_shape(x), result.data_ptr())
     return result
 
 
-def input_gradient(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, total: Tensor, count: Tensor
-) -> Tensor:
+def input_gradient(dy: Tensor, x: Tensor, weight: Tensor | None, statistics: Statistics, total: Tensor) -> Tensor:
     """Returns ``dx = weight * invstd * (dy - sum dy / M - xhat * sum(dy * xhat) / M)`` in the type of ``x``.
 
-    ``total`` is ``[sum dy, sum dy * xhat]`` over all ranks, (2, C) float64; ``count`` is M, the values per channel over
-    all ranks, () float64.
+    ``total`` is ``[sum dy, sum dy * xhat]`` over all ranks, (2, C) float64; M is the count over all ranks.
     """
     if x.numel() == 0:
         return torch.zeros_like(x)
     if x.is_cuda:
-        statistics = _cuda_statistics(x, mean, invstd)
-        sums_of_all = total[0].to(statistics[0]), (total[1] / invstd).to(statistics[0])
-        weight = _like(weight, statistics[0])
+        mean, invstd = _cuda_statistics(x, statistics)
+        sums_of_all = total[0].to(mean), (total[1] / statistics.invstd).to(mean)
+        count = statistics.count.to(torch.int32).view(1)
         return torch.batch_norm_backward_elemt(
-            _dense(dy), _dense(x), *statistics, weight, *sums_of_all, count.to(torch.int32).view(1)
+            _dense(dy), _dense(x), mean, invstd, _like(weight, mean), *sums_of_all, count
         )
     if x.dtype == torch.float64:
-        xhat = (x - per_channel(mean, x)) * per_channel(invstd, x)
-        mean_dy, mean_dy_xhat = (per_channel(values, x) for values in total / count)
+        invstd = statistics.invstd
+        xhat = (x - per_channel(statistics.mean, x)) * per_channel(invstd, x)
+        mean_dy, mean_dy_xhat = (per_channel(values, x) for values in total / statistics.count)
         scale = invstd if weight is None else weight * invstd
         return per_channel(scale, x) * (dy - mean_dy - xhat * mean_dy_xhat)
     wide = _dense(x.float())
-    dy, dx, vectors = _as_laid_out(dy.float(), wide), torch.empty_like(wide), wide.new_empty(4 * len(mean))
-    weight = _like(weight, wide)
+    dy, dx, weight = _as_laid_out(dy.float(), wide), torch.empty_like(wide), _like(weight, wide)
     _compiled.megdet_input_gradient(
-        *_pointers(dy, wide, mean, invstd, weight, total),
-        float(count),
-        *_shape(wide),
-        *_pointers(vectors, dx),
+        *_pointers(dy, wide, statistics.values, weight, total), *_shape(wide), dx.data_ptr()
     )
     return dx.to(x.dtype)
 
@@ -123,17 +180,6 @@ def widened(x: Tensor) -> Tensor:
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
     """(C,) values in a shape that broadcasts over ``x`` (N, C, *)."""
     return values.view(-1, *(1,) * (x.dim() - 2))
-
-
-def _sums(a: Tensor, b: Tensor, centre: Tensor | None, result: Tensor) -> Tensor:
-    """Writes ``[sum a, sum a * (b - centre)]`` per channel to ``result``, (2, C) float64, and returns it."""
-    if b.dtype == torch.float64:
-        difference = b if centre is None else b - per_channel(centre, b)
-        return torch.stack([a.sum(_all_but_channels(b)), (a * difference).sum(_all_but_channels(b))], out=result)
-    b = _dense(b.float())
-    a = _as_laid_out(a.float(), b)
-    _compiled.megdet_sums(*_pointers(a, b, centre), *_shape(b), *_pointers(result))
-    return result
 
 
 def _all_but_channels(x: Tensor) -> list[int]:
@@ -167,14 +213,14 @@ def _shape(x: Tensor) -> tuple[int, int, int, int]:
 
 
 def _pointers(*tensors: Tensor | None) -> list[int | None]:
-    """Addresses for the compiled kernels; the tensors have to have names, or they are gone before the call."""
+    """Addresses for the compiled functions; the tensors have to have names, or they are gone before the call."""
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def _cuda_statistics(x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+def _cuda_statistics(x: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
     """Mean and 1 / sqrt(var + eps) in the type that the CUDA kernels compute in."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return mean.to(dtype), invstd.to(dtype)
+    return statistics.mean.to(dtype), statistics.invstd.to(dtype)
 
 
 def _load_compiled() -> ctypes.CDLL:
@@ -183,12 +229,19 @@ def _load_compiled() -> ctypes.CDLL:
     if found is None or found.origin is None:
         raise ImportError(f"{name} is not compiled: run 'make setup', or 'pip install -e .' in the checkout")
     library = ctypes.CDLL(found.origin)
-    tensor, shape = ctypes.c_void_p, [ctypes.c_ssize_t] * 3 + [ctypes.c_int]
-    library.megdet_sums.argtypes = [tensor] * 3 + shape + [tensor]
-    library.megdet_normalise.argtypes = [tensor] * 5 + shape + [tensor] * 2
-    library.megdet_input_gradient.argtypes = [tensor] * 6 + [ctypes.c_double] + shape + [tensor] * 2
-    for function in (library.megdet_sums, library.megdet_normalise, library.megdet_input_gradient):
-        function.restype = None
+    tensor, number, length = ctypes.c_void_p, ctypes.c_double, ctypes.c_ssize_t
+    shape = [length, length, length, ctypes.c_int]
+    arguments = {
+        "sums": [tensor] * 3 + shape + [tensor],
+        "statistics": [tensor, number, length, tensor],
+        "update_running": [tensor, number, length, tensor, tensor],
+        "normalise": [tensor] * 4 + shape + [tensor],
+        "gradient_sums": [tensor] * 3 + shape + [tensor],
+        "input_gradient": [tensor] * 5 + shape + [tensor],
+    }
+    for function, types in arguments.items():
+        compiled = getattr(library, f"megdet_{function}")
+        compiled.argtypes, compiled.restype = types, None
     return library
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
-    from horovod_megdet.layers.cross_gpu_bn import Statistics
+    from horovod_megdet.layers.kernels import Statistics
 
 
 class Tape:

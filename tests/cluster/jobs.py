@@ -14,6 +14,7 @@ from typing import Any
 from hosts import PROJECT, VENV_BIN, Host, Hosts, wait_for
 
 from horovod_megdet.engine import checkpoint
+from horovod_megdet.engine.startup import CONFIG_FILE
 
 TINY = PROJECT / "tests" / "parallel" / "tiny.yaml"
 INTERFACE = "eth0"
@@ -76,7 +77,7 @@ class Training:
         arguments = ["--config", str(TINY), "--run-dir", str(self.run_dir)]
         for name, value in settings.items():
             arguments += ["--set", f"{name}={value}"]
-        return arguments + (["--resume"] if any(self.run_dir.glob("checkpoints/step_*")) else [])
+        return arguments + (["--resume"] if (self.run_dir / CONFIG_FILE).exists() else [])
 
     def start(self, launcher: str, fault: str | None = None, **settings: str) -> "Job":
         """Starts it under a launcher; with a ``fault`` of faulty.py planted."""

@@ -16,6 +16,7 @@ from horovod_megdet.layers.cross_gpu_bn import (
     convert_batch_norm,
     revert_batch_norm,
 )
+from horovod_megdet.layers.kernels import Statistics
 
 PAIR = comm.Group((0, 1), None)
 
@@ -169,15 +170,16 @@ def test_sums_of_nothing() -> None:
 def test_the_number_of_threads_and_the_layout_keep_the_result(layout: torch.memory_format) -> None:
     # 19 channels: a whole block of the compiled kernels and a part of one
     x, dy = torch.randn(3, 19, 5, 7).contiguous(memory_format=layout), torch.randn(3, 19, 5, 7)
-    mean, invstd, weight = torch.randn(19).double(), torch.rand(19).double() + 0.5, torch.randn(19)
+    mean, var, weight = torch.randn(19).double(), torch.rand(19).double() + 0.5, torch.randn(19)
+    statistics = Statistics.of(torch.tensor(105.0).double(), mean, var, eps=0.1)
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 4):
             torch.set_num_threads(threads)
-            total = kernels.gradient_sums(dy, x, mean, invstd)
-            y = kernels.normalise(x, weight, None, mean, invstd)
-            dx = kernels.input_gradient(dy, x, weight, mean, invstd, total, torch.tensor(105.0))
+            total = kernels.gradient_sums(dy, x, statistics)
+            y = kernels.normalise(x, weight, None, statistics)
+            dx = kernels.input_gradient(dy, x, weight, statistics, total)
             results.append((kernels.sums(x), total, y, dx))
     finally:
         torch.set_num_threads(before)
@@ -185,5 +187,5 @@ def test_the_number_of_threads_and_the_layout_keep_the_result(layout: torch.memo
     _, _, y, dx = results[0]
     assert y.is_contiguous(memory_format=layout)
     assert dx.is_contiguous(memory_format=layout)
-    exact = (x.double() - mean.view(-1, 1, 1)) * (invstd * weight).view(-1, 1, 1)
+    exact = (x.double() - mean.view(-1, 1, 1)) * (statistics.invstd * weight).view(-1, 1, 1)
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-6)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from horovod_megdet.config import Config
-from horovod_megdet.engine import checkpoint, random_state
+from horovod_megdet.engine import checkpoint, random_state, startup
 from horovod_megdet.errors import EXIT_NOT_SAVED, NotSavedError, UserError
 
 WEIGHTS = {"layer.weight": torch.arange(6.0).reshape(2, 3), "layer.count": torch.tensor(3)}
@@ -58,6 +58,18 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(tmp_path: 
 def test_nothing_to_resume_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no whole checkpoint to resume from"):
         checkpoint.newest(tmp_path, print)
+
+
+def test_a_run_without_a_checkpoint_resumes_from_the_beginning(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="there is no whole checkpoint to resume from"):
+        startup.look_into(tmp_path, resume=True)
+    startup.write_config(tmp_path, Config())
+    assert startup.look_into(tmp_path, resume=True) is None
+    assert "starts from the beginning" in capfd.readouterr().err
+    with pytest.raises(UserError, match="already holds a run. Add --resume"):
+        startup.look_into(tmp_path, resume=False)
 
 
 @pytest.mark.parametrize("moment", ["safetensors", "state", "flush", "rename"])

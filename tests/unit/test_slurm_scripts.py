@@ -198,17 +198,19 @@ def test_a_start_that_was_cut_off_counts_as_a_lost_node(slurm: Slurm) -> None:
     assert "giving up" in output
 
 
-def test_resumes_when_there_are_checkpoints(each_slurm: Slurm) -> None:
+def test_resumes_when_there_is_a_run(each_slurm: Slurm) -> None:
     each_slurm.run()
     assert "--resume" not in each_slurm.training()
-    (each_slurm.run_dir / "checkpoints" / "step_00000010").mkdir(parents=True)
+    each_slurm.run_dir.mkdir(exist_ok=True)
+    (each_slurm.run_dir / "config.yaml").touch()
     each_slurm.run()
     assert "--resume" in each_slurm.training()
 
 
 def test_the_run_directory_may_be_an_argument(slurm: Slurm) -> None:
     other = slurm.folder / "other"
-    (other / "checkpoints" / "step_00000010").mkdir(parents=True)
+    other.mkdir()
+    (other / "config.yaml").touch()
     slurm.run(f"--run-dir={other}")
     assert slurm.training()[-3:] == ["--resume", "--run-dir", str(other)]
 
