@@ -103,12 +103,19 @@ FOR_EVERY_CPU static void map_channels(const float *x, const float *other, const
     }
 }
 
-/* sums = [sum a, sum a * (b - centre)], (2, C); centre may be NULL. For the moments of x both are x. */
+/* sums = [sum a, sum a * (b - centre)], (2, C); centre may be NULL. */
 void megdet_sums(const float *a, const float *b, const double *centre, ptrdiff_t outer, ptrdiff_t channels,
                  ptrdiff_t inner, int threads, double *sums) {
     Shape s = {outer, channels, inner};
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (ptrdiff_t c = 0; c < channels; c += BLOCK) sum_channels(a, b, centre, s, c, smaller(c + BLOCK, channels), sums);
+}
+
+/* message = [count, sum x, sum x^2], 2 C + 1 values. */
+void megdet_moments(const float *x, ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, int threads,
+                    double *message) {
+    message[0] = (double)(outer * inner);
+    megdet_sums(x, x, NULL, outer, channels, inner, threads, message + 1);
 }
 
 /* statistics from message = [count, sum x, sum x^2], both sums over all ranks. */

@@ -86,7 +86,6 @@ class CrossGPUBatchNorm(_BatchNorm):
         output: Tensor = _Normalise.apply(input, self.weight, self.bias, statistics, self.group, self.message_name)
         return output
 
-    @torch.no_grad()
     def _group_statistics(self, x: Tensor) -> Statistics:
         if self.algorithm == "one_pass":
             message = comm.sum_(kernels.sums(x), self.message_name, self.group)
@@ -96,14 +95,13 @@ class CrossGPUBatchNorm(_BatchNorm):
             count, mean = message[0], message[1:] / message[0]
             var = comm.sum_(kernels.squared_differences(x, mean), f"{self.message_name}.var", self.group) / count
             statistics = Statistics.of(count, mean, var, self.eps)
-        if not x.is_cuda and statistics.count < 2:
+        if x.numel() < 2 * self.num_features and statistics.count < 2:
             raise ValueError(
                 f"{self.message_name}: expected more than one value per channel in the group, got "
                 f"{int(statistics.count)}"
             )
         return statistics
 
-    @torch.no_grad()
     def _update_running(self, statistics: Statistics) -> None:
         if self.running_mean is not None and self.running_var is not None:
             statistics.update(self.running_mean, self.running_var, self._next_factor())

@@ -73,21 +73,21 @@ class Statistics:
 def sums(x: Tensor) -> Tensor:
     """Returns ``[n, sum x, sum x^2]`` over everything but the channels: (2C+1,) float64, n the values per channel."""
     channels = x.shape[1]
-    count = x.numel() // channels
-    if count == 0:
-        return torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
     message = torch.empty(2 * channels + 1, dtype=torch.float64, device=x.device)
-    message[0] = count
+    if x.numel() == 0:
+        return message.zero_()
+    if not x.is_cuda and x.dtype != torch.float64:
+        x = _dense(x.float())
+        _compiled.megdet_moments(x.data_ptr(), *_shape(x), message.data_ptr())
+        return message
+    message[0] = count = x.numel() // channels
     moments = message[1:].view(2, channels)
     if x.is_cuda:
         mean, invstd = torch.batch_norm_stats(_dense(x), _TINY)
         mean, var = mean.double(), (invstd.double().pow(-2) - _TINY).clamp_min(0)
         torch.stack([mean, var + mean.square()], out=moments).mul_(count)
-    elif x.dtype == torch.float64:
-        torch.stack([x.sum(_all_but_channels(x)), x.square().sum(_all_but_channels(x))], out=moments)
     else:
-        x = _dense(x.float())
-        _compiled.megdet_sums(x.data_ptr(), x.data_ptr(), None, *_shape(x), moments.data_ptr())
+        torch.stack([x.sum(_all_but_channels(x)), x.square().sum(_all_but_channels(x))], out=moments)
     return message
 
 
@@ -232,6 +232,7 @@ def _load_compiled() -> ctypes.CDLL:
     tensor, number, length = ctypes.c_void_p, ctypes.c_double, ctypes.c_ssize_t
     shape = [length, length, length, ctypes.c_int]
     arguments = {
+        "moments": [tensor, *shape, tensor],
         "sums": [tensor] * 3 + shape + [tensor],
         "statistics": [tensor, number, length, tensor],
         "update_running": [tensor, number, length, tensor, tensor],
