@@ -26,6 +26,7 @@ from torchvision.models import resnet18, resnet50
 
 from horovod_megdet import comm, convert_batch_norm
 from horovod_megdet.config import BatchNormConfig, ModelConfig
+from horovod_megdet.engine import device
 from horovod_megdet.models.backbone import RecomputedStage
 from horovod_megdet.models.detector import build_detector
 
@@ -223,6 +224,7 @@ def main() -> None:
     part = sys.argv[1]
     bare = bare_messages() if part == "messages" else None
     comm.init()
+    device.bind_to_cores()
     torch.set_num_threads(1)
     result = PARTS[part]()
     if bare:

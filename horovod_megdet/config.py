@@ -251,6 +251,9 @@ class RuntimeConfig(Section):
     threads_per_rank: NotNegative = 0
     """CPU threads of a rank; 0 divides the host's cores among its ranks."""
 
+    bind_cores: bool = True
+    """Give each rank of a host cores of its own, where the launcher has not."""
+
     amp: Literal["none", "bfloat16", "float16"] = "none"
     """Automatic mixed precision; float16 (with loss scaling) is for GPUs."""
 

@@ -7,6 +7,7 @@ import contextlib
 import os
 import resource
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 
@@ -18,7 +19,12 @@ _AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def choose(runtime: RuntimeConfig) -> torch.device:
-    """Returns this rank's device and sets its CPU threads; on a GPU host rank i of the host gets GPU i."""
+    """Returns this rank's device and sets its cores and threads; on a GPU host rank i of the host gets GPU i.
+
+    Collective, and raises :class:`UserError`.
+    """
+    if runtime.bind_cores:
+        bind_to_cores()
     torch.set_num_threads(runtime.threads_per_rank or threads_per_rank())
     if runtime.device == "cpu" or (runtime.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -38,6 +44,42 @@ def threads_per_rank() -> int:
     usable = len(os.sched_getaffinity(0))
     bound = usable * comm.local_size() <= (os.cpu_count() or 1)
     return usable if bound else max(1, usable // comm.local_size())
+
+
+def bind_to_cores() -> None:
+    """Gives this rank cores of its own, where the launcher lets several ranks of a host run on the same. Collective.
+
+    Otherwise the scheduler moves ranks about and now and then puts two on one core; with cross-GPU BN all ranks then
+    wait, many times a step. Holds for all threads of this process and for the loader workers that it starts.
+    """
+    masks = comm.gather_objects((comm.host(), sorted(os.sched_getaffinity(0))), "cores")
+    cores = own_cores(masks, comm.rank())
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.sched_setaffinity(int(thread), cores)
+
+
+def own_cores(masks: list[tuple[str, list[int]]], rank: int) -> set[int]:
+    """This rank's part of the cores that it shares, from the host and the cores of each rank.
+
+    All of them, where no other rank has the same or where there are more ranks than cores.
+    """
+    sharers = [other for other, mask in enumerate(masks) if mask == masks[rank]]
+    cores = sorted(masks[rank][1], key=_place_of_core)
+    if len(sharers) > len(cores):
+        return set(cores)
+    mine = sharers.index(rank)
+    return set(cores[mine * len(cores) // len(sharers) : (mine + 1) * len(cores) // len(sharers)])
+
+
+def _place_of_core(core: int) -> tuple[int, int, int]:
+    """Puts the hardware threads of a core, and the cores of a socket, next to each other."""
+    folder = Path(f"/sys/devices/system/cpu/cpu{core}/topology")
+    try:
+        socket, number = (int((folder / name).read_text()) for name in ("physical_package_id", "core_id"))
+    except (OSError, ValueError):
+        return 0, core, core
+    return socket, number, core
 
 
 def autocast(runtime: RuntimeConfig, device: torch.device) -> AbstractContextManager[None]:

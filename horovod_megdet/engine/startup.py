@@ -1,6 +1,7 @@
 """From a configuration to a trainer, checking on the way that all ranks start from the same."""
 
 import hashlib
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -177,6 +178,7 @@ def _print_start(trainer: Trainer) -> None:
     environment = [
         ("ranks", f"{comm.size()}, {comm.local_size()} on {comm.host()}, controller {comm.controller()}"),
         ("device", f"{trainer.device}, {torch.get_num_threads()} threads per rank, amp {config.runtime.amp}"),
+        ("cores", f"rank 0 has {len(os.sched_getaffinity(0))} of {os.cpu_count()}"),
         ("model", f"{config.model.backbone} FPN {config.model.fpn_channels}, weights {config.model.weights}"),
         (
             "training set",

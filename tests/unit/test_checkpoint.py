@@ -68,7 +68,7 @@ def test_a_run_without_a_checkpoint_resumes_from_the_beginning(
     startup.write_config(tmp_path, Config())
     assert startup.look_into(tmp_path, resume=True) is None
     assert "starts from the beginning" in capfd.readouterr().err
-    with pytest.raises(UserError, match="already holds a run. Add --resume"):
+    with pytest.raises(UserError, match=r"already holds a run\. Add --resume"):
         startup.look_into(tmp_path, resume=False)
 
 
