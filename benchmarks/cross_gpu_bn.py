@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,8 +27,10 @@ from timing import Timing
 from horovod_megdet.solver.cost import MessageCost
 
 HERE = Path(__file__).parent
-HOROVOD_DEFAULTS = {"HOROVOD_CYCLE_TIME": "1", "OMPI_MCA_mpi_yield_when_idle": "0"}
+UNBOUND = {"BENCHMARK_BIND_CORES": "0"}
+HOROVOD_DEFAULTS = {"HOROVOD_CYCLE_TIME": "1", "OMPI_MCA_mpi_yield_when_idle": "0", **UNBOUND}
 RANKS = (1, 2, 4, 8, 16)
+SETTINGS_RUNS = 3
 
 Row = tuple[str, ...]
 Table = tuple[str, Row, list[Row]]
@@ -114,14 +117,23 @@ def overlap_table() -> Table:
 
 
 def settings_table() -> Table:
-    """The step of the whole job by cycle time and yield."""
+    """The step of the whole job by cycle time, yield and binding; each in several runs, which take turns."""
+    ours = {"HOROVOD_CYCLE_TIME": "0.02", "OMPI_MCA_mpi_yield_when_idle": "1", "BENCHMARK_BIND_CORES": "1"}
+    variants = [ours | {"HOROVOD_CYCLE_TIME": cycle} for cycle in ("0.01", "0.02", "0.05", "0.2", "1")]
+    variants += [ours | UNBOUND, ours | {"OMPI_MCA_mpi_yield_when_idle": "0"}, HOROVOD_DEFAULTS]
+    runs = [[measure("overlap", settings=settings) for settings in variants] for _ in range(SETTINGS_RUNS)]
     rows = []
-    pairs = [(cycle, "1") for cycle in ("0.01", "0.02", "0.05", "0.2", "1")] + [("0.02", "0"), ("1", "0")]
-    for cycle, idle in pairs:
-        settings = {"HOROVOD_CYCLE_TIME": cycle, "OMPI_MCA_mpi_yield_when_idle": idle}
-        result = measure("overlap", settings=settings)
-        rows.append((cycle, idle, f"{result['forward']['median'] * 1e3:.2f}", _ms(result["step"])))
-    head = ("HOROVOD_CYCLE_TIME, ms", "mpi_yield_when_idle", "message in the forward pass, ms", "step, ms")
+    for settings, results in zip(variants, zip(*runs, strict=True), strict=True):
+        message = statistics.median(result["forward"]["median"] for result in results)
+        step = statistics.median(result["step"] for result in results)
+        rows.append((*(settings[name] for name in ours), f"{message * 1e3:.2f}", _ms(step)))
+    head = (
+        "HOROVOD_CYCLE_TIME, ms",
+        "mpi_yield_when_idle",
+        "cores bound",
+        "message in the forward pass, ms",
+        "step, ms",
+    )
     return "Launch settings: ResNet-50 at 128 px with CGBN", head, rows
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import resource
 import shutil
 import sys
@@ -224,7 +225,8 @@ def main() -> None:
     part = sys.argv[1]
     bare = bare_messages() if part == "messages" else None
     comm.init()
-    device.bind_to_cores()
+    if os.environ.get("BENCHMARK_BIND_CORES", "1") == "1":
+        device.bind_to_cores()
     torch.set_num_threads(1)
     result = PARTS[part]()
     if bare:

@@ -54,9 +54,9 @@ def bind_to_cores() -> None:
     """
     masks = comm.gather_objects((comm.host(), sorted(os.sched_getaffinity(0))), "cores")
     cores = own_cores(masks, comm.rank())
-    for thread in os.listdir("/proc/self/task"):
+    for thread in Path("/proc/self/task").iterdir():
         with contextlib.suppress(ProcessLookupError):  # it has just ended
-            os.sched_setaffinity(int(thread), cores)
+            os.sched_setaffinity(int(thread.name), cores)
 
 
 def own_cores(masks: list[tuple[str, list[int]]], rank: int) -> set[int]:
