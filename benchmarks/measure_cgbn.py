@@ -34,6 +34,7 @@ from horovod_megdet.models.detector import build_detector
 IMAGES_PER_RANK = 2
 CLASSES = 100
 CHANNELS = (64, 512, 2048)
+TIMED_STEPS = 10
 
 
 def classifier_step(model: nn.Module, side: int, ddp: bool = False, keep_gradients: bool = False) -> Callable[[], None]:
@@ -171,25 +172,41 @@ def _peak_mb(step: Callable[[], None]) -> float:
 
 
 def overlap() -> dict[str, Any]:
-    """How long CGBN messages take in the forward pass, and in the backward pass beside the gradients' messages."""
+    """How long CGBN messages take, alone in the forward pass and beside the gradients' messages in the backward pass.
+
+    Per phase the median of a message on this rank, and sums over a step, in seconds: how long the first rank waits for
+    the last one to come to the message, and how long the message takes from there.
+    """
     torch.manual_seed(0)
     model = convert_batch_norm(resnet50(num_classes=CLASSES).train())
     step = classifier_step(model, side=128)
-    waits: dict[str, list[float]] = {"forward": [], "backward": []}
+    times: dict[str, list[tuple[float, float]]] = {"forward": [], "backward": []}
     plain_sum = comm.sum_
 
     def timed(tensor: torch.Tensor, name: str, group: comm.Group | None = None) -> torch.Tensor:
         start = time.perf_counter()
         result = plain_sum(tensor, name, group)
-        waits["backward" if name.endswith("backward") else "forward"].append(time.perf_counter() - start)
+        times["backward" if name.endswith("backward") else "forward"].append((start, time.perf_counter()))
         return result
 
-    timing = take_turns({"cgbn": step}, turns=10)["cgbn"]
+    timing = take_turns({"cgbn": step}, turns=TIMED_STEPS)["cgbn"]
     comm.sum_ = timed
-    for _ in range(10):
+    for _ in range(TIMED_STEPS):
         step()
     comm.sum_ = plain_sum
-    return {"step": timing.median} | {name: _quantiles(values) for name, values in waits.items()}
+    return {"step": timing.median} | {phase: _message_times(pairs, phase) for phase, pairs in times.items()}
+
+
+def _message_times(mine: list[tuple[float, float]], phase: str) -> dict[str, float]:
+    """From start and end of each message on this rank; the ranks of a machine have the same clock."""
+    flat = torch.tensor(mine, dtype=torch.float64).flatten()
+    starts, ends = comm.gather(flat, f"benchmark.{phase}").view(comm.size(), -1, 2).unbind(-1)
+    last = starts.max(0).values
+    return {
+        "median": (ends - starts)[comm.rank()].median().item(),
+        "waiting": (last - starts.min(0).values).sum().item() / TIMED_STEPS,
+        "message": (ends.max(0).values - last).sum().item() / TIMED_STEPS,
+    }
 
 
 def scaling() -> dict[str, Any]:
@@ -206,11 +223,6 @@ def scaling() -> dict[str, Any]:
         "message": _seconds_of_one(partial(comm.sum_, message, "benchmark.small"), _largest, repetitions=50),
         "large_message": _seconds_of_one(partial(comm.sum_, large, "benchmark.large"), _largest, repetitions=4),
     }
-
-
-def _quantiles(seconds: list[float]) -> dict[str, float]:
-    ordered = sorted(seconds)
-    return {"median": ordered[len(ordered) // 2], "p95": ordered[int(0.95 * len(ordered))]}
 
 
 def _seconds(timings: dict[str, Timing]) -> dict[str, list[float]]:
