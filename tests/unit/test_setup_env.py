@@ -165,6 +165,10 @@ class TestStamp:
         (complete / "setup.cfg").write_text("[metadata]\nname = x\n", encoding="utf-8")
         assert Setup({}, complete).missing_parts() == {"project"}
 
+    def test_a_changed_source_of_the_library(self, complete):
+        (complete / "horovod_megdet" / "layers" / "batch_norm_cpu.c").write_text("/* changed */", encoding="utf-8")
+        assert Setup({}, complete).missing_parts() == {"project"}
+
     def test_a_removed_library(self, complete):
         (complete / "horovod_megdet" / "layers" / "_batch_norm_cpu.so").unlink()
         assert Setup({}, complete).missing_parts() == {"project"}
