@@ -58,7 +58,6 @@ class Heartbeats:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self.folder = run_dir / FOLDER
-        self._made_run_dir = not run_dir.exists()
 
     def write(self, beat: Heartbeat) -> None:
         """Replaces the file of a rank in one step; raises OSError."""
@@ -105,15 +104,14 @@ class Heartbeats:
                 path.unlink(missing_ok=True)
 
     def remove(self, rank: int) -> None:
-        """Takes a rank that ends in good order off; the last one removes the folder."""
+        """Takes a rank that ends in good order off; the last one removes the folder, and an empty run directory."""
         # Not empty, not there, or on a disk that fails: then it stays, and nothing depends on it.
         with contextlib.suppress(OSError):
             self._path(rank).unlink(missing_ok=True)
             if rank == 0:
                 self.forget_report()
             self.folder.rmdir()
-            if self._made_run_dir:  # by a start that failed, and that should leave nothing behind
-                self.run_dir.rmdir()
+            self.run_dir.rmdir()  # a start that failed leaves no run behind
 
     def _path(self, rank: int) -> Path:
         return self.folder / f"rank_{rank:05d}.json"

@@ -112,18 +112,20 @@ def test_a_heartbeat_is_replaced_in_one_step_and_goes_in_the_end(tmp_path: Path)
     beats.write(beat(0, step=18))
     assert [path.name for path in beats.folder.iterdir()] == ["rank_00000.json"]
     assert json.loads((beats.folder / "rank_00000.json").read_text())["step"] == 18
-    beats.write(beat(1))
+    later = Heartbeats(tmp_path / "run")  # of a rank that starts when the folder is there already
+    later.write(beat(1))
     beats.remove(0)
     assert beats.folder.exists()
-    beats.remove(1)
+    later.remove(1)
     assert not (tmp_path / "run").exists(), "a start that failed leaves nothing behind"
 
 
 def test_the_folder_of_a_run_is_never_removed(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
     beats = Heartbeats(tmp_path)
     beats.write(beat(0))
     beats.remove(0)
-    assert tmp_path.exists()
+    assert list(tmp_path.iterdir()) == [tmp_path / "config.yaml"]
 
 
 def test_only_one_rank_reports(tmp_path: Path) -> None:
