@@ -7,7 +7,6 @@ matter.
 
 import contextlib
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -87,21 +86,28 @@ class Heartbeats:
         # A job of more ranks may have left some behind.
         return [_aged(beat, newest - written) for written, beat in found if beat.rank < size]
 
-    def claim_report(self, host: str = "") -> bool:
-        """True for the first rank that asks, or the first of a host: the one that tells the user what happened."""
+    def claim_report(self, sentence: str, host: str = "") -> bool:
+        """True for the first rank that asks, or the first of a host: the one that tells the user what happened.
+
+        The sentence is kept for the next start: a launcher that ends may lose what ranks print then.
+        """
         try:
-            os.close(os.open(self.folder / f"{_REPORTED}{host}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            with (self.folder / f"{_REPORTED}{host}").open("x", encoding="utf-8") as file:
+                file.write(sentence)
         except FileExistsError:
             return False
         except OSError:
             return True  # Nobody can be asked: better told twice than not at all.
         return True
 
-    def forget_report(self) -> None:
-        """The job starts anew: there is nothing to tell yet."""
+    def take_report(self) -> str:
+        """The job starts anew: returns what was told of the one before, and forgets it."""
+        told = []
         with contextlib.suppress(OSError):
-            for path in self.folder.glob(f"{_REPORTED}*"):
+            for path in sorted(self.folder.glob(f"{_REPORTED}*")):
+                told.append(path.read_text(encoding="utf-8"))
                 path.unlink(missing_ok=True)
+        return max(told, default="", key=len)
 
     def remove(self, rank: int) -> None:
         """Takes a rank that ends in good order off; the last one removes the folder, and an empty run directory."""
@@ -109,7 +115,7 @@ class Heartbeats:
         with contextlib.suppress(OSError):
             self._path(rank).unlink(missing_ok=True)
             if rank == 0:
-                self.forget_report()
+                self.take_report()
             self.folder.rmdir()
             self.run_dir.rmdir()  # a start that failed leaves no run behind
 

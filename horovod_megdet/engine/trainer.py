@@ -5,6 +5,7 @@ rank finds out alone (a loss that is not finite, an unreadable image, a signal) 
 ranks sum before each backward pass, so that all act on it together.
 """
 
+# What only rank 0 needs is imported where it does: drawing and TensorBoard take a second that all ranks would wait for.
 import contextlib
 import json
 import math
@@ -12,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,6 @@ from horovod_megdet.config import Config
 from horovod_megdet.data.coco import CocoDataset
 from horovod_megdet.data.loader import Batch, build_eval_loader, build_train_loader
 from horovod_megdet.engine import checkpoint, device, random_state
-from horovod_megdet.engine.metrics import MetricsLog
 from horovod_megdet.engine.signals import StopRequest
 from horovod_megdet.errors import EXIT_NOT_SAVED, EXIT_STOPPED, NonFiniteLossError, UserError
 from horovod_megdet.evaluation.coco import Evaluation, evaluate
@@ -32,10 +32,11 @@ from horovod_megdet.files import atomic_write
 from horovod_megdet.layers.cross_gpu_bn import average_running_statistics
 from horovod_megdet.models.detector import Detector, Losses
 from horovod_megdet.models.weights import load_checkpoint
-from horovod_megdet.report.curves import write_curves
-from horovod_megdet.report.pictures import PAGE_FILE, write_validation_page
 from horovod_megdet.solver.optimizer import build_optimizer, set_lr
 from horovod_megdet.solver.schedule import Schedule
+
+if TYPE_CHECKING:
+    from horovod_megdet.engine.metrics import MetricsLog
 
 
 @dataclass
@@ -89,6 +90,8 @@ class Trainer:
         evaluate_every = schedule.images(output.evaluate_every_epochs)
         checkpoint_every = schedule.images(output.checkpoint_every_epochs)
         if comm.is_main():
+            from horovod_megdet.engine.metrics import MetricsLog
+
             self.log = MetricsLog(self.run_dir, schedule.total_images, position.images_seen, position.step)
         batches = iter(self._train_loader())
         evaluation = None
@@ -223,6 +226,8 @@ class Trainer:
         if is_best:
             self.position.best_ap, self.position.best_checkpoint = ap, checkpoint.name(self.position.step)
         if comm.is_main():
+            from horovod_megdet.report.curves import write_curves
+
             with warned("metrics, detections and curves"):
                 self.log.evaluation(self._where() | evaluation.row(), render(evaluation))
                 evaluation.write_detections(self.run_dir / "evaluation" / f"{checkpoint.name(self.position.step)}.json")
@@ -233,6 +238,8 @@ class Trainer:
         """Writes the page of validation images and ``summary.json``; nothing to do when a finished run is resumed."""
         activity.current.now("writes the report")
         if evaluation is not None:
+            from horovod_megdet.report.pictures import PAGE_FILE, write_validation_page
+
             with warned("the report"):
                 write_validation_page(
                     self.run_dir / PAGE_FILE,

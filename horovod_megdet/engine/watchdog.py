@@ -62,8 +62,8 @@ class Watchdog:
         """Begins to watch."""
         if launched.by_horovodrun():
             die_with_parent()
-        if self.heartbeats and self.rank == 0:
-            self.heartbeats.forget_report()
+        if self.heartbeats and self.rank == 0 and (told := self.heartbeats.take_report()):
+            _say(f"The job before ended with: {told}")
         # A Python handler waits until the main thread leaves the collective; this pipe gets the signal at once.
         os.set_blocking(self._waker, False)
         signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
@@ -98,7 +98,7 @@ class Watchdog:
             _say(f"warning: which rank was lost is not known: the heartbeats cannot be read: {error}")
             return False
         losses = describe_losses(beats)
-        if losses and self.heartbeats.claim_report(comm.host() if on_each_host else ""):
+        if losses and self.heartbeats.claim_report(losses, comm.host() if on_each_host else ""):
             _say(f"error: {losses}")
         return losses is not None and any(beat.told or beat.ended for beat in beats if beat.rank != self.rank)
 
@@ -176,12 +176,10 @@ class Watchdog:
         # Another rank may have good reasons to let the others wait, such as an evaluation or a checkpoint.
         if any(beat.stuck_for < self.stall_timeout / 2 for beat in beats):
             return
-        reporter = self.heartbeats is None or self.heartbeats.claim_report()
+        said = f"no rank has got on for {self.stall_timeout:.0f} s (runtime.stall_timeout). {diagnose(beats)}"
+        reporter = self.heartbeats is None or self.heartbeats.claim_report(said)
         if reporter:
-            _say(
-                f"error: no rank has got on for {self.stall_timeout:.0f} s (runtime.stall_timeout). {diagnose(beats)} "
-                "The job ends; resume it with --resume. Stacks, the innermost call first:"
-            )
+            _say(f"error: {said} The job ends; resume it with --resume. Stacks, the innermost call first:")
         if any(self.rank == min(beat.rank for beat in ranks) for ranks in groups(beats).values()):
             self._print_stacks()
         time.sleep(STACKS if reporter else 2 * STACKS)

@@ -155,9 +155,10 @@ def happen(event: Event, training: Training) -> tuple[float, Job]:
         if event.repair:
             event.repair(training)
     host = training.members[-1].name
+    told = training.told()
     name = rf"(?:rank {number} on {host}|ranks [^;]*\b{number} on {host})"
     for pattern in event.says:
         expected = pattern.format(victim=name, step=r"[1-9]\d*")
-        assert re.search(expected, job.output), f"not said: {expected}\n{job.output}"
+        assert re.search(expected, f"{job.output}\n{told}"), f"not said: {expected}\n{job.output}\nkept: {told}"
     assert seconds <= event.limit, f"{seconds:.1f} s, {event.limit} s are the limit"
     return seconds, job

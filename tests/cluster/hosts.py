@@ -335,7 +335,7 @@ def wait_for(condition: Callable[[], Any], what: str, log: Callable[[], str] = s
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout:.0f} s in vain for {what}\n{log()}"
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 def nsenter(pid: int, arguments: list[str], check: bool = True) -> int:

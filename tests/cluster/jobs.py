@@ -97,6 +97,10 @@ class Training:
             (int(path.name.removeprefix("step_")) for path in self.run_dir.glob("checkpoints/step_*")), default=0
         )
 
+    def told(self) -> str:
+        """What the job that ended keeps for the next start to say, should its launcher have lost it."""
+        return "\n".join(path.read_text() for path in self.run_dir.glob("heartbeats/reported*"))
+
     def result(self) -> dict[str, Any]:
         """Name and hashes of the newest checkpoint: equal only if every bit is."""
         newest = checkpoint.newest(self.run_dir, report=print)
@@ -130,7 +134,7 @@ class Job:
                 f"ended with {self.process.returncode} without {pattern!r}:\n{self.output}"
             )
             assert time.monotonic() < deadline, f"waited {timeout} s in vain for {pattern!r}:\n{self.output}"
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     def wait_for_step(self, step: int) -> None:
         """Polls until a step is complete."""

@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.parallel
 
-LAUNCHES = [("mpi", 2), ("mpi", 3), ("mpi", 4), ("gloo", 2)]
+LAUNCHES = [("mpi", 2), ("mpi", 3), ("mpi", 4), ("gloo", 2), ("gloo", 4)]
 TOLERANCE, HALF_TOLERANCE = 1e-5, 1e-2
 
 Measured = dict[str, Any]

@@ -131,10 +131,11 @@ def test_the_folder_of_a_run_is_never_removed(tmp_path: Path) -> None:
 def test_only_one_rank_reports(tmp_path: Path) -> None:
     beats = Heartbeats(tmp_path)
     beats.write(beat(0))
-    assert [beats.claim_report() for _ in range(3)] == [True, False, False]
-    assert [beats.claim_report("node1") for _ in range(2)] == [True, False]
-    beats.forget_report()
-    assert beats.claim_report()
+    assert [beats.claim_report("rank 1 lost") for _ in range(3)] == [True, False, False]
+    assert [beats.claim_report("rank 1 lost", "node1") for _ in range(2)] == [True, False]
+    assert beats.take_report() == "rank 1 lost"
+    assert beats.take_report() == ""
+    assert beats.claim_report("rank 2 lost")
 
 
 @pytest.fixture
@@ -164,6 +165,10 @@ def test_a_stalled_job_ends_with_a_sentence_and_stacks(
     printed = capfd.readouterr().err
     assert re.search(r"no rank has got on for 20 s .*rank 0 on \S+: waits for tensor layer1.bn for 30 s", printed)
     assert "test_a_stalled_job_ends" in printed, "the stack shows where"
+    next_start = Watchdog(tmp_path, stall_timeout=0.0)
+    next_start.start()
+    next_start.stop()
+    assert "The job before ended with: no rank has got on for 20 s" in capfd.readouterr().err
 
 
 def test_progress_keeps_the_watchdog_still(tmp_path: Path, ended: list[int]) -> None:
