@@ -348,7 +348,9 @@ def _validate(values: dict[str, Any], overrides: list[str], sources: dict[str, s
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+        repeated = _repeated_key(yaml.compose(text, Loader=yaml.SafeLoader))
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -357,10 +359,27 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from None
     if values is None:
         return {}
+    if repeated:
+        key, line = repeated.value, repeated.start_mark.line + 1
+        raise UserError(f"{path}, line {line}: `{key}` stands there for the second time: remove one of them.")
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path}: the top level must be sections such as `solver:` with keys below them.")
     # A section whose keys are all commented out.
     return {key: {} if value is None and key in Config.model_fields else value for key, value in values.items()}
+
+
+def _repeated_key(node: yaml.Node | None) -> yaml.Node | None:
+    """The first key that a mapping has twice; YAML's loader takes the later value without a word."""
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    seen: set[str] = set()
+    for key, value in node.value:
+        if str(key.value) in seen:
+            return key
+        seen.add(str(key.value))
+        if repeated := _repeated_key(value):
+            return repeated
+    return None
 
 
 def _parse_override(override: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 import hosts as hosts_of_a_machine
 import pytest
 from hosts import Hosts, Unavailable
-from jobs import Training
+from jobs import ONLY_WHEN_STOPPED, Training
 
 import slurm as slurm_of_hosts
 from slurm import Slurm
@@ -67,7 +67,8 @@ def shared(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def undisturbed(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, Any]:
     """The result of two ranks on two hosts when nothing happens to them."""
-    training = Training(hosts, tmp_path_factory.mktemp("undisturbed") / "run", data)
+    folder = tmp_path_factory.mktemp("undisturbed")
+    training = Training(hosts, folder / "run", data, settings=ONLY_WHEN_STOPPED)
     job = training.start("mpirun")
     assert job.wait() == 0, job.output
     return training.result()

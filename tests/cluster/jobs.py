@@ -28,6 +28,8 @@ SETTINGS = {
     "output.evaluate_every_epochs": "8",
 }
 """A run that writes a line for each step and a checkpoint for every other."""
+ONLY_WHEN_STOPPED = {"output.checkpoint_every_epochs": "8"}
+"""No checkpoints but those of a stop and of the end: half of a run's time."""
 
 
 def launch(

@@ -38,7 +38,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SwitchType=switch/none
 SchedulerType=sched/backfill
-SchedulerParameters=bf_interval=2,sched_interval=3
+SchedulerParameters=bf_interval=1,sched_interval=1
 GresTypes=gpu
 ReturnToService=2
 KillWait=5

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from hosts import PROJECT, VENV_BIN, Hosts, wait_for
-from jobs import INTERFACE, Training
+from jobs import INTERFACE, ONLY_WHEN_STOPPED, Training
 
 from slurm import Slurm
 
@@ -56,7 +56,7 @@ class BatchJob:
 def test_three_time_limits_and_a_lost_node_change_no_bit(
     slurm: Slurm, hosts: Hosts, shared: Path, data: Path, undisturbed: dict[str, Any]
 ) -> None:
-    training = Training(hosts, shared / "run", data)
+    training = Training(hosts, shared / "run", data, settings=ONLY_WHEN_STOPPED)
     batch = BatchJob(slurm, training, "megdet.sbatch")
     for start in (1, 2, 3):
         batch.wait_for_start(start)

@@ -142,6 +142,14 @@ def test_the_configurations_of_the_project_are_valid(path: Path) -> None:
             "model: {anchor_sizes: [1, 2]}",
             "run.yaml: `model`: anchor_sizes needs five sizes, one for each pyramid level P2 to P6.",
         ),
+        (
+            "solver:\n  epochs: 3\n  momentum: 0.5\n  epochs: 4",
+            "run.yaml, line 4: `epochs` stands there for the second time: remove one of them.",
+        ),
+        (
+            "solver: {epochs: 3}\ndata: {}\nsolver: {epochs: 4}",
+            "run.yaml, line 3: `solver` stands there for the second time: remove one of them.",
+        ),
         # Files.
         ("base: missing.yaml", "missing.yaml: no such configuration file."),
         ("base: 5", "run.yaml: base must be the path of a YAML file, not 5."),
