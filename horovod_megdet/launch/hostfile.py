@@ -23,6 +23,9 @@ from horovod_megdet.files import atomic_write
 MAX_HOSTS = 10_000
 """More than this in one file is a slip of the pen, such as node[1-16000000]."""
 
+MAX_MISTAKES = 10
+"""What is told at once of a file that is something else."""
+
 KEYS = ("slots", "max_slots")
 
 # What DNS allows, and no more: names are passed on to ssh, and by some launchers through the shell of another host.
@@ -50,7 +53,7 @@ class Host:
 def parse_hostfile(path: str | Path) -> list[Host]:
     """Reads a host file; the order of the hosts is the order of their ranks.
 
-    Raises :class:`UserError` naming file, line, the text in question and what to do about it.
+    Raises :class:`UserError` naming file, line, the text in question and what to do about it, a mistake a line.
     """
     path = Path(path)
     try:
@@ -62,11 +65,16 @@ def parse_hostfile(path: str | Path) -> list[Host]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
     hosts: dict[str, tuple[Host, int]] = {}
+    mistakes = []
     for number, line in enumerate(lines, 1):
         try:
             _add_line(line.partition("#")[0], number, hosts)
         except UserError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
+            mistakes.append(f"{path}, line {number}: {error}")
+    if len(mistakes) > MAX_MISTAKES:
+        mistakes[MAX_MISTAKES:] = [f"{path}: and {len(mistakes) - MAX_MISTAKES} lines more with mistakes."]
+    if mistakes:
+        raise UserError("\n".join(mistakes))
     if not hosts:
         raise UserError(f"{path}: no host in it; write one a line, such as `node01 slots=8`.")
     return [host for host, _ in hosts.values()]

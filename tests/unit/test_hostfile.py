@@ -1,5 +1,6 @@
 """Host files: what is read, and what is said about mistakes."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,20 @@ def test_mistakes(hosts_of, text: str, line: int, said: list[str]) -> None:
     assert f"hosts, line {line}: " in message
     for part in said:
         assert part in message
+
+
+def test_all_mistakes_are_told_at_once(hosts_of) -> None:
+    with pytest.raises(UserError) as caught:
+        hosts_of("node01 slots=8\nnode[02 slots=8\nnode03 slot=8\nnode04 slots=8\nNODE01 slots=4")
+    lines = str(caught.value).splitlines()
+    assert [re.search(r"hosts, line (\d): ", line)[1] for line in lines] == ["2", "3", "5"]
+
+
+def test_a_file_that_is_something_else_is_not_told_whole(hosts_of) -> None:
+    with pytest.raises(UserError) as caught:
+        hosts_of("import horovod\n" * 1000)
+    assert len(str(caught.value).splitlines()) == 11
+    assert "and 990 lines more" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# nothing\n"])
