@@ -219,6 +219,7 @@ def measure() -> dict[str, Any]:
     if comm.size() == 4:
         groups["pairs"] = comm.split_world(2)
     return {
+        "ranks": comm.size(),
         "exactness": {name: exactness(group) for name, group in groups.items()},
         "messages": message_counts(),
         "reuse": reuse(),
