@@ -78,7 +78,7 @@ def environment(**more: str) -> dict[str, str]:
     return {
         "PATH": f"{VENV_BIN}:{SEARCH}",
         "VIRTUAL_ENV": str(VENV_BIN.parent),
-        "PYTHONPATH": f"{PROJECT}:{Path(__file__).parent / 'quick_start'}",
+        "PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests' / 'quick_start'}",
         "HOME": "/root",
         "LANG": "C.UTF-8",
         "OMP_NUM_THREADS": "1",

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,20 @@ ENVIRONMENT = {
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "OMP_NUM_THREADS": "1",
 }
+QUICK_START = ENVIRONMENT | {"PYTHONPATH": str(PROJECT / "tests" / "quick_start")}
 
 
 class Job:
     """A running training job with all its processes in one session, its output in a file."""
 
     def __init__(
-        self, launcher: str, ranks: int, arguments: list[str], folder: Path, script: Path | None = None
+        self,
+        launcher: str,
+        ranks: int,
+        arguments: list[str],
+        folder: Path,
+        script: Path | None = None,
+        environment: Mapping[str, str] = QUICK_START,
     ) -> None:
         prefix = [*LAUNCHERS[launcher], str(ranks)] if launcher != "python" else []
         program = [sys.executable, str(script or PROJECT / "train.py"), *arguments]
@@ -47,7 +54,7 @@ class Job:
             self.process = subprocess.Popen(
                 [*prefix, *program],
                 cwd=folder,
-                env=ENVIRONMENT,
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -99,10 +106,17 @@ class Job:
         self.process.wait()
 
 
-def run(launcher: str, ranks: int, arguments: list[str], folder: Path, timeout: float = 120) -> tuple[int, str]:
+def run(
+    launcher: str,
+    ranks: int,
+    arguments: list[str],
+    folder: Path,
+    timeout: float = 120,
+    environment: Mapping[str, str] = QUICK_START,
+) -> tuple[int, str]:
     """Runs train.py to its end; returns exit code and output."""
     folder.mkdir(parents=True, exist_ok=True)
-    job = Job(launcher, ranks, arguments, folder)
+    job = Job(launcher, ranks, arguments, folder, environment=environment)
     code = job.wait(timeout)
     return code, job.output
 
