@@ -56,7 +56,11 @@ def measure(hosts: Hosts, folder: Path, only: str) -> tuple[list[tuple[Event, fl
                 print(f"{event.name}, {event.launcher}: {seconds:.1f} s ({time.monotonic() - started:.0f} s in all)")
         if not only:
             undisturbed = Training(
-                hosts, folder / f"undisturbed-{controller}", folder / "data", RANKS_PER_HOST, settings=LONG
+                hosts,
+                folder / f"undisturbed-{controller}",
+                folder / "data",
+                RANKS_PER_HOST,
+                settings=LONG | {"output.checkpoint_every_epochs": "16"},
             )
             job = undisturbed.start(launcher)
             assert job.wait(300) == 0, job.output

@@ -23,7 +23,9 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Complet
     ) -> CompletedProcess[str]:
         path = Path(__file__).parent / script
         folder = tmp_path_factory.mktemp(path.stem)
-        job = launching.Job(LAUNCHER[controller], ranks, list(arguments), folder, script=path)
+        # The whole of torch, because recomputation asks its compiler.
+        environment = launching.ENVIRONMENT
+        job = launching.Job(LAUNCHER[controller], ranks, list(arguments), folder, path, environment)
         code = job.wait(timeout)
         if code:
             pytest.fail(f"{script} on {ranks} ranks ({controller}) ended with {code}:\n{job.output}", pytrace=False)
