@@ -2,7 +2,8 @@
 
 torchvision asks at import whether ``torch.compile`` works, which imports all of ``torch._dynamo`` and SymPy: 3 to 5
 seconds of a core for each of the hundreds of processes that the tests start. Here the answer is no at once. Found
-through PYTHONPATH, which the launchers hand on; runs of users, and tests of what needs the compiler's answers, do not have it.
+through PYTHONPATH, which the launchers hand on. Runs of users, and tests that need the compiler's answers, do not have
+it.
 """
 
 import importlib.machinery
