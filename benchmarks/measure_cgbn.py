@@ -239,6 +239,7 @@ def main() -> None:
     comm.init()
     if os.environ.get("BENCHMARK_BIND_CORES", "1") == "1":
         device.bind_to_cores()
+    device.keep_freed_memory()
     torch.set_num_threads(1)
     result = PARTS[part]()
     if bare:

@@ -1,6 +1,8 @@
-"""Cores are divided among the ranks that share them, and nobody else's are taken."""
+"""Cores are divided among the ranks that share them, and nobody else's are taken; memory is kept for the next step."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -50,3 +52,33 @@ def test_alone_nothing_changes() -> None:
     before = os.sched_getaffinity(0)
     device.bind_to_cores()
     assert os.sched_getaffinity(0) == before
+
+
+PAGE_FAULTS = """
+import resource, sys, torch
+from horovod_megdet.engine import device
+if sys.argv[1] == "keep":
+    device.keep_freed_memory()
+def step():
+    tensors = [torch.ones(12 << 20) for _ in range(2)]  # 48 MiB each: more than glibc ever keeps by itself
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("argument", "variables", "kept"),
+    [("keep", {}, True), ("leave", {}, False), ("keep", {"MALLOC_TRIM_THRESHOLD_": "131072"}, False)],
+)
+def test_freed_memory_is_used_again_unless_the_environment_has_settings(
+    argument: str, variables: dict[str, str], kept: bool
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | variables
+    environment |= {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PAGE_FAULTS, argument], env=environment, capture_output=True, text=True, check=True
+    )
+    assert (int(done.stdout) < 1000) == kept, "the two tensors have 24576 pages"
