@@ -12,6 +12,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import LevelMapper
 
 from horovod_megdet import comm
 from horovod_megdet.config import BatchNormConfig, ModelConfig
@@ -164,7 +165,12 @@ def build_detector(
 def _build_roi_pool(model: ModelConfig) -> MultiScaleRoIAlign:
     """RoIAlign on P2 to P5. FPN puts RoIs of 224 pixels on P4, whose anchors have 128; others scale it alike."""
     scale = round(model.anchor_sizes[2] * 224 / 128)
-    return MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=ROI_SIZE, sampling_ratio=2, canonical_scale=scale)
+    pool = MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=ROI_SIZE, sampling_ratio=2, canonical_scale=scale)
+    # torchvision would guess the strides from the first batch, wrongly if its images are small, and keep them: a
+    # resumed run, whose first batch is another one, would go on differently.
+    pool.scales = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    pool.map_levels = LevelMapper(2, 5, canonical_scale=scale)
+    return pool
 
 
 def _build_box_head(model: ModelConfig, norms: Norms) -> nn.Module:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from hosts import Host, Hosts
-from jobs import Training, launch, left_behind
+from jobs import Training, launch, left_behind, poll
 
 pytestmark = pytest.mark.cluster
 
@@ -22,7 +22,7 @@ def test_train_on_four_hosts(hosts: Hosts, shared: Path, data: Path, launcher: s
     assert f"4, 1 on hostA, controller {controller}" in job.output
     assert "Finished after" in job.output
     assert training.steps_done() >= 1
-    assert not left_behind(hosts)
+    assert poll(lambda: not left_behind(hosts), 15), left_behind(hosts)
 
 
 def probe(hosts: Hosts, launcher: str, ranks_per_host: int, among: list[Host]) -> list[dict[str, Any]]:

@@ -185,6 +185,15 @@ def test_sampling_depends_on_the_seed_of_the_image_alone() -> None:
     assert not first[1][80:].any()
 
 
+def test_losses_do_not_depend_on_the_images_of_the_first_step() -> None:
+    fresh, other = build(), build()
+    other.load_state_dict(fresh.state_dict())
+    other.forward_losses(*example(2, size=(33, 65)))  # from these, torchvision would take the strides for others
+    batch = example(2, size=(64, 96))
+    one, two = (detector.forward_losses(*batch).values for detector in (fresh, other))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_the_same_step_twice_has_the_same_losses() -> None:
     detector = build(backbone_norm="frozen", fpn_norm="none")
     first, second = (detector.forward_losses(*example(2)) for _ in range(2))
