@@ -54,7 +54,7 @@ def threads_per_rank() -> int:
 def keep_freed_memory() -> None:
     """Lets glibc keep the memory of freed tensors for the next ones, instead of giving it back to the kernel.
 
-    Every step allocates the same tensors again, and the kernel clears each page of them: a tenth of a detector's step.
+    Every step allocates the same tensors again, and the kernel would clear each page of them.
     Does nothing with another allocator, or where the environment has settings for this one.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

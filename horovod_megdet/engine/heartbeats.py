@@ -101,7 +101,10 @@ class Heartbeats:
         return True
 
     def take_report(self) -> str:
-        """The job starts anew: returns what was told of the one before, and forgets it."""
+        """The job starts anew: returns what was told of the one before, and forgets it.
+
+        Where each host has told it, the longest: that one knew most.
+        """
         told = []
         with contextlib.suppress(OSError):
             for path in sorted(self.folder.glob(f"{_REPORTED}*")):

@@ -1,4 +1,4 @@
-"""Halves the start of a rank in these tests: leaves out torch's compiler, which nothing here uses.
+"""Halves the start of a rank in these tests: leaves out torch's compiler, which only recomputation asks.
 
 torchvision asks at import whether ``torch.compile`` works, which imports all of ``torch._dynamo`` and SymPy: 3 to 5
 seconds of a core for each of the hundreds of processes that the tests start. Here the answer is no at once. Found
