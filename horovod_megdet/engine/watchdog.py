@@ -159,16 +159,22 @@ class Watchdog:
     def _terminated(self) -> None:
         """The launcher ends this rank. If that is because another one is lost, this one waits for it and never returns
         from there, so the main thread cannot tell."""
-        progress = activity.current.progress
         self.told = True
         self._beat()
-        time.sleep(LAST_WORDS / 4)
-        if activity.current.waiting_for is not None and activity.current.progress == progress:
+        # It may still have something to do before it waits, such as writing a checkpoint.
+        if any(self._waits_for(LAST_WORDS / 4) for _ in range(4)):
             self.last_words(f"{WAITED} {activity.current.waiting_for}")
             if self.sum_up_losses():
                 # Open MPI would take a second for each rank of the host.
                 os._exit(EXIT_CRASHED)
             self.ended = None  # it may have been a request to stop, and the other ranks just slow
+
+    @staticmethod
+    def _waits_for(seconds: float) -> bool:
+        """Whether the main thread waits in one and the same collective for that long."""
+        progress = activity.current.progress
+        time.sleep(seconds)
+        return activity.current.waiting_for is not None and activity.current.progress == progress
 
     def _end_if_all_are_stuck(self) -> None:
         self._beat()

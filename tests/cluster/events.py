@@ -95,7 +95,7 @@ STACK = r"{victim}, step {step}:\n(?:.*\n)*?.*File .*faulty.py"
 EVENTS = [
     Event("rank killed", "mpirun", kill_rank, 5, LOST),
     Event("rank killed", "horovodrun --mpi", kill_rank, 5, LOST, only_measured=True),
-    Event("rank killed", GLOO, kill_rank, 5, LOST),
+    Event("rank killed", GLOO, kill_rank, 5, LOST, only_measured=True),
     Event("rank raises", MPI, None, 5, (r"{victim}, at step {step}, crashed",), fault="raise", only_measured=True),
     Event("rank raises", GLOO, None, 5, (r"{victim}, at step {step}, crashed",), fault="raise", only_measured=True),
     Event(
@@ -125,7 +125,7 @@ EVENTS = [
     Event("launcher killed", "mpirun", kill_launcher("mpirun"), 15, only_measured=True),
     # What horovodrun has become by then:
     Event("launcher killed", "horovodrun --mpi", kill_launcher("mpirun"), 15, only_measured=True),
-    Event("launcher killed", "horovodrun --gloo", kill_launcher("horovodrun"), 15),
+    Event("launcher killed", "horovodrun --gloo", kill_launcher("horovodrun"), 15, only_measured=True),
     Event("launcher killed", MPI, kill_launcher("megdet"), 15),
     Event("launcher killed", GLOO, kill_launcher("megdet"), 15, only_measured=True),
 ]

@@ -11,7 +11,7 @@ from jobs import Training, launch, left_behind, poll
 pytestmark = pytest.mark.cluster
 
 
-# On two hosts, test_failing_fast.py starts mpirun and both controllers.
+# On two hosts, test_failing_fast.py has mpirun and megdet launch, and the groups below have horovodrun.
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun --mpi", "horovodrun --gloo"])
 def test_train_on_four_hosts(hosts: Hosts, shared: Path, data: Path, launcher: str) -> None:
     short = {"solver.epochs": "0.1", "solver.milestones": "[0.05]", "solver.warmup_epochs": "0"}
@@ -33,7 +33,7 @@ def probe(hosts: Hosts, launcher: str, ranks_per_host: int, among: list[Host]) -
     return sorted((json.loads(line) for line in lines), key=lambda said: said["rank"])
 
 
-@pytest.mark.parametrize("launcher", ["megdet launch", "megdet launch --controller gloo"])
+@pytest.mark.parametrize("launcher", ["horovodrun --mpi", "horovodrun --gloo"])
 def test_groups_of_batch_normalisation_stay_on_their_host_and_links_have_their_rate(
     hosts: Hosts, launcher: str
 ) -> None:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -169,6 +170,22 @@ def test_a_stalled_job_ends_with_a_sentence_and_stacks(
     next_start.start()
     next_start.stop()
     assert "The job before ended with: no rank has got on for 20 s" in capfd.readouterr().err
+
+
+def test_a_rank_that_is_told_to_end_and_waits_only_later_says_who_is_lost(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As when the other rank is lost while this one writes a checkpoint."""
+    dog = Watchdog(tmp_path, stall_timeout=20.0)
+    dog.size = 2
+    assert dog.heartbeats
+    dog.heartbeats.write(beat(1, size=2, waiting_for=None, doing="computes"))
+    still_to_do = threading.Timer(1.5 * watchdog.LAST_WORDS / 4, activity.current.waits_for, ["losses"])
+    still_to_do.start()
+    dog._terminated()
+    still_to_do.join()
+    activity.current.has_got()
+    assert "rank 1 on node0 lost at step 17" in capfd.readouterr().err
 
 
 def test_progress_keeps_the_watchdog_still(tmp_path: Path, ended: list[int]) -> None:
