@@ -7,6 +7,7 @@ ranks sum before each backward pass, so that all act on it together.
 
 # What only rank 0 needs is imported where it does: drawing and TensorBoard take a second that all ranks would wait for.
 import contextlib
+import gc
 import json
 import math
 import time
@@ -93,6 +94,8 @@ class Trainer:
             from horovod_megdet.engine.metrics import MetricsLog
 
             self.log = MetricsLog(self.run_dir, schedule.total_images, position.images_seen, position.step)
+        # A full collection would scan all that the imports made, and every other rank waits for it.
+        gc.freeze()
         batches = iter(self._train_loader())
         evaluation = None
         while not schedule.finished(position.images_seen):

@@ -1,11 +1,13 @@
-"""Halves the start of a rank in these tests: leaves out torch's compiler, which only recomputation asks.
+"""Halves the start and the end of a rank in these tests: leaves out torch's compiler, which only recomputation asks.
 
 torchvision asks at import whether ``torch.compile`` works, which imports all of ``torch._dynamo`` and SymPy: 3 to 5
-seconds of a core for each of the hundreds of processes that the tests start. Here the answer is no at once. Found
-through PYTHONPATH, which the launchers hand on. Runs of users, and tests that need the compiler's answers, do not have
-it.
+seconds of a core for each of the hundreds of processes that the tests start. Here the answer is no at once. At the end
+the garbage collector does not look through all modules twice. Found through PYTHONPATH, which the launchers hand on.
+Runs of users, and tests that need the compiler's answers, do not have it.
 """
 
+import atexit
+import gc
 import importlib.machinery
 import sys
 from types import ModuleType
@@ -39,4 +41,5 @@ class WithoutCompiler:
         module.__dict__.update(ANSWERS[module.__name__])
 
 
+atexit.register(gc.freeze)
 sys.meta_path.insert(0, WithoutCompiler)  # type: ignore[arg-type]
