@@ -21,14 +21,14 @@ INTERFACE = "eth0"
 
 SETTINGS = {
     "runtime.deterministic": "true",
-    "solver.epochs": "8",
-    "solver.milestones": "[5]",
+    "solver.epochs": "6",
+    "solver.milestones": "[4]",
     "output.log_every_images": "1",
     "output.checkpoint_every_epochs": "0.3",
-    "output.evaluate_every_epochs": "8",
+    "output.evaluate_every_epochs": "6",
 }
 """A run that writes a line for each step and a checkpoint for every other."""
-ONLY_WHEN_STOPPED = {"output.checkpoint_every_epochs": "8"}
+ONLY_WHEN_STOPPED = {"output.checkpoint_every_epochs": "6"}
 """No checkpoints but those of a stop and of the end: half of a run's time."""
 
 
