@@ -1,4 +1,4 @@
-"""Says where each rank is, with whom it shares statistics, and how long a large message takes: one JSON line a rank."""
+"""One JSON line a rank: where it is, over what it talks, who shares its statistics, how long a large message takes."""
 
 import json
 import time
@@ -23,5 +23,6 @@ comm.barrier()
 started = time.perf_counter()
 comm.sum_(message, "message")
 seconds = time.perf_counter() - started
-comm.say(json.dumps({"rank": rank, "host": comm.host(), "group": group.ranks, "sum": total.item(), "seconds": seconds}))
+said = {"rank": rank, "host": comm.host(), "controller": comm.controller(), "group": group.ranks}
+comm.say(json.dumps(said | {"sum": total.item(), "seconds": seconds}))
 comm.shutdown()
