@@ -8,7 +8,7 @@ mpirun -np 128 --hostfile hosts python train.py --config configs/coco/megdet_r50
 import argparse
 import sys
 
-from horovod_megdet import main
+from horovod_megdet.arguments import add_config_arguments
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -19,7 +19,7 @@ def parse_arguments() -> argparse.Namespace:
         "on for runtime.stall_timeout seconds, 85 stopped by SIGUSR1, SIGTERM or Ctrl-C after a checkpoint. After all "
         "but 2, start again with --resume.",
     )
-    main.add_config_arguments(parser)
+    add_config_arguments(parser)
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest whole checkpoint of the run directory"
     )
@@ -30,5 +30,13 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def main() -> int:
+    arguments = parse_arguments()
+    # Loads Horovod. Loader workers import this file again, and must not.
+    from horovod_megdet import run
+
+    return run.train(arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(main.train(parse_arguments()))
+    sys.exit(main())

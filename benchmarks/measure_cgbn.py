@@ -26,8 +26,9 @@ from torch.profiler import ProfilerActivity, profile
 from torchvision.models import resnet18, resnet50
 
 from horovod_megdet import comm, convert_batch_norm
+from horovod_megdet.comm.bare_mpi import BareMPI
 from horovod_megdet.config import BatchNormConfig, ModelConfig
-from horovod_megdet.engine import device
+from horovod_megdet.engine import hardware
 from horovod_megdet.models.backbone import RecomputedStage
 from horovod_megdet.models.detector import build_detector
 
@@ -111,7 +112,7 @@ def detector_step(model: ModelConfig) -> Callable[[], None]:
 
 def bare_messages() -> dict[str, float]:
     """Seconds of the bare MPI allreduce; before Horovod starts, whose thread would talk in between."""
-    mpi = comm.BareMPI()
+    mpi = BareMPI()
     return {
         str(channels): _seconds_of_one(partial(mpi.sum_, np.zeros(2 * channels + 1)), mpi.largest)
         for channels in CHANNELS
@@ -238,8 +239,8 @@ def main() -> None:
     bare = bare_messages() if part == "messages" else None
     comm.init()
     if os.environ.get("BENCHMARK_BIND_CORES", "1") == "1":
-        device.bind_to_cores()
-    device.keep_freed_memory()
+        hardware.bind_to_cores()
+    hardware.keep_freed_memory()
     torch.set_num_threads(1)
     result = PARTS[part]()
     if bare:

@@ -5,10 +5,10 @@ import socket
 import sys
 from pathlib import Path
 
-from horovod_megdet import main as frame
+from horovod_megdet.arguments import add_config_arguments, add_set_argument, config_of, positive
+from horovod_megdet.cluster.launch import command as launch
 from horovod_megdet.config import Config
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
-from horovod_megdet.launch import command as launch
 
 
 def main() -> int:
@@ -28,9 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     plan = commands.add_parser("plan", help="print the schedule that a configuration has on so many ranks")
-    frame.add_config_arguments(plan)
-    plan.add_argument("--ranks", type=frame.positive, required=True, help="number of ranks (GPUs)")
-    plan.add_argument("--images", type=frame.positive, help="images of the training set, where the data is not at hand")
+    add_config_arguments(plan)
+    plan.add_argument("--ranks", type=positive, required=True, help="number of ranks (GPUs)")
+    plan.add_argument("--images", type=positive, help="images of the training set, where the data is not at hand")
     plan.add_argument(
         "--latency-us",
         type=float,
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan)
 
     check = commands.add_parser("check-data", help="list everything that is wrong with the data of a configuration")
-    frame.add_config_arguments(check)
+    add_config_arguments(check)
     check.add_argument(
         "--decode", action="store_true", help="decode every image completely: slow, finds truncated files"
     )
@@ -56,16 +56,14 @@ def _parser() -> argparse.ArgumentParser:
 
     synth = commands.add_parser("synth", help="generate the embedded data set (train.py does it by itself)")
     synth.add_argument("folder", type=Path)
-    synth.add_argument("--train", type=frame.positive, default=600, help="training images (default: %(default)s)")
-    synth.add_argument("--val", type=frame.positive, default=100, help="validation images (default: %(default)s)")
+    synth.add_argument("--train", type=positive, default=600, help="training images (default: %(default)s)")
+    synth.add_argument("--val", type=positive, default=100, help="validation images (default: %(default)s)")
     synth.add_argument("--seed", type=int, default=0, help="other seeds give other images (default: %(default)s)")
     synth.set_defaults(run=_synth)
 
     evaluate = commands.add_parser("evaluate", help="COCO metrics of a checkpoint; also under mpirun or horovodrun")
     evaluate.add_argument("checkpoint", help="a checkpoint folder, or a run directory for its newest")
-    evaluate.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides", help="as for train.py"
-    )
+    add_set_argument(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     predict = commands.add_parser("predict", help="detections of a checkpoint on images, as JSON and drawn")
@@ -81,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor", help="say what would make training fail or slow on these machines; under the launcher of the training"
     )
-    frame.add_config_arguments(doctor)
+    add_config_arguments(doctor)
     doctor.add_argument(
         "--json",
         nargs="?",
@@ -95,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument(
         "--timeout",
-        type=frame.positive,
+        type=positive,
         default=600,
         metavar="SECONDS",
         help="give up when ranks wait for each other for so long (default: %(default)s)",
@@ -120,7 +118,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from horovod_megdet.solver.cost import MessageCost, communication_table
     from horovod_megdet.solver.schedule import make_schedule
 
-    config = frame.config_of(arguments)
+    config = config_of(arguments)
     images = arguments.images or _training_images(config)
     schedule = make_schedule(config.solver, images, arguments.ranks, config.data.images_per_rank)
     console().print(two_columns("Schedule", schedule.table()))
@@ -144,7 +142,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
     from horovod_megdet.data.coco import check_dataset
     from horovod_megdet.data.configured import split_paths
 
-    config = frame.config_of(arguments)
+    config = config_of(arguments)
     found = 0
     for training in (True, False):
         annotations, images = split_paths(config.data, training)
@@ -166,7 +164,7 @@ def _synth(arguments: argparse.Namespace) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     try:
-        from horovod_megdet.doctor.command import run_doctor
+        from horovod_megdet.cluster.doctor.command import run_doctor
     except ImportError as error:
         print(
             f"megdet doctor: {sys.executable} on {socket.gethostname()} lacks what training needs: {error}.\n"
@@ -178,7 +176,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    return frame.evaluate_checkpoint(arguments.checkpoint, arguments.overrides)
+    from horovod_megdet.run import evaluate_checkpoint
+
+    return evaluate_checkpoint(arguments.checkpoint, arguments.overrides)
 
 
 def _predict(arguments: argparse.Namespace) -> int:

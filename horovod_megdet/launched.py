@@ -4,6 +4,7 @@ Imports nothing that starts MPI or Horovod.
 """
 
 import os
+import socket
 
 from horovod_megdet.errors import UserError
 
@@ -43,6 +44,11 @@ def size() -> int:
     """The number of ranks that the launcher started; 1 without a launcher."""
     names = _variables()
     return int(os.environ.get(names[1], "1")) if names else 1
+
+
+def host() -> str:
+    """Name of this host."""
+    return socket.gethostname()
 
 
 def check() -> None:

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from horovod_megdet import activity
 from horovod_megdet.data.images import ImageFileError, read_header, read_image
 from horovod_megdet.errors import UserError
+from horovod_megdet.progress import progress
 
 FILE_THREADS = 8
 """Threads that look at image files: on a network file system each file is a wait of some milliseconds."""
@@ -204,7 +204,7 @@ def _check_files(
         findings = threads.map(lambda task: [check(image) for image in task], tasks)
     sizes: dict[int, tuple[int, int]] = {}
     for image, found in zip(listed, itertools.chain.from_iterable(findings), strict=True):
-        activity.current.went_on()
+        progress.advance()
         if isinstance(found, str):
             problems.append(Problem(found, image.file, image.id))
         else:

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from horovod_megdet import activity
 from horovod_megdet.errors import UserError
+from horovod_megdet.progress import progress
 
 VERSION = 1
 """Raised whenever the same seed would give other images or annotations."""
@@ -266,7 +266,7 @@ def _write_split(root: Path, split: str, count: int, seed: list[int]) -> None:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id in range(1, count + 1):
-        activity.current.went_on()
+        progress.advance()
         pixels, objects = draw_image(np.random.default_rng([*seed, image_id]))
         name = f"{image_id:06d}.jpg"
         Image.fromarray(pixels).save(folder / name, quality=JPEG_QUALITY)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from horovod_megdet import comm
+from horovod_megdet import comm, launched
 from horovod_megdet.config import Config
 from horovod_megdet.data.coco import CocoDataset, check_same_classes
 from horovod_megdet.data.configured import load_split, make_synthetic
-from horovod_megdet.engine import checkpoint, device, random_state
+from horovod_megdet.engine import checkpoint, hardware, random_state
 from horovod_megdet.engine.signals import StopRequest
 from horovod_megdet.engine.trainer import Trainer
 from horovod_megdet.errors import UserError
@@ -20,6 +20,7 @@ from horovod_megdet.files import atomic_write
 from horovod_megdet.models.detector import Detector, build_detector
 from horovod_megdet.models.norms import bn_group
 from horovod_megdet.models.weights import load_checkpoint, load_weights
+from horovod_megdet.printing import say
 from horovod_megdet.report.tables import console, two_columns
 from horovod_megdet.solver.schedule import make_schedule
 
@@ -35,7 +36,7 @@ def build_trainer(config: Config, resume: bool) -> Trainer:
     with comm.agreement("run directory"):
         saved = look_into(run_dir, resume)
     with comm.agreement("device"):
-        compute_device = device.choose(config.runtime)
+        compute_device = hardware.choose(config.runtime)
     train_set, val_set = load_datasets(config)
     with comm.agreement("schedule"):
         schedule = make_schedule(config.solver, len(train_set), comm.size(), config.data.images_per_rank)
@@ -69,10 +70,10 @@ def look_into(run_dir: Path, resume: bool) -> checkpoint.Checkpoint | None:
         return None
     started, saved = (run_dir / CONFIG_FILE).exists(), any(checkpoint.folder(run_dir).glob("step_*"))
     if resume and started and not saved:
-        comm.say(f"warning: {run_dir}: the run has no checkpoint yet and starts from the beginning.")
+        say(f"warning: {run_dir}: the run has no checkpoint yet and starts from the beginning.")
         return None
     if resume:
-        return checkpoint.newest(run_dir, report=lambda sentence: comm.say(f"warning: {sentence}"))
+        return checkpoint.newest(run_dir, report=lambda sentence: say(f"warning: {sentence}"))
     if started or saved:
         raise UserError(
             f"{run_dir}: this folder already holds a run. Add --resume to go on with it, or give another folder with "
@@ -127,10 +128,10 @@ def start_detector(config: Config, num_classes: int, compute_device: torch.devic
         notices = load_weights(detector, config.model)
     if comm.is_main():
         for notice in notices:
-            comm.say(notice)
+            say(notice)
     if config.model.weights != "none":
         comm.check_same({"starting weights": weights_hash(detector)}, "weights")
-    detector.transform.channels_last = device.channels_last(config.runtime, compute_device)
+    detector.transform.channels_last = hardware.channels_last(config.runtime, compute_device)
     detector = detector.to(compute_device)
     comm.broadcast_weights(detector)
     detector.train()
@@ -156,7 +157,7 @@ def build_for_evaluation(
 ) -> tuple[Detector, CocoDataset, torch.device, checkpoint.Checkpoint]:
     """Builds the detector of a checkpoint and the validation set of a configuration."""
     with comm.agreement("device"):
-        compute_device = device.choose(config.runtime)
+        compute_device = hardware.choose(config.runtime)
     with comm.agreement("validation data"):
         make_synthetic(config.data)
         val_set = load_split(config.data, training=False)
@@ -176,7 +177,7 @@ def build_for_evaluation(
 def _print_start(trainer: Trainer) -> None:
     config, out = trainer.config, console()
     environment = [
-        ("ranks", f"{comm.size()}, {comm.local_size()} on {comm.host()}, controller {comm.controller()}"),
+        ("ranks", f"{comm.size()}, {comm.local_size()} on {launched.host()}, controller {comm.controller()}"),
         ("device", f"{trainer.device}, {torch.get_num_threads()} threads per rank, amp {config.runtime.amp}"),
         ("cores", f"rank 0 has {len(os.sched_getaffinity(0))} of {os.cpu_count()}"),
         ("model", f"{config.model.backbone} FPN {config.model.fpn_channels}, weights {config.model.weights}"),

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from horovod_megdet import activity, comm
+from horovod_megdet import comm, launched
 from horovod_megdet.config import Config
 from horovod_megdet.data.coco import CocoDataset
 from horovod_megdet.data.loader import Batch, build_eval_loader, build_train_loader
-from horovod_megdet.engine import checkpoint, device, random_state
+from horovod_megdet.engine import checkpoint, hardware, random_state
 from horovod_megdet.engine.signals import StopRequest
 from horovod_megdet.errors import EXIT_NOT_SAVED, EXIT_STOPPED, NonFiniteLossError, UserError
 from horovod_megdet.evaluation.coco import Evaluation, evaluate
@@ -33,6 +33,8 @@ from horovod_megdet.files import atomic_write
 from horovod_megdet.layers.cross_gpu_bn import average_running_statistics
 from horovod_megdet.models.detector import Detector, Losses
 from horovod_megdet.models.weights import load_checkpoint
+from horovod_megdet.printing import say
+from horovod_megdet.progress import progress
 from horovod_megdet.solver.optimizer import build_optimizer, set_lr
 from horovod_megdet.solver.schedule import Schedule
 
@@ -78,7 +80,7 @@ class Trainer:
             passes_per_step=schedule.accumulation,
             fp16=config.solver.compression == "fp16",
         )
-        self.scaler = device.loss_scaler(config.runtime, compute_device)
+        self.scaler = hardware.loss_scaler(config.runtime, compute_device)
         self.position = Position()
         self.stopping = False
         self.unsaved = False
@@ -122,18 +124,17 @@ class Trainer:
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimiser step: ``accumulation`` forward and backward passes, averaged gradients, SGD."""
         started = time.perf_counter()
-        now = activity.current
-        now.step = self.position.step + 1
+        progress.step = self.position.step + 1
         lr = self.schedule.lr(self.position.images_seen)
         set_lr(self.optimizer, lr)
         waited = 0.0
         for _ in range(self.schedule.accumulation):
             waiting = time.perf_counter()
-            now.now("waits for the data loader")
+            progress.set("waiting for the data loader")
             batch = next(batches).to(self.device)
-            now.now("computes")
+            progress.set("computing")
             waited += time.perf_counter() - waiting
-            with device.autocast(self.config.runtime, self.device):
+            with hardware.autocast(self.config.runtime, self.device):
                 losses = self.detector.forward_losses(batch.images, batch.targets)
             loss = self._agree_on_losses(losses, batch)
             self.scaler.scale(loss / self.schedule.accumulation).backward()
@@ -180,7 +181,7 @@ class Trainer:
         """Some rank could not read an image: ends all ranks, or, where bad data is skipped, says so and goes on."""
         if self.config.data.bad_annotations == "skip":
             if batch.error is not None:
-                comm.say(f"warning: rank {comm.rank()} on {comm.host()} trains without an image: {batch.error}")
+                say(f"warning: rank {comm.rank()} on {launched.host()} trains without an image: {batch.error}")
             return
         with comm.agreement("batch"):
             if batch.error is not None:
@@ -189,7 +190,7 @@ class Trainer:
     def _raise_not_finite(self, losses: Tensor, batch: Batch) -> None:
         mine = None
         if not torch.isfinite(losses).all():
-            mine = f"rank {comm.rank()} on {comm.host()}, images {[target['image_id'] for target in batch.targets]}"
+            mine = f"rank {comm.rank()} on {launched.host()}, images {[target['image_id'] for target in batch.targets]}"
         ranks = [where for where in comm.gather_objects(mine, "not_finite") if where]
         raise NonFiniteLossError(
             f"The loss is not finite at step {self.position.step + 1}: {'; '.join(ranks)}. The last good checkpoint is "
@@ -199,7 +200,7 @@ class Trainer:
 
     def write_metrics(self) -> None:
         """Gathers the ranks' times and memory, and writes one row of metrics on rank 0."""
-        times = [self.window.step_seconds, self.window.data_seconds, device.memory_mb(self.device)]
+        times = [self.window.step_seconds, self.window.data_seconds, hardware.memory_mb(self.device)]
         ranks = comm.gather(torch.tensor(times, dtype=torch.float64), "metrics")
         if comm.is_main():
             row = self.window.row() | {
@@ -219,7 +220,7 @@ class Trainer:
 
     def evaluate(self) -> tuple[Evaluation, bool]:
         """Evaluates on the validation set; returns the evaluation and whether it is the best of the run so far."""
-        activity.current.now("evaluates")
+        progress.set("evaluating")
         average_running_statistics(self.detector)
         evaluation = evaluate_detector(self.config, self.detector, self.val_set, self.device)
         ap = evaluation.metrics["AP"]
@@ -239,7 +240,7 @@ class Trainer:
 
     def write_report(self, evaluation: Evaluation | None) -> None:
         """Writes the page of validation images and ``summary.json``; nothing to do when a finished run is resumed."""
-        activity.current.now("writes the report")
+        progress.set("writing the report")
         if evaluation is not None:
             from horovod_megdet.report.pictures import PAGE_FILE, write_validation_page
 
@@ -262,7 +263,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint. When that fails training goes on and tries again, unless this was the last chance."""
-        activity.current.now("writes a checkpoint")
+        progress.set("writing a checkpoint")
         average_running_statistics(self.detector)
         random_states = comm.gather_objects(random_state.capture(), "random")
         try:
@@ -275,7 +276,7 @@ class Trainer:
                 raise
             self.unsaved = True
             if comm.is_main():
-                comm.say(f"warning: {error} Training goes on and tries again.")
+                say(f"warning: {error} Training goes on and tries again.")
 
     def _write_checkpoint(self, random_states: list[dict[str, Any]]) -> None:
         state = {
@@ -288,7 +289,7 @@ class Trainer:
         try:
             checkpoint.prune(self.run_dir, self.config.output.keep_checkpoints, self.position.best_checkpoint)
         except OSError as error:
-            comm.say(f"warning: older checkpoints could not be removed: {error}. Training goes on.")
+            say(f"warning: older checkpoints could not be removed: {error}. Training goes on.")
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
         """Goes on where a checkpoint was written. Collective only through what its callers agree on."""
@@ -323,7 +324,7 @@ def warned(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, UserError) as error:
-        comm.say(f"warning: {what} could not be written: {error} Training goes on.")
+        say(f"warning: {what} could not be written: {error} Training goes on.")
 
 
 class Window:
@@ -372,4 +373,6 @@ def evaluate_detector(
     loader = build_eval_loader(
         dataset, config.data, rank=comm.rank(), ranks=comm.size(), pin_memory=compute_device.type == "cuda"
     )
-    return evaluate(detector, dataset, loader, compute_device, lambda: device.autocast(config.runtime, compute_device))
+    return evaluate(
+        detector, dataset, loader, compute_device, lambda: hardware.autocast(config.runtime, compute_device)
+    )

@@ -15,14 +15,14 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from horovod_megdet import activity, comm
-from horovod_megdet.activity import noting_waits
+from horovod_megdet import comm
 from horovod_megdet.data.coco import CocoDataset
 from horovod_megdet.data.loader import Batch
 from horovod_megdet.errors import UserError
 from horovod_megdet.evaluation.detections import Detections, in_original_pixels
 from horovod_megdet.files import atomic_write
 from horovod_megdet.models.detector import Detector
+from horovod_megdet.progress import noting_waits, progress
 
 METRICS = (
     "AP",
@@ -88,9 +88,9 @@ def evaluate(
     """
     with comm.agreement("evaluate"):
         shard = predict_shard(detector, loader, device, autocast)
-    activity.current.now("merges detections")
+    progress.set("merging detections")
     shards = comm.gather_objects(shard, "evaluate.detections")
-    activity.current.now("computes COCO's metrics")
+    progress.set("computing COCO's metrics")
     evaluation = _measure(Detections.merge(shards), dataset) if comm.is_main() else None
     small = comm.broadcast_object(evaluation and replace(evaluation, detections=None), "evaluate.metrics")
     evaluation = evaluation or small
@@ -111,7 +111,7 @@ def predict_shard(
     was_training = detector.training
     detector.eval()
     try:
-        for batch in noting_waits(loader, doing="evaluates"):
+        for batch in noting_waits(loader, doing="evaluating"):
             if batch.error is not None:
                 raise UserError(batch.error)
             batch = batch.to(device)

@@ -38,7 +38,7 @@ class Norms:
         elif kind == "cgbn":
             convert_batch_norm(part, group=self.group, algorithm=self.config.algorithm, path=path)
         elif kind == "local":
-            convert_batch_norm(part, group=comm.Group((comm.rank(),), None), path=path)
+            convert_batch_norm(part, group=comm.alone(), path=path)
 
 
 def freeze_norms(part: nn.Module) -> None:
@@ -60,5 +60,4 @@ def bn_group(batch_norm: BatchNormConfig, images_per_rank: int) -> comm.Group:
             f"batch_norm.bn_size: {batch_norm.bn_size} does not work with {comm.size()} ranks of {images_per_rank} "
             f"images; possible are {', '.join(map(str, possible))}."
         )
-    ranks = batch_norm.bn_size // images_per_rank
-    return comm.split_world(ranks) if ranks > 1 else comm.Group((comm.rank(),), None)
+    return comm.split_world(batch_norm.bn_size // images_per_rank)

@@ -18,6 +18,7 @@ import torch
 
 from horovod_megdet import comm
 from horovod_megdet.engine.trainer import Trainer
+from horovod_megdet.printing import say
 
 KIND, RANK, STEP = os.environ["MEGDET_FAULT"].split(":")
 
@@ -27,7 +28,7 @@ healthy_step = Trainer.train_step
 def faulty_step(trainer: Trainer, batches: Iterator[Any]) -> None:
     """A training step, with the fault in its middle when it is its turn."""
     if comm.rank() == int(RANK) and trainer.position.step + 1 == int(STEP):
-        comm.say("planted fault")
+        say("planted fault")
         forward = trainer.detector.forward_losses
         if KIND == "loader":
             batches = never()

@@ -5,9 +5,10 @@ import time
 
 import torch
 
-from horovod_megdet import comm
+from horovod_megdet import comm, launched
 from horovod_megdet.config import BatchNormConfig
 from horovod_megdet.models.norms import bn_group
+from horovod_megdet.printing import say
 
 IMAGES_PER_RANK = 2
 MESSAGE = 8 * 2**20  # float32 values: 32 MiB
@@ -23,6 +24,6 @@ comm.barrier()
 started = time.perf_counter()
 comm.sum_(message, "message")
 seconds = time.perf_counter() - started
-said = {"rank": rank, "host": comm.host(), "controller": comm.controller(), "group": group.ranks}
-comm.say(json.dumps(said | {"sum": total.item(), "seconds": seconds}))
+said = {"rank": rank, "host": launched.host(), "controller": comm.controller(), "group": group.ranks}
+say(json.dumps(said | {"sum": total.item(), "seconds": seconds}))
 comm.shutdown()

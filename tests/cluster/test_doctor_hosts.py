@@ -17,7 +17,7 @@ MEGDET = str(VENV_BIN / "megdet")
 DOCTOR = """
 import functools, socket, sys, time
 from horovod_megdet.cli import main
-from horovod_megdet.doctor import shared
+from horovod_megdet.cluster.doctor import shared
 # No file of these hosts takes its time to appear on the others.
 shared.try_run_directory = functools.partial(shared.try_run_directory, patience=2.0)
 true_time = time.time

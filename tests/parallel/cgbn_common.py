@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from horovod_megdet import comm
+from horovod_megdet.printing import say
 
 
 @contextlib.contextmanager
@@ -56,7 +57,7 @@ def main(measure: Callable[[], dict[str, Any]]) -> None:
     try:
         result = measure()
     except Exception:
-        comm.say(f"rank {comm.rank()}:\n{traceback.format_exc()}")
+        say(f"rank {comm.rank()}:\n{traceback.format_exc()}")
         comm.abort(1)
     if comm.is_main():
         Path(sys.argv[1]).write_text(json.dumps(result))

@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from horovod_megdet.config import Config
-from horovod_megdet.doctor import facts as find
-from horovod_megdet.doctor import report, shared
-from horovod_megdet.doctor.checks import CHECKS, examine
-from horovod_megdet.doctor.examination import Examination, Finding
-from horovod_megdet.doctor.facts import (
+from horovod_megdet.cluster.doctor import facts as find
+from horovod_megdet.cluster.doctor import report, shared
+from horovod_megdet.cluster.doctor.checks import CHECKS, examine
+from horovod_megdet.cluster.doctor.examination import Examination, Finding
+from horovod_megdet.cluster.doctor.facts import (
     Build,
     Configured,
     Disk,
@@ -31,10 +30,12 @@ from horovod_megdet.doctor.facts import (
     Readable,
     Software,
 )
-from horovod_megdet.doctor.network import Clock, Timing
-from horovod_megdet.doctor.shared import Shared
-from horovod_megdet.doctor.wording import seconds, size, some, where
+from horovod_megdet.cluster.doctor.naming import where
+from horovod_megdet.cluster.doctor.network import Clock, Timing
+from horovod_megdet.cluster.doctor.shared import Shared
+from horovod_megdet.config import Config
 from horovod_megdet.errors import UserError
+from horovod_megdet.wording import seconds, size, some
 
 GIB = 2**30
 PER_HOST = 2

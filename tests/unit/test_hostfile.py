@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from horovod_megdet.cluster.launch.hostfile import MAX_HOSTS, Host, parse_hostfile, write_hostfile
 from horovod_megdet.errors import UserError
-from horovod_megdet.launch.hostfile import MAX_HOSTS, Host, parse_hostfile, write_hostfile
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from horovod_megdet.cluster.launch.command import add_arguments, run_launch
+from horovod_megdet.cluster.launch.hostfile import Host
+from horovod_megdet.cluster.launch.job import place_ranks
+from horovod_megdet.cluster.launch.launcher import Family, identify
 from horovod_megdet.errors import UserError
-from horovod_megdet.launch.command import add_arguments, run_launch
-from horovod_megdet.launch.hostfile import Host
-from horovod_megdet.launch.job import place_ranks
-from horovod_megdet.launch.launcher import Family, identify
 
 OPEN_MPI_4 = "mpirun (Open MPI) 4.1.8\n\nReport bugs to http://www.open-mpi.org/community/help/"
 OPEN_MPI_5 = "mpirun (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/community/help/"
@@ -26,7 +26,7 @@ INTEL = "Intel(R) MPI Library for Linux* OS, Version 2021.10 Build 20230619 (id:
 LAUNCH = """
 import argparse, sys
 from horovod_megdet.errors import UserError
-from horovod_megdet.launch.command import add_arguments, run_launch
+from horovod_megdet.cluster.launch.command import add_arguments, run_launch
 parser = argparse.ArgumentParser()
 add_arguments(parser)
 try:

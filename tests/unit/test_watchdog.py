@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from horovod_megdet import activity, launched
-from horovod_megdet.engine import watchdog
-from horovod_megdet.engine.heartbeats import Heartbeat, Heartbeats, describe_losses, diagnose, name_ranks
-from horovod_megdet.engine.watchdog import Watchdog
+from horovod_megdet import launched
+from horovod_megdet.cluster.watchdog import watchdog
+from horovod_megdet.cluster.watchdog.diagnosis import describe_lost_ranks, diagnose, name_ranks
+from horovod_megdet.cluster.watchdog.heartbeats import Heartbeat, Heartbeats
+from horovod_megdet.cluster.watchdog.watchdog import Watchdog
 from horovod_megdet.errors import EXIT_STALLED, UserError
+from horovod_megdet.progress import progress
 
 
 def beat(rank: int, *, waiting_for: str | None = "losses", doing: str | None = None, **others: object) -> Heartbeat:
@@ -50,7 +52,7 @@ def test_all_in_the_same_collective_points_at_the_network() -> None:
 
 
 def test_lost_ranks_are_those_without_last_words() -> None:
-    sentence = describe_losses(
+    sentence = describe_lost_ranks(
         [
             beat(0, ended="waited for tensor losses"),
             beat(1, ended="waited for tensor losses", step=18),
@@ -65,27 +67,27 @@ def test_lost_ranks_are_those_without_last_words() -> None:
 
 
 def test_ranks_that_never_wrote_are_missed() -> None:
-    sentence = describe_losses([beat(rank, ended="lost contact", step=0) for rank in (0, 1, 3)])
+    sentence = describe_lost_ranks([beat(rank, ended="lost contact", step=0) for rank in (0, 1, 3)])
     assert sentence is not None
     assert sentence.startswith("no sign of rank 2;")
 
 
 def test_ranks_that_are_all_there_point_at_the_network() -> None:
-    sentence = describe_losses([beat(rank, ended="lost contact") for rank in range(4)])
+    sentence = describe_lost_ranks([beat(rank, ended="lost contact") for rank in range(4)])
     assert sentence == (
         "all ranks still ran at step 17, but could not reach each other: ranks 0-1 on node0, 2-3 on node1."
     )
 
 
 def test_a_rank_that_was_told_to_end_and_still_computes_is_not_lost() -> None:
-    beats = [beat(rank, ended="waited for tensor losses", told=True) for rank in range(3)]
-    assert describe_losses([*beats, beat(3, doing="computes", told=True)]) is None
-    assert describe_losses([*beats, beat(3, doing="computes")]) is not None
+    beats = [beat(rank, ended="waited for tensor losses", received_sigterm=True) for rank in range(3)]
+    assert describe_lost_ranks([*beats, beat(3, doing="computes", received_sigterm=True)]) is None
+    assert describe_lost_ranks([*beats, beat(3, doing="computes")]) is not None
 
 
 def test_nothing_is_said_when_nobody_was_lost() -> None:
-    assert describe_losses([beat(rank, ended="waited for tensor losses") for rank in range(4)]) is None
-    assert describe_losses([]) is None
+    assert describe_lost_ranks([beat(rank, ended="waited for tensor losses") for rank in range(4)]) is None
+    assert describe_lost_ranks([]) is None
 
 
 def test_ranks_are_named_briefly() -> None:
@@ -157,11 +159,11 @@ def stalled(run_dir: Path | None) -> Watchdog:
 def test_a_stalled_job_ends_with_a_sentence_and_stacks(
     tmp_path: Path, ended: list[int], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    activity.current.waits_for("layer1.bn")
+    progress.wait_for("layer1.bn")
     dog = stalled(tmp_path)
-    dog._seen = activity.current.progress
+    dog._seen = progress.notes
     dog._look()
-    activity.current.has_got()
+    progress.finished_waiting()
     assert ended == [EXIT_STALLED]
     printed = capfd.readouterr().err
     assert re.search(r"no rank has got on for 20 s .*rank 0 on \S+: waits for tensor layer1.bn for 30 s", printed)
@@ -180,17 +182,17 @@ def test_a_rank_that_is_told_to_end_and_waits_only_later_says_who_is_lost(
     dog.size = 2
     assert dog.heartbeats
     dog.heartbeats.write(beat(1, size=2, waiting_for=None, doing="computes"))
-    still_to_do = threading.Timer(1.5 * watchdog.LAST_WORDS / 4, activity.current.waits_for, ["losses"])
+    still_to_do = threading.Timer(1.5 * watchdog.LAST_WORDS / 4, progress.wait_for, ["losses"])
     still_to_do.start()
     dog._terminated()
     still_to_do.join()
-    activity.current.has_got()
+    progress.finished_waiting()
     assert "rank 1 on node0 lost at step 17" in capfd.readouterr().err
 
 
 def test_progress_keeps_the_watchdog_still(tmp_path: Path, ended: list[int]) -> None:
     dog = stalled(tmp_path)
-    activity.current.went_on()
+    progress.advance()
     dog._look()
     assert not ended
 
@@ -229,7 +231,7 @@ def test_a_full_disk_is_a_warning_once(tmp_path: Path, capfd: pytest.CaptureFixt
 def test_a_rank_ends_with_its_launcher(tmp_path: Path) -> None:
     rank = textwrap.dedent("""\
         import os, sys, time
-        from horovod_megdet.engine import watchdog
+        from horovod_megdet.cluster.watchdog import watchdog
         watchdog.LOOK_EVERY = 0.1
         watchdog.Watchdog(None, 0).start()
         os.write(1, b"%d " % os.getpid())

@@ -1,0 +1,45 @@
+"""The arguments that ``train.py`` and the ``megdet`` commands share. Imports nothing that starts Horovod."""
+
+import argparse
+import json
+from pathlib import Path
+
+from horovod_megdet.config import Config, load_config
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
+
+
+def positive(text: str) -> int:
+    """The type of an argument that is a whole number, 1 or more."""
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
+    return int(text)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--config``, ``--set`` and ``--run-dir``; :func:`config_of` reads them."""
+    parser.add_argument(
+        "--config", metavar="FILE", default=str(DEFAULT_CONFIG), help="YAML configuration (default: configs/demo.yaml)"
+    )
+    add_set_argument(parser)
+    parser.add_argument("--run-dir", metavar="DIR", help="short for --set output.run_dir=DIR")
+
+
+def add_set_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--set``, as ``overrides``."""
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="overrides",
+        help="override a value, for example --set solver.base_lr=0.01; may be repeated",
+    )
+
+
+def config_of(arguments: argparse.Namespace) -> Config:
+    """Loads the configuration that the arguments name; raises :class:`UserError`."""
+    overrides = list(arguments.overrides)
+    if arguments.run_dir:
+        overrides.append(f"output.run_dir={json.dumps(arguments.run_dir)}")
+    return load_config(arguments.config, overrides)

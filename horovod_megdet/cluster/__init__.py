@@ -1,0 +1,1 @@
+"""What runs around training on many machines: launching it, examining the machines, and watching over the ranks."""

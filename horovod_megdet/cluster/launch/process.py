@@ -1,0 +1,154 @@
+"""Running a launcher and passing signals on to it."""
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import BinaryIO
+
+import psutil  # type: ignore[import-untyped]
+
+from horovod_megdet.cluster.launch.job import Command
+from horovod_megdet.errors import UserError
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""The first of these asks the ranks to write a checkpoint and stop; the second ends them; the third kills."""
+
+_TAIL_BYTES = 4096
+
+# Found before the fork: afterwards, the locks that another thread held stay locked.
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def run_mpirun(command: Command) -> int:
+    """Runs mpirun to its end and returns its exit code, which is the job's. It passes SIGUSR1 on to all ranks."""
+
+    def ask_ranks(process: subprocess.Popen[bytes]) -> bool:
+        process.send_signal(signal.SIGUSR1)
+        return True
+
+    return _run(command, ask_ranks)
+
+
+def run_horovodrun(command: Command) -> int:
+    """Runs horovodrun to its end and returns the job's exit code, which horovodrun itself only prints."""
+    reader, writer = os.pipe()
+    with open(reader, "rb") as pipe:  # noqa: PTH123 - a file descriptor
+        tail = bytearray()
+        copier = threading.Thread(target=_copy, args=(pipe, tail), daemon=True)
+        copier.start()
+        try:
+            exit_code = _run(command, _ask_local_ranks, stderr=writer)
+        finally:
+            os.close(writer)
+        copier.join(timeout=5)
+    printed = re.findall(rb"^Exit code: (\d+)$", bytes(tail), flags=re.MULTILINE)
+    return int(printed[-1]) if exit_code and printed else exit_code
+
+
+def _ask_local_ranks(process: subprocess.Popen[bytes]) -> bool:
+    """Sends SIGUSR1 to the ranks on this machine: horovodrun does not, and one is enough, since all ranks agree."""
+    asked = False
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            if _is_rank(child):
+                child.send_signal(signal.SIGUSR1)
+                asked = True
+    return asked
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    """Whether a process below horovodrun is a rank, and not a rank's child or a shell around it."""
+    with contextlib.suppress(psutil.Error):
+        parent = process.parent()
+        return "HOROVOD_RANK" in process.environ() and parent is not None and "HOROVOD_RANK" not in parent.environ()
+    return False
+
+
+def _copy(pipe: BinaryIO, tail: bytearray) -> None:
+    """Passes what arrives on to standard error and keeps the end of it."""
+    while chunk := os.read(pipe.fileno(), 65536):
+        sys.stderr.buffer.write(chunk)
+        sys.stderr.buffer.flush()
+        tail += chunk
+        del tail[:-_TAIL_BYTES]
+
+
+class _Relay:
+    """Passes the signals that this process gets on to the launcher."""
+
+    def __init__(self, ask_ranks: Callable[[subprocess.Popen[bytes]], bool]) -> None:
+        self.ask_ranks = ask_ranks
+        self.process: subprocess.Popen[bytes] | None = None
+        self.stops = 0
+        self.early: signal.Signals | None = None
+
+    def attach(self, process: subprocess.Popen[bytes]) -> None:
+        """From now on there is someone to pass signals on to."""
+        self.process = process
+        if self.early:
+            self.receive(self.early, None)
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Receives signals within the block."""
+        previous = {number: signal.signal(number, self.receive) for number in (signal.SIGUSR1, *STOP_SIGNALS)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.process is None:
+            self.early = signal.Signals(number)
+            return
+        self.stops += number in STOP_SIGNALS
+        if self.stops <= 1:
+            if self.ask_ranks(self.process):
+                _say(f"{name}: the ranks are asked to write a checkpoint and stop; a second Ctrl-C ends them at once.")
+            else:
+                _say(f"{name}: no rank runs on this machine that could be asked to stop; a second Ctrl-C ends all.")
+        elif self.stops == 2:
+            _say(f"{name}: ending all ranks.")
+            self.process.terminate()
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def _end_with_parent() -> None:
+    """Has the launcher end the ranks and itself when this process is killed. Runs in the new process."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _run(command: Command, ask_ranks: Callable[[subprocess.Popen[bytes]], bool], stderr: int | None = None) -> int:
+    relay = _Relay(ask_ranks)
+    with relay.installed():
+        try:
+            # In a session of its own, or Ctrl-C would reach the launcher too, which ends everything at once.
+            process = subprocess.Popen(
+                command.argv,
+                env=os.environ | command.variables,
+                stdin=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+        except OSError as error:
+            raise UserError(f"{command.argv[0]}: cannot be run: {error.strerror or error}.") from None
+        relay.attach(process)
+        exit_code = process.wait()
+    return exit_code if exit_code >= 0 else 128 - exit_code
+
+
+def _say(sentence: str) -> None:
+    os.write(2, f"megdet launch: {sentence}\n".encode())

@@ -1,0 +1,75 @@
+"""Everything that leaves a rank goes through this package, the only one that imports Horovod or mpi4py.
+
+All functions but :func:`init` and :func:`abort` are collective where they communicate: every rank of the group calls
+them, in the same order.
+"""
+
+from horovod_megdet.comm.collectives import (
+    DistributedOptimizer,
+    Group,
+    LostRankError,
+    alone,
+    barrier,
+    broadcast_,
+    broadcast_object,
+    broadcast_weights,
+    distributed_optimizer,
+    gather,
+    gather_objects,
+    is_main,
+    local_rank,
+    local_size,
+    rank,
+    size,
+    split_world,
+    sum_,
+    synchronize,
+    world,
+)
+from horovod_megdet.comm.consensus import agreed_error, agreement, check_same
+from horovod_megdet.comm.start import (
+    GLOO_TIMEOUT,
+    LAUNCH_DEFAULTS,
+    abort,
+    built_features,
+    controller,
+    init,
+    launch_settings,
+    mpi_library,
+    shutdown,
+)
+
+__all__ = [
+    "GLOO_TIMEOUT",
+    "LAUNCH_DEFAULTS",
+    "DistributedOptimizer",
+    "Group",
+    "LostRankError",
+    "abort",
+    "agreed_error",
+    "agreement",
+    "alone",
+    "barrier",
+    "broadcast_",
+    "broadcast_object",
+    "broadcast_weights",
+    "built_features",
+    "check_same",
+    "controller",
+    "distributed_optimizer",
+    "gather",
+    "gather_objects",
+    "init",
+    "is_main",
+    "launch_settings",
+    "local_rank",
+    "local_size",
+    "mpi_library",
+    "rank",
+    "shutdown",
+    "size",
+    "split_world",
+    "sum_",
+    "synchronize",
+    "world",
+]

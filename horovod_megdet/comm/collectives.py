@@ -1,0 +1,194 @@
+"""Ranks, groups of ranks, and the collectives that they call: every rank of a group in the same order."""
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import horovod.torch as hvd
+import torch
+from torch import Tensor, nn
+
+from horovod_megdet import launched
+from horovod_megdet.progress import progress
+
+T = TypeVar("T")
+
+LostRankError = hvd.HorovodInternalError
+"""Raised by a collective when another rank is gone or cannot be reached."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that communicate among themselves: the world, or a Horovod process set."""
+
+    ranks: tuple[int, ...]
+    process_set: hvd.ProcessSet | None
+    """None for a rank alone, which does not communicate."""
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+def rank() -> int:
+    """This rank, 0 to size() - 1; before :func:`init` the one that the launcher gave it."""
+    return hvd.rank() if hvd.is_initialized() else launched.rank()
+
+
+def size() -> int:
+    """Number of ranks; 1 before :func:`init`, so that models can be built without a launcher."""
+    return hvd.size() if hvd.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """This rank among those of its host: the GPU it uses."""
+    return hvd.local_rank() if hvd.is_initialized() else 0
+
+
+def local_size() -> int:
+    """Number of ranks on this host."""
+    return hvd.local_size() if hvd.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """True on the rank that prints and writes files."""
+    return rank() == 0
+
+
+def world() -> Group:
+    """All ranks. Raises ``RuntimeError`` if there are several and Horovod has not been started yet."""
+    if not hvd.is_initialized() and launched.size() > 1:
+        raise RuntimeError(f"{launched.size()} ranks were launched: call comm.init() or hvd.init() first")
+    return Group(tuple(range(size())), hvd.global_process_set)
+
+
+def alone() -> Group:
+    """This rank only: nothing is communicated."""
+    return Group((rank(),), None)
+
+
+def split_world(ranks_per_group: int) -> Group:
+    """Divides the world into groups of consecutive ranks and returns the one that this rank is in.
+
+    Launchers number the ranks host by host, so consecutive ranks are on as few hosts as possible. Collective; needs
+    ``init(groups=True)``, or HOROVOD_DYNAMIC_PROCESS_SETS=1 where Horovod is started in another way.
+    """
+    if size() % ranks_per_group:
+        raise ValueError(f"{size()} ranks cannot be divided into groups of {ranks_per_group}")
+    if ranks_per_group == size():
+        return world()
+    if ranks_per_group == 1:
+        return alone()
+    mine = None
+    for first in range(0, size(), ranks_per_group):
+        ranks = list(range(first, first + ranks_per_group))
+        process_set = hvd.add_process_set(ranks)
+        if rank() in ranks:
+            mine = Group(tuple(ranks), process_set)
+    assert mine is not None
+    return mine
+
+
+def sum_(tensor: Tensor, name: str, group: Group | None = None) -> Tensor:
+    """Replaces ``tensor`` by its sum over the group's ranks, and returns it.
+
+    ``name`` has to be the same on every rank and belong to one shape: Horovod caches what it negotiated per name.
+    """
+    group = group or world()
+    if group.size == 1:
+        return tensor
+    progress.wait_for(name)
+    total = hvd.allreduce_(tensor, op=hvd.Sum, name=name, process_set=group.process_set)
+    progress.finished_waiting()
+    return total
+
+
+def gather(tensor: Tensor, name: str) -> Tensor:
+    """Returns the ranks' 1-d float tensors, all of one length, as the rows of a (size, length) tensor."""
+    if size() == 1:
+        return tensor[None].clone()
+    with waiting_for(name):
+        return hvd.allgather(tensor[None].contiguous(), name=name)
+
+
+def gather_objects(value: T, name: str) -> list[T]:
+    """Returns the ranks' values, in rank order, on every rank."""
+    if size() == 1:
+        return [value]
+    with waiting_for(name):
+        return hvd.allgather_object(value, name=name)
+
+
+def broadcast_object(value: T, name: str, root: int = 0) -> T:
+    """Returns the root's value on every rank."""
+    if size() == 1:
+        return value
+    with waiting_for(name):
+        return hvd.broadcast_object(value, root_rank=root, name=name)
+
+
+def broadcast_(tensor: Tensor, name: str) -> None:
+    """Replaces ``tensor`` by rank 0's."""
+    if size() > 1:
+        hvd.broadcast_(tensor, root_rank=0, name=name)
+
+
+def broadcast_weights(module: nn.Module) -> None:
+    """Copies rank 0's parameters and buffers to all ranks."""
+    if size() > 1:
+        with waiting_for("starting weights"):
+            hvd.broadcast_parameters(module.state_dict(), root_rank=0)
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    if size() > 1:
+        with waiting_for("barrier"):
+            hvd.barrier()
+
+
+@contextlib.contextmanager
+def waiting_for(name: str) -> Iterator[None]:
+    """Notes for the watchdog that this rank waits in the collective ``name`` while the block runs."""
+    progress.wait_for(name)
+    yield
+    progress.finished_waiting()
+
+
+class DistributedOptimizer(torch.optim.Optimizer):
+    """What Horovod adds to an optimizer; the class itself is made by Horovod, see :func:`distributed_optimizer`."""
+
+    def synchronize(self) -> None:
+        """Waits until the gradients are averaged over the ranks."""
+        raise NotImplementedError
+
+    def skip_synchronize(self) -> AbstractContextManager[None]:
+        """Around a ``step()`` after :meth:`synchronize`, which then does not wait again."""
+        raise NotImplementedError
+
+
+def distributed_optimizer(
+    optimizer: torch.optim.Optimizer, module: nn.Module, passes_per_step: int, fp16: bool
+) -> DistributedOptimizer:
+    """Wraps ``optimizer`` so that gradients are summed over passes and averaged over ranks while backward runs.
+
+    ``fp16`` sends them as float16.
+    """
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    distributed: DistributedOptimizer = hvd.DistributedOptimizer(
+        optimizer,
+        named_parameters=named,
+        compression=hvd.Compression.fp16 if fp16 else hvd.Compression.none,
+        backward_passes_per_step=passes_per_step,
+        op=hvd.Average,
+    )
+    return distributed
+
+
+def synchronize(optimizer: DistributedOptimizer) -> None:
+    """Waits until the gradients of ``optimizer`` are averaged over the ranks."""
+    progress.wait_for("gradients")
+    optimizer.synchronize()
+    progress.finished_waiting()

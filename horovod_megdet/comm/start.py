@@ -1,0 +1,127 @@
+"""Starting and ending Horovod, under any launcher or alone, and what it was built and started with."""
+
+import contextlib
+import os
+import sys
+import time
+from typing import NoReturn
+
+import horovod.torch as hvd
+from horovod.runner.http import http_client
+
+from horovod_megdet import launched
+from horovod_megdet.comm.collectives import size, waiting_for
+
+LAUNCH_DEFAULTS = {
+    # Without yielding, an idle rank's busy wait steals the core that another rank or Horovod's own thread needs.
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    # Milliseconds between two negotiations. Horovod's 1 ms suits a few large messages; CGBN sends many small ones.
+    "HOROVOD_CYCLE_TIME": "0.02",
+}
+"""Environment variables that :func:`init` sets where the user did not."""
+
+GLOO_TIMEOUT = "10"
+"""Seconds without an answer after which Gloo considers a rank lost. A rank does not answer while it computes.
+Horovod's default, 30, is for ranks that start late; :func:`init` waits for those itself."""
+
+
+def init(deterministic: bool = False, groups: bool = False) -> None:
+    """Starts Horovod, under any launcher or alone.
+
+    ``groups`` makes :func:`split_world` possible. It costs every negotiation another round of messages, so that it is
+    off where all ranks share their statistics.
+
+    ``deterministic`` turns off fusion: each tensor is then summed on its own, in an order that depends on nothing but
+    its size and the number of ranks, and not on what else happened to be ready.
+    """
+    set_launch_defaults()
+    if deterministic:
+        os.environ["HOROVOD_FUSION_THRESHOLD"] = "0"
+    if groups:
+        # Groups are made after the configuration is known; Horovod allows that only if it is told so at the start.
+        os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
+    if not launched.by_launcher():
+        # A process that no launcher started is alone. MPI could start that way too, but only with its daemon beside it.
+        os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = "gloo"
+    if launched.by_horovodrun():
+        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", GLOO_TIMEOUT)
+        with waiting_for("start"):
+            _wait_for_late_ranks()
+    hvd.init()
+
+
+def _wait_for_late_ranks() -> None:
+    """Returns when all ranks that horovodrun has started have called this.
+
+    One host may take a minute longer than another to import torch from a cold disk, and Gloo would give up. The ranks
+    meet at horovodrun's own store of keys and values.
+    """
+    store = os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"], os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"], "megdet_start"
+
+    def wait_for(key: str) -> None:
+        while True:
+            with contextlib.suppress(RuntimeError):  # not there yet
+                http_client.read_data_from_kvstore(*store, key)
+                return
+            time.sleep(0.2)
+
+    if launched.rank() == 0:
+        for other in range(1, launched.size()):
+            wait_for(str(other))
+        http_client.put_data_into_kvstore(*store, "all", True)
+    else:
+        http_client.put_data_into_kvstore(*store, str(launched.rank()), True)
+        wait_for("all")
+
+
+def set_launch_defaults() -> None:
+    for name, value in LAUNCH_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
+def controller() -> str:
+    """``mpi`` or ``gloo``: who moves the messages."""
+    return "mpi" if hvd.mpi_enabled() else "gloo"
+
+
+def built_features() -> dict[str, bool]:
+    """What Horovod was built with."""
+    names = ("mpi", "gloo", "nccl", "cuda", "rocm")
+    return {name: bool(getattr(hvd, f"{name}_built")()) for name in names}
+
+
+def mpi_library() -> str:
+    """The MPI that the ranks talk through, with its version; empty under Gloo."""
+    if controller() != "mpi":
+        return ""
+    from mpi4py import MPI  # importing it initializes MPI, which must not happen under Gloo
+
+    return MPI.Get_library_version().split("\n")[0].partition(",")[0].strip("\0 ")
+
+
+def launch_settings() -> dict[str, str]:
+    """The values in force of :data:`LAUNCH_DEFAULTS`, with who set them."""
+    return {
+        name: f"{os.environ.get(name)} ({'default' if os.environ.get(name) == default else 'yours'})"
+        for name, default in LAUNCH_DEFAULTS.items()
+    }
+
+
+def shutdown() -> None:
+    """Ends Horovod in an orderly way, when all ranks do."""
+    if hvd.is_initialized():
+        hvd.shutdown()
+
+
+def abort(exit_code: int) -> NoReturn:
+    """Ends this rank at once, and with it the others: they may be waiting for it in a collective.
+
+    Under MPI the job is aborted; under Gloo the launcher ends the other ranks when it sees this one's exit code.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if hvd.is_initialized() and hvd.mpi_enabled() and size() > 1:
+        from mpi4py import MPI  # importing it initializes MPI, which must not happen under Gloo
+
+        MPI.COMM_WORLD.Abort(exit_code)
+    os._exit(exit_code)

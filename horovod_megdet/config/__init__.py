@@ -1,0 +1,30 @@
+"""The configuration of a run: see :mod:`.schema` for the keys and :mod:`.load` for the files."""
+
+from horovod_megdet.config.load import load_config, override
+from horovod_megdet.config.schema import (
+    BatchNormConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    Norm,
+    OutputConfig,
+    RuntimeConfig,
+    Section,
+    SolverConfig,
+    section_type,
+)
+
+__all__ = [
+    "BatchNormConfig",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "Norm",
+    "OutputConfig",
+    "RuntimeConfig",
+    "Section",
+    "SolverConfig",
+    "load_config",
+    "override",
+    "section_type",
+]

@@ -1,0 +1,124 @@
+"""The only place, besides the kernels of CGBN, that knows about devices.
+
+Nothing here has been run on a GPU by the project's own tests, which run on CPUs.
+"""
+
+import contextlib
+import ctypes
+import os
+import resource
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+
+from horovod_megdet import comm, launched
+from horovod_megdet.config import RuntimeConfig
+from horovod_megdet.errors import UserError
+
+_AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def choose(runtime: RuntimeConfig) -> torch.device:
+    """Returns this rank's device and sets its cores and threads; on a GPU host rank i of the host gets GPU i.
+
+    Collective, and raises :class:`UserError`.
+    """
+    if runtime.bind_cores:
+        bind_to_cores()
+    torch.set_num_threads(runtime.threads_per_rank or threads_per_rank())
+    if runtime.device == "cpu" or (runtime.device == "auto" and not torch.cuda.is_available()):
+        keep_freed_memory()
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if comm.local_rank() >= count:
+        raise UserError(
+            f"Local rank {comm.local_rank()} has no GPU: {launched.host()} has {count}, and {comm.local_size()} ranks "
+            "run on it. Start one rank for each GPU (slots= in the hostfile), or set runtime.device: cpu."
+        )
+    device = torch.device("cuda", comm.local_rank())
+    torch.cuda.set_device(device)
+    return device
+
+
+def threads_per_rank() -> int:
+    """The cores that a rank may use: its own if the launcher bound it to some, else its part of the host's."""
+    usable = len(os.sched_getaffinity(0))
+    bound = usable * comm.local_size() <= (os.cpu_count() or 1)
+    return usable if bound else max(1, usable // comm.local_size())
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep the memory of freed tensors for the next ones, instead of giving it back to the kernel.
+
+    Every step allocates the same tensors again, and the kernel would clear each page of them.
+    Does nothing with another allocator, or where the environment has settings for this one.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return
+    mallopt(_M_TRIM_THRESHOLD, -1)  # never give back the end of the heap
+    mallopt(_M_MMAP_MAX, 0)  # nor take large blocks from elsewhere
+
+
+def bind_to_cores() -> None:
+    """Gives this rank cores of its own, where the launcher lets several ranks of a host run on the same. Collective.
+
+    Otherwise the scheduler moves ranks about and now and then puts two on one core; with cross-GPU BN all ranks then
+    wait, many times a step. Holds for all threads of this process and for the loader workers that it starts.
+    """
+    masks = comm.gather_objects((launched.host(), sorted(os.sched_getaffinity(0))), "cores")
+    cores = own_cores(masks, comm.rank())
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.sched_setaffinity(int(thread.name), cores)
+
+
+def own_cores(masks: list[tuple[str, list[int]]], rank: int) -> set[int]:
+    """This rank's part of the cores that it shares, from the host and the cores of each rank.
+
+    All of them, where no other rank has the same or where there are more ranks than cores.
+    """
+    sharers = [other for other, mask in enumerate(masks) if mask == masks[rank]]
+    cores = sorted(masks[rank][1], key=_place_of_core)
+    if len(sharers) > len(cores):
+        return set(cores)
+    mine = sharers.index(rank)
+    return set(cores[mine * len(cores) // len(sharers) : (mine + 1) * len(cores) // len(sharers)])
+
+
+def _place_of_core(core: int) -> tuple[int, int, int]:
+    """Puts the hardware threads of a core, and the cores of a socket, next to each other."""
+    folder = Path(f"/sys/devices/system/cpu/cpu{core}/topology")
+    try:
+        socket, number = (int((folder / name).read_text()) for name in ("physical_package_id", "core_id"))
+    except (OSError, ValueError):
+        return 0, core, core
+    return socket, number, core
+
+
+def autocast(runtime: RuntimeConfig, device: torch.device) -> AbstractContextManager[None]:
+    """Automatic mixed precision as configured; does nothing for ``amp: none``."""
+    if runtime.amp == "none":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=_AMP_DTYPES[runtime.amp])
+
+
+def channels_last(runtime: RuntimeConfig, device: torch.device) -> bool:
+    """Whether activations have their channels last; measured on CPUs, neither layout is faster there."""
+    return device.type == "cuda" if runtime.channels_last == "auto" else runtime.channels_last
+
+
+def loss_scaler(runtime: RuntimeConfig, device: torch.device) -> torch.amp.GradScaler:
+    """The loss scaler that float16 needs; disabled, and then without effect, for the other types."""
+    return torch.amp.GradScaler(device.type, enabled=runtime.amp == "float16")
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak memory of this rank in MB: allocated on its GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,0 +1,10 @@
+"""Lines for the terminal or log of a job, where the output of many ranks comes together."""
+
+import os
+import sys
+
+
+def say(text: str) -> None:
+    """Writes a line to standard error in one system call, so that the lines of many ranks do not tear."""
+    sys.stdout.flush()
+    os.write(2, (text.rstrip("\n") + "\n").encode())

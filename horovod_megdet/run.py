@@ -1,0 +1,129 @@
+"""Runs a program on every rank, from the configuration to the exit code; training and evaluation are such programs.
+
+Importing this module loads Horovod, so ``train.py`` and the ``megdet`` command import it only when ranks start: loader
+workers import their main script again and must not.
+"""
+
+import argparse
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from horovod_megdet import comm, launched
+from horovod_megdet.arguments import config_of
+from horovod_megdet.cluster.watchdog.diagnosis import LOST_CONTACT
+from horovod_megdet.cluster.watchdog.watchdog import Watchdog
+from horovod_megdet.config import Config, override
+from horovod_megdet.engine import checkpoint
+from horovod_megdet.engine.startup import build_for_evaluation, build_trainer
+from horovod_megdet.engine.trainer import evaluate_detector
+from horovod_megdet.errors import EXIT_CRASHED, EXIT_STOPPED, UserError
+from horovod_megdet.evaluation.table import render
+from horovod_megdet.printing import say
+from horovod_megdet.progress import progress
+from horovod_megdet.report.tables import console
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """What ``train.py`` does; returns the exit code."""
+
+    def program(config: Config) -> int:
+        if arguments.eval_only:
+            return evaluate(config, Path(arguments.checkpoint or config.output.run_dir))
+        exit_code = build_trainer(config, arguments.resume).train()
+        if exit_code == EXIT_STOPPED and comm.is_main():
+            say("Stopped by a signal; the checkpoint is written. Start again with --resume.")
+        return exit_code
+
+    return run_ranks(lambda: config_of(arguments), program, heartbeats=not arguments.eval_only)
+
+
+def evaluate_checkpoint(path: str, overrides: list[str]) -> int:
+    """What ``megdet evaluate`` does: evaluates with the configuration in the checkpoint; returns the exit code."""
+    return run_ranks(
+        lambda: override(checkpoint.read(path).config, overrides), lambda config: evaluate(config, Path(path))
+    )
+
+
+def evaluate(config: Config, path: Path) -> int:
+    """Evaluates a checkpoint on the validation set of ``config``, prints the table and writes the detections."""
+    detector, dataset, device, saved = build_for_evaluation(config, path)
+    evaluation = evaluate_detector(config, detector, dataset, device)
+    if comm.is_main():
+        console().print(render(evaluation))
+        detections = saved.path / "detections.json"
+        evaluation.write_detections(detections)
+        console().print(f"Detections: {detections}")
+    return 0
+
+
+def run_ranks(get_config: Callable[[], Config], program: Callable[[Config], int], heartbeats: bool = False) -> int:
+    """Runs ``program`` with the configuration on every rank and returns the exit code.
+
+    A watchdog ends a job in which no rank makes progress. With ``heartbeats`` every rank notes what it is doing in a
+    file of the run directory, so that the watchdog knows who is stuck.
+
+    A :class:`UserError` that all ranks agreed on is printed once, by rank 0, and all end with its exit code. Any other
+    exception ends this rank, and with it the job, at once.
+    """
+    job = _Job(heartbeats)
+    try:
+        launched.check()
+        exit_code = program(job.start(get_config))
+    except BaseException as error:
+        exit_code = job.end(error)
+    comm.shutdown()
+    if job.watchdog:
+        job.watchdog.stop()
+    return exit_code
+
+
+class _Job:
+    """This rank's part of a job: how it starts, and how an error ends it."""
+
+    def __init__(self, heartbeats: bool) -> None:
+        self.heartbeats = heartbeats
+        self.watchdog: Watchdog | None = None
+
+    def start(self, get_config: Callable[[], Config]) -> Config:
+        """Reads the configuration and starts the watchdog and Horovod. An error of one rank becomes one of all."""
+        with comm.agreement("configuration"):
+            try:
+                config = get_config()
+            except UserError:
+                comm.init()  # the other ranks have to hear of it
+                raise
+            run_dir = Path(config.output.run_dir) if self.heartbeats else None
+            self.watchdog = Watchdog(run_dir, config.runtime.stall_timeout)
+            self.watchdog.start()
+            comm.init(deterministic=config.runtime.deterministic, groups=config.batch_norm.bn_size != "world")
+        return config
+
+    def end(self, error: BaseException) -> int:
+        """Reports an error and returns the exit code, if all ranks raise it; otherwise ends this rank, and so the job.
+
+        Called while the error is handled.
+        """
+        rank = f"rank {comm.rank()} on {launched.host()}"
+        at_step = f", at step {progress.step}," if progress.step else ""
+        match error:
+            case UserError(on_all_ranks=True):
+                if comm.is_main():
+                    say(f"error: {error}")
+                return error.exit_code
+            case UserError():
+                self._leave(f"{rank}: {error}", "had an error")
+                comm.abort(error.exit_code)
+            case comm.LostRankError():
+                self._leave(f"{rank}{at_step} lost contact with another rank: {error}", LOST_CONTACT)
+                if self.watchdog:
+                    self.watchdog.report_lost_ranks(on_each_host=True)
+                comm.abort(EXIT_CRASHED)
+            case _:
+                self._leave(f"{rank}{at_step} crashed:\n{traceback.format_exc()}", "crashed")
+                comm.abort(EXIT_CRASHED)
+
+    def _leave(self, sentence: str, last_words: str) -> None:
+        say(f"error: {sentence}")
+        if self.watchdog:
+            self.watchdog.last_words(last_words)

@@ -1,0 +1,84 @@
+"""Cores are divided among the ranks that share them, and nobody else's are taken; memory is kept for the next step."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from horovod_megdet.engine import hardware
+
+
+@pytest.fixture(autouse=True)
+def _two_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose core numbers alternate between two sockets, and begin again for the second hardware threads."""
+    monkeypatch.setattr(hardware, "_place_of_core", lambda core: (core % 2, core % 8, core))
+
+
+def test_unbound_ranks_get_neighbouring_cores() -> None:
+    masks = [("node01", list(range(16)))] * 4 + [("node02", list(range(16)))] * 2
+    assert [hardware.own_cores(masks, rank) for rank in range(4)] == [
+        {0, 8, 2, 10},
+        {4, 12, 6, 14},
+        {1, 9, 3, 11},
+        {5, 13, 7, 15},
+    ]
+    assert hardware.own_cores(masks, 4) == set(range(0, 16, 2)), "each host is divided on its own"
+
+
+def test_ranks_of_a_socket_divide_it() -> None:
+    masks = [("node01", [0, 2, 4, 6])] * 2 + [("node01", [1, 3, 5, 7])] * 2
+    assert [hardware.own_cores(masks, rank) for rank in range(4)] == [{0, 2}, {4, 6}, {1, 3}, {5, 7}]
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [
+        pytest.param([("node01", [0]), ("node01", [1])], id="bound by the launcher"),
+        pytest.param([("node01", [0, 1])] * 3, id="more ranks than cores"),
+        pytest.param([("node01", [0, 1])], id="alone"),
+    ],
+)
+def test_cores_are_kept(masks: list[tuple[str, list[int]]]) -> None:
+    assert [hardware.own_cores(masks, rank) for rank in range(len(masks))] == [set(cores) for _, cores in masks]
+
+
+def test_cores_that_do_not_divide_evenly_are_all_used() -> None:
+    masks = [("node01", [0, 2, 4, 6, 8])] * 2
+    assert [len(hardware.own_cores(masks, rank)) for rank in range(2)] == [2, 3]
+
+
+def test_alone_nothing_changes() -> None:
+    before = os.sched_getaffinity(0)
+    hardware.bind_to_cores()
+    assert os.sched_getaffinity(0) == before
+
+
+PAGE_FAULTS = """
+import resource, sys, torch
+from horovod_megdet.engine import hardware
+if sys.argv[1] == "keep":
+    hardware.keep_freed_memory()
+def step():
+    tensors = [torch.ones(12 << 20) for _ in range(2)]  # 48 MiB each: more than glibc ever keeps by itself
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("argument", "variables", "kept"),
+    [("keep", {}, True), ("leave", {}, False), ("keep", {"MALLOC_TRIM_THRESHOLD_": "131072"}, False)],
+)
+def test_freed_memory_is_used_again_unless_the_environment_has_settings(
+    argument: str, variables: dict[str, str], kept: bool
+) -> None:
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    environment = own | {"OMP_NUM_THREADS": "1"} | variables
+    done = subprocess.run(
+        [sys.executable, "-c", PAGE_FAULTS, argument], env=environment, capture_output=True, text=True, check=True
+    )
+    assert (int(done.stdout) < 1000) == kept, "the two tensors have 24576 pages"
