@@ -11,7 +11,7 @@ from torch import Tensor
 
 from horovod_megdet.data.images import ImageFileError, read_image
 from horovod_megdet.data.transforms import DetectionTransform, build_transform
-from horovod_megdet.engine.checkpoint import load_for_inference
+from horovod_megdet.engine import checkpoint as checkpoints
 from horovod_megdet.errors import UserError
 from horovod_megdet.evaluation.detections import Arrays, Detections, in_original_pixels
 from horovod_megdet.files import atomic_write
@@ -42,10 +42,11 @@ def predict_images(
     """
     if not 0 <= score_threshold <= 1:
         raise UserError(f"The lowest score has to be between 0 and 1, not {score_threshold:g}.")
-    config, class_names, category_ids, weights = load_for_inference(checkpoint)
+    saved = checkpoints.read(checkpoint)
+    config, class_names = saved.config, saved.run.class_names
     model = config.model.model_copy(update={"weights": "none", "score_threshold": score_threshold})
     detector = build_detector(model, config.batch_norm, len(class_names))
-    detector.load_state_dict(weights)
+    detector.load_state_dict(saved.weights())
     detector.to(_usable(device)).eval()
     transform = build_transform(config.data, training=False)
 
@@ -63,8 +64,8 @@ def predict_images(
         entries.append({"id": len(entries) + 1, "file_name": str(path), "height": height, "width": width})
         detections.append((len(entries), found))
         _write_picture(output / name, image, found, class_names)
-    categories = [{"id": id, "name": name} for id, name in zip(category_ids, class_names, strict=True)]
-    annotations = Detections.of_images(detections).to_annotations(category_ids)
+    categories = [{"id": id, "name": name} for id, name in zip(saved.run.category_ids, class_names, strict=True)]
+    annotations = Detections.of_images(detections).to_annotations(saved.run.category_ids)
     with atomic_write(output / DETECTIONS_FILE) as file:
         file.write(json.dumps({"images": entries, "categories": categories, "annotations": annotations}).encode())
     if problems:

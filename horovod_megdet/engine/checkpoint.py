@@ -1,9 +1,9 @@
 """Checkpoints that are whole or not there.
 
-A checkpoint is a folder ``step_00000123`` with three files: ``model.safetensors`` (weights and buffers), ``state.pt``
-(optimiser, position, random states) and ``checkpoint.json`` (what it is, and the SHA-256 of the other two). The folder
-is written under a temporary name, flushed to disk and then renamed, so that a kill at any moment leaves either the
-whole checkpoint or none.
+A checkpoint is a folder ``step_00000123`` with ``model.safetensors`` (weights and buffers), ``state.pt`` (optimizer,
+position, random states), ``checkpoint.json`` (what it is) and ``SHA256SUMS``, which covers the other three and which
+``sha256sum --check`` reads, too. The folder is written under a temporary name, flushed to disk and then renamed, so
+that a kill at any moment leaves either the whole checkpoint or none.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +23,75 @@ from torch import Tensor
 
 from horovod_megdet.config import Config
 from horovod_megdet.errors import NotSavedError, UserError
+from horovod_megdet.models.weights import MODEL_FILE
 
-WEIGHTS, STATE, DESCRIPTION = "model.safetensors", "state.pt", "checkpoint.json"
+STATE_FILE, DESCRIPTION_FILE, SUMS_FILE = "state.pt", "checkpoint.json", "SHA256SUMS"
 _TEMPORARY = ".writing-"
+
+
+@dataclass
+class Position:
+    """How far training has come."""
+
+    step: int = 0
+    images_seen: int = 0
+    best_ap: float = -1.0
+    best_checkpoint: str | None = None
+
+
+@dataclass
+class TrainingState:
+    """What training needs beside the weights to go on as if it had never stopped."""
+
+    optimizer: dict[str, Any]
+    """The optimizer's state dict."""
+    scaler: dict[str, Any]
+    """The loss scaler's state dict."""
+    position: Position
+    random: list[dict[str, Any]]
+    """The states of the random generators, by rank."""
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """What a run trains; the same in all of its checkpoints."""
+
+    config: dict[str, Any]
+    """All values of the configuration."""
+    class_names: list[str]
+    category_ids: list[int]
+    """Ids of the annotation file: label k + 1 is category_ids[k]."""
+    training_data: str
+    """Fingerprint of the training set."""
+    versions: dict[str, str]
+    """Of everything that could change the numbers."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read from a checkpoint folder."""
+    """A checkpoint folder whose files are whole."""
 
     path: Path
-    description: dict[str, Any]
-    """The content of checkpoint.json: step, images_seen, config, class_names, category_ids, versions, metrics."""
+    run: RunDescription
+    step: int
+    images_seen: int
+    epoch: float
+    digests: dict[str, str]
+    """SHA-256 by file name."""
 
     def weights(self) -> dict[str, Tensor]:
         """The model's state dict, on the CPU."""
-        return load_file(self.path / WEIGHTS)
+        return load_file(self.path / MODEL_FILE)
 
-    def state(self) -> dict[str, Any]:
-        """Optimiser, position and random states, on the CPU."""
-        return torch.load(self.path / STATE, map_location="cpu", weights_only=True)
+    def state(self) -> TrainingState:
+        """What training needs to go on, on the CPU."""
+        state = torch.load(self.path / STATE_FILE, map_location="cpu", weights_only=True)
+        return TrainingState(**(state | {"position": Position(**state["position"])}))
 
     @property
     def config(self) -> Config:
         """The configuration of the run that wrote it."""
-        return Config.model_validate(self.description["config"])
+        return Config.model_validate(self.run.config)
 
 
 def folder(run_dir: Path) -> Path:
@@ -60,22 +104,24 @@ def name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save(run_dir: Path, weights: dict[str, Tensor], state: dict[str, Any], description: dict[str, Any]) -> Path:
+def save(run_dir: Path, weights: dict[str, Tensor], state: TrainingState, run: RunDescription, epoch: float) -> Path:
     """Writes a checkpoint atomically and returns its folder.
 
     Raises :class:`NotSavedError` when the disk is full or not writable; nothing is left behind then.
     """
-    final = folder(run_dir) / name(description["step"])
+    position = state.position
+    final = folder(run_dir) / name(position.step)
     temporary = folder(run_dir) / f"{_TEMPORARY}{uuid.uuid4().hex}"
+    description = asdict(run) | {"step": position.step, "images_seen": position.images_seen, "epoch": epoch}
     try:
         temporary.mkdir(parents=True)
-        save_file({key: value.contiguous() for key, value in weights.items()}, temporary / WEIGHTS)
-        torch.save(state, temporary / STATE)
-        described = description | {
-            "sha256": {file: _sha256(temporary / file) for file in (WEIGHTS, STATE)},
-        }
-        (temporary / DESCRIPTION).write_text(json.dumps(described, indent=1), encoding="utf-8")
-        for file in (WEIGHTS, STATE, DESCRIPTION):
+        save_file({key: value.contiguous() for key, value in weights.items()}, temporary / MODEL_FILE)
+        torch.save(vars(state) | {"position": asdict(position)}, temporary / STATE_FILE)
+        (temporary / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1), encoding="utf-8")
+        files = (MODEL_FILE, STATE_FILE, DESCRIPTION_FILE)
+        sums = "".join(f"{_sha256(temporary / file)}  {file}\n" for file in files)
+        (temporary / SUMS_FILE).write_text(sums, encoding="utf-8")
+        for file in (*files, SUMS_FILE):
             _flush(temporary / file)
         _flush(temporary)
         if final.exists():  # a broken one that --resume passed over, or the same step written again
@@ -108,18 +154,31 @@ def read(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: there is no such checkpoint.")
-    if not (path / DESCRIPTION).exists() and folder(path).is_dir():
+    if not (path / DESCRIPTION_FILE).exists() and folder(path).is_dir():
         return newest(path, report=lambda sentence: None)
     try:
-        description = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
-        for file, expected in description["sha256"].items():
+        description = json.loads((path / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+        digests = _recorded_digests(path, description)
+        for file, expected in digests.items():
             if _sha256(path / file) != expected:
                 raise UserError(f"{path / file}: the checkpoint is damaged: its SHA-256 is not the one recorded.")
+        place = {key: description.pop(key) for key in ("step", "images_seen", "epoch")}
+        return Checkpoint(path, RunDescription(**description), **place, digests=digests)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: not a whole checkpoint ({error}). A checkpoint is a folder step_* below a run's `checkpoints`."
         ) from None
-    return Checkpoint(path, description)
+
+
+def _recorded_digests(path: Path, description: dict[str, Any]) -> dict[str, str]:
+    """The SHA-256 of each file. Checkpoints of version 0.1 have them in their description instead of a file."""
+    if (in_description := description.pop("sha256", None)) is not None:
+        return dict(in_description)
+    lines = (path / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+    digests = {file: digest for digest, _, file in (line.partition("  ") for line in lines)}
+    if missing := {MODEL_FILE, STATE_FILE, DESCRIPTION_FILE} - digests.keys():
+        raise ValueError(f"{SUMS_FILE} lacks {', '.join(sorted(missing))}")
+    return digests
 
 
 def newest(run_dir: Path, report: Callable[[str], None]) -> Checkpoint:
@@ -135,13 +194,6 @@ def newest(run_dir: Path, report: Callable[[str], None]) -> Checkpoint:
     raise UserError(
         f"{run_dir}: there is no whole checkpoint to resume from. Start without --resume, or check output.run_dir."
     )
-
-
-def load_for_inference(path: str | Path) -> tuple[Config, list[str], list[int], dict[str, Tensor]]:
-    """Returns configuration, class names, COCO category ids and weights of a checkpoint of ours."""
-    checkpoint = read(path)
-    description = checkpoint.description
-    return checkpoint.config, description["class_names"], description["category_ids"], checkpoint.weights()
 
 
 def _sha256(path: Path) -> str:

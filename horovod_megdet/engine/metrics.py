@@ -1,23 +1,65 @@
-"""Metrics of a run: to the terminal or log, to ``metrics.jsonl`` and to TensorBoard. Rank 0 only."""
+"""Metrics of a run: averages on every rank; rank 0 writes them to the terminal or log, to a file and to TensorBoard."""
 
 import json
+import math
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
 
 from horovod_megdet.files import atomic_write
 from horovod_megdet.report.rows import METRICS_FILE, read_metrics
 from horovod_megdet.report.tables import console
 
 
+class Window:
+    """Sums since the last row of metrics."""
+
+    def __init__(self) -> None:
+        self.losses: dict[str, float] = {}
+        self.passes = self.steps = self.images = 0
+        self.lr = self._step_seconds = self._data_seconds = 0.0
+
+    def add_losses(self, losses: dict[str, float]) -> None:
+        """Adds the mini-batch's losses of one pass."""
+        self.passes += 1
+        for name, value in losses.items():
+            self.losses[name] = self.losses.get(name, 0.0) + value
+
+    def add_step(self, lr: float, images: int, seconds: float, data_seconds: float) -> None:
+        """Adds one optimizer step."""
+        self.lr = lr
+        self.steps += 1
+        self.images += images
+        self._step_seconds += seconds
+        self._data_seconds += data_seconds
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean time of a step on this rank."""
+        return self._step_seconds / self.steps
+
+    @property
+    def data_seconds(self) -> float:
+        """Mean time of a step that this rank waited for images."""
+        return self._data_seconds / self.steps
+
+    def row(self) -> dict[str, float]:
+        """Mean losses, the last learning rate and the throughput."""
+        losses = {name: value / self.passes for name, value in self.losses.items()}
+        rate = self.images / self._step_seconds
+        return {"lr": self.lr, "loss": math.fsum(losses.values()), **losses, "images_per_second": rate}
+
+
 class MetricsLog:
-    """Writes rows of metrics. A resumed run first drops the rows that lie behind its checkpoint."""
+    """Writes rows of metrics, on rank 0. A resumed run first drops the rows that lie behind its checkpoint."""
 
     def __init__(self, run_dir: Path, total_images: int, images_seen: int, step: int) -> None:
+        # A second that the other ranks would wait for.
+        from torch.utils.tensorboard import SummaryWriter
+
         self.console = console()
         self.total_images = total_images
         path = run_dir / METRICS_FILE

@@ -13,10 +13,11 @@ from horovod_megdet.config import Config
 from horovod_megdet.data.coco import CocoDataset, check_same_classes
 from horovod_megdet.data.configured import load_split, make_synthetic
 from horovod_megdet.engine import checkpoint, hardware, random_state
+from horovod_megdet.engine.checkpoint import RunDescription
+from horovod_megdet.engine.run_folder import find_checkpoint, write_config
 from horovod_megdet.engine.signals import StopRequest
 from horovod_megdet.engine.trainer import Trainer
 from horovod_megdet.errors import UserError
-from horovod_megdet.files import atomic_write
 from horovod_megdet.models.detector import Detector, build_detector
 from horovod_megdet.models.norms import bn_group
 from horovod_megdet.models.weights import load_checkpoint, load_weights
@@ -24,7 +25,6 @@ from horovod_megdet.printing import say
 from horovod_megdet.report.tables import console, two_columns
 from horovod_megdet.solver.schedule import make_schedule
 
-CONFIG_FILE = "config.yaml"
 PACKAGES = ("horovod", "torch", "torchvision", "mpi4py", "pycocotools", "numpy", "pyyaml", "pydantic")
 
 
@@ -34,21 +34,21 @@ def build_trainer(config: Config, resume: bool) -> Trainer:
     stop_request = StopRequest()
     run_dir = Path(config.output.run_dir)
     with comm.agreement("run directory"):
-        saved = look_into(run_dir, resume)
+        saved = find_checkpoint(run_dir, resume)
     with comm.agreement("device"):
-        compute_device = hardware.choose(config.runtime)
+        device = hardware.choose(config.runtime)
     train_set, val_set = load_datasets(config)
     with comm.agreement("schedule"):
         schedule = make_schedule(config.solver, len(train_set), comm.size(), config.data.images_per_rank)
-    detector = start_detector(config, len(train_set.class_names), compute_device)
-    description = {
-        "config": config.model_dump(mode="json"),
-        "class_names": train_set.class_names,
-        "category_ids": train_set.category_ids,
-        "training_data": train_set.fingerprint,
-        "versions": versions(),
-    }
-    trainer = Trainer(config, detector, train_set, val_set, schedule, compute_device, stop_request, description)
+    detector = start_detector(config, len(train_set.class_names), device)
+    description = RunDescription(
+        config=config.model_dump(mode="json"),
+        class_names=train_set.class_names,
+        category_ids=train_set.category_ids,
+        training_data=train_set.fingerprint,
+        versions=versions(),
+    )
+    trainer = Trainer(config, detector, train_set, val_set, schedule, device, stop_request, description)
     if resume:
         with comm.agreement("resume"):
             resume_from(trainer, saved)
@@ -60,45 +60,13 @@ def build_trainer(config: Config, resume: bool) -> Trainer:
     return trainer
 
 
-def look_into(run_dir: Path, resume: bool) -> checkpoint.Checkpoint | None:
-    """On rank 0, finds the checkpoint to resume from, or makes sure that there is no run yet; other ranks return None.
-
-    A run that ended before its first checkpoint resumes from the beginning: then rank 0 returns None, too. Raises
-    :class:`UserError`.
-    """
-    if not comm.is_main():
-        return None
-    started, saved = (run_dir / CONFIG_FILE).exists(), any(checkpoint.folder(run_dir).glob("step_*"))
-    if resume and started and not saved:
-        say(f"warning: {run_dir}: the run has no checkpoint yet and starts from the beginning.")
-        return None
-    if resume:
-        return checkpoint.newest(run_dir, report=lambda sentence: say(f"warning: {sentence}"))
-    if started or saved:
-        raise UserError(
-            f"{run_dir}: this folder already holds a run. Add --resume to go on with it, or give another folder with "
-            "--run-dir."
-        )
-    return None
-
-
-def write_config(run_dir: Path, config: Config) -> None:
-    """Writes the resolved configuration, once all else is known to be good: from now on the folder holds a run."""
-    try:
-        with atomic_write(run_dir / CONFIG_FILE) as file:
-            file.write(config.to_yaml().encode())
-    except UserError as error:
-        raise UserError(f"{error} Choose another run directory with --run-dir.") from None
-
-
 def resume_from(trainer: Trainer, found: checkpoint.Checkpoint | None) -> None:
     """Loads on every rank the checkpoint that rank 0 found, if any."""
     path = comm.broadcast_object(str(found.path) if found else "", "checkpoint path")
     if not path:
         return
     saved = found or checkpoint.read(path)
-    recorded = saved.description["training_data"]
-    if recorded != trainer.train_set.fingerprint:
+    if saved.run.training_data != trainer.train_set.fingerprint:
         raise UserError(
             f"{saved.path}: {trainer.config.data.train_annotations} is not the training data that this checkpoint was "
             "trained on, so its position in the data means nothing. Restore the data, or start a new run with "
@@ -119,20 +87,22 @@ def load_datasets(config: Config) -> tuple[CocoDataset, CocoDataset]:
     return train_set, val_set
 
 
-def start_detector(config: Config, num_classes: int, compute_device: torch.device) -> Detector:
+def start_detector(config: Config, num_classes: int, device: torch.device) -> Detector:
     """Builds the detector with its starting weights, equal on all ranks, on the device."""
     random_state.seed(config.runtime.seed)
     with comm.agreement("model"):
         group = bn_group(config.batch_norm, config.data.images_per_rank)
-        detector = build_detector(config.model, config.batch_norm, num_classes, group=group)
+        channels_last = hardware.channels_last(config.runtime, device)
+        detector = build_detector(
+            config.model, config.batch_norm, num_classes, group=group, channels_last=channels_last
+        )
         notices = load_weights(detector, config.model)
     if comm.is_main():
         for notice in notices:
             say(notice)
     if config.model.weights != "none":
         comm.check_same({"starting weights": weights_hash(detector)}, "weights")
-    detector.transform.channels_last = hardware.channels_last(config.runtime, compute_device)
-    detector = detector.to(compute_device)
+    detector = detector.to(device)
     comm.broadcast_weights(detector)
     detector.train()
     return detector
@@ -157,21 +127,21 @@ def build_for_evaluation(
 ) -> tuple[Detector, CocoDataset, torch.device, checkpoint.Checkpoint]:
     """Builds the detector of a checkpoint and the validation set of a configuration."""
     with comm.agreement("device"):
-        compute_device = hardware.choose(config.runtime)
+        device = hardware.choose(config.runtime)
     with comm.agreement("validation data"):
         make_synthetic(config.data)
         val_set = load_split(config.data, training=False)
         saved = checkpoint.read(path)
-        if saved.description["class_names"] != val_set.class_names:
+        if saved.run.class_names != val_set.class_names:
             raise UserError(
-                f"{saved.path}: the checkpoint knows the classes {saved.description['class_names']}, the validation "
+                f"{saved.path}: the checkpoint knows the classes {saved.run.class_names}, the validation "
                 f"set has {val_set.class_names}."
             )
     comm.check_same({"validation data": val_set.fingerprint}, "validation data")
     detector = build_detector(config.model, config.batch_norm, len(val_set.class_names), group=comm.world())
     with comm.agreement("checkpoint"):
         load_checkpoint(detector, saved.path)
-    return detector.to(compute_device).eval(), val_set, compute_device, saved
+    return detector.to(device).eval(), val_set, device, saved
 
 
 def _print_start(trainer: Trainer) -> None:

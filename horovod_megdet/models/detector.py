@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
@@ -18,14 +17,22 @@ from horovod_megdet import comm
 from horovod_megdet.config import BatchNormConfig, ModelConfig
 from horovod_megdet.layers.kernels import widened
 from horovod_megdet.models.backbone import build_backbone
-from horovod_megdet.models.norms import Norms, bn_group
-
-__all__ = ["Detector", "Losses", "bn_group", "build_detector"]
+from horovod_megdet.models.norms import Norms
+from horovod_megdet.models.sampling import SAMPLED_ANCHORS, SAMPLED_ROIS, SeededRoIHeads, SeededRPN
 
 IMAGE_MEAN = [0.485, 0.456, 0.406]
 IMAGE_STD = [0.229, 0.224, 0.225]
 ROI_SIZE = 7
 """Side of the feature maps that RoIAlign cuts out."""
+
+
+COUNT_OF_LOSS = {
+    "loss_objectness": SAMPLED_ANCHORS,
+    "loss_rpn_box_reg": SAMPLED_ANCHORS,
+    "loss_classifier": SAMPLED_ROIS,
+    "loss_box_reg": SAMPLED_ROIS,
+}
+"""The losses, and what each is the mean over."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Losses:
     """The number of samples of each, on this rank."""
 
 
-class Detector(FasterRCNN):
+class Detector(GeneralizedRCNN):
     """Faster R-CNN whose losses can be put together over ranks, and whose sampling depends on the image alone.
 
     Images are a list of (3, H, W) tensors, uint8 or float in [0, 1], of the size that the network shall see. The state
@@ -59,20 +66,11 @@ class Detector(FasterRCNN):
         Each target has ``boxes`` (k, 4) float xyxy in pixels of the image, ``labels`` (k,) int64 from 1, and ``seed``,
         an int that decides which anchors and RoIs of the image are sampled.
         """
-        samplers = self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler
-        for sampler in samplers:
-            sampler.seeds = [target["seed"] for target in targets]
-        losses = self(images, targets)
-        anchors, rois = (sampler.sampled for sampler in samplers)
-        counts = {
-            "loss_objectness": anchors,
-            "loss_rpn_box_reg": anchors,
-            "loss_classifier": rois,
-            "loss_box_reg": rois,
-        }
+        found = self(images, targets)
+        counts = {name: found[count] for name, count in COUNT_OF_LOSS.items()}
         # The mean of no samples is NaN. Zero instead, still a function of the weights: the backward pass through the
         # normalisation layers is collective.
-        values = {name: losses[name] if count else losses[name].nan_to_num() for name, count in counts.items()}
+        values = {name: found[name] if count else found[name].nan_to_num() for name, count in counts.items()}
         return Losses(values, counts)
 
     @torch.no_grad()
@@ -91,75 +89,57 @@ class Detector(FasterRCNN):
         return image.to(dtype) / 255 if image.dtype == torch.uint8 else image.to(dtype)
 
 
-class SeededSampler(BalancedPositiveNegativeSampler):
-    """Samples positive and negative anchors or RoIs of each image by the image's own seed.
-
-    torchvision's RPN and RoI heads hand over nothing but the labels, so :attr:`seeds` are set before, and
-    :attr:`sampled`, the number of samples in all images, is read afterwards.
-    """
-
-    def __init__(self, batch_size_per_image: int, positive_fraction: float, stream: int) -> None:
-        super().__init__(batch_size_per_image, positive_fraction)
-        self.stream = stream
-        self.seeds: list[int] = []
-        self.sampled = 0
-
-    def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Takes each image's labels (n,): 1 or more positive, 0 negative, -1 neither.
-
-        Returns the uint8 masks (n,) of the sampled positive, and of the sampled negative ones.
-        """
-        self.sampled = 0
-        masks = [self._sample(labels, seed) for labels, seed in zip(matched_idxs, self.seeds, strict=True)]
-        positive, negative = ([pair[side] for pair in masks] for side in (0, 1))
-        return positive, negative
-
-    def _sample(self, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        # On the CPU on every device, so that a GPU samples the same.
-        generator = torch.Generator().manual_seed((2 * seed + self.stream) % 2**63)
-        positive, negative = torch.where(labels >= 1)[0], torch.where(labels == 0)[0]
-        positives = min(len(positive), int(self.batch_size_per_image * self.positive_fraction))
-        negatives = min(len(negative), self.batch_size_per_image - positives)
-        self.sampled += positives + negatives
-        masks = []
-        for candidates, count in ((positive, positives), (negative, negatives)):
-            chosen = torch.randperm(len(candidates), generator=generator)[:count].to(labels.device)
-            masks.append(torch.zeros_like(labels, dtype=torch.uint8).index_fill_(0, candidates[chosen], 1))
-        return masks[0], masks[1]
-
-
 def build_detector(
-    model: ModelConfig, batch_norm: BatchNormConfig, num_classes: int, *, group: comm.Group | None = None
+    model: ModelConfig,
+    batch_norm: BatchNormConfig,
+    num_classes: int,
+    *,
+    group: comm.Group | None = None,
+    channels_last: bool = False,
 ) -> Detector:
     """Builds the detector with random weights; :func:`~horovod_megdet.models.weights.load_weights` loads others.
 
     ``num_classes`` does not count the background. ``group`` are the ranks that share statistics in ``cgbn`` layers
-    (:func:`bn_group`), all by default. All ranks have to build the same detector.
+    (:func:`~horovod_megdet.models.norms.bn_group`), all by default. ``channels_last`` is the layout of the activations.
+    All ranks have to build the same detector.
     """
     norms = Norms(batch_norm, group)
+    backbone = build_backbone(model, norms)
+    rpn = _build_rpn(model)
+    roi_heads = _build_roi_heads(model, norms, num_classes)
+    return Detector(backbone, rpn, roi_heads, _Transform(channels_last))
+
+
+def _build_rpn(model: ModelConfig) -> SeededRPN:
     anchors = AnchorGenerator(
         sizes=tuple((size,) for size in model.anchor_sizes),
         aspect_ratios=(tuple(model.anchor_aspect_ratios),) * len(model.anchor_sizes),
     )
-    detector = Detector(
-        build_backbone(model, norms),
-        rpn_anchor_generator=anchors,
-        rpn_head=_RPNHead(model.fpn_channels, anchors.num_anchors_per_location()[0]),
-        rpn_pre_nms_top_n_train=model.rpn_candidates_train,
-        rpn_pre_nms_top_n_test=model.rpn_candidates_test,
-        rpn_post_nms_top_n_train=model.proposals_train,
-        rpn_post_nms_top_n_test=model.proposals_test,
-        box_roi_pool=_build_roi_pool(model),
-        box_head=_build_box_head(model, norms),
-        box_predictor=_Predictor(model.box_head_channels, num_classes + 1),
-        box_score_thresh=model.score_threshold,
-        box_nms_thresh=model.nms_threshold,
-        box_detections_per_img=model.detections_per_image,
+    return SeededRPN(
+        anchors,
+        _RPNHead(model.fpn_channels, anchors.num_anchors_per_location()[0]),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        anchors_per_image=model.anchors_per_image,
+        pre_nms_top_n={"training": model.rpn_candidates_train, "testing": model.rpn_candidates_test},
+        post_nms_top_n={"training": model.proposals_train, "testing": model.proposals_test},
+        nms_thresh=0.7,
     )
-    detector.transform = _Transform(0, 0, IMAGE_MEAN, IMAGE_STD)
-    detector.rpn.fg_bg_sampler = SeededSampler(model.anchors_per_image, 0.5, stream=0)
-    detector.roi_heads.fg_bg_sampler = SeededSampler(model.rois_per_image, 0.25, stream=1)
-    return detector
+
+
+def _build_roi_heads(model: ModelConfig, norms: Norms, num_classes: int) -> SeededRoIHeads:
+    return SeededRoIHeads(
+        _build_roi_pool(model),
+        _build_box_head(model, norms),
+        _Predictor(model.box_head_channels, num_classes + 1),
+        fg_iou_thresh=0.5,
+        bg_iou_thresh=0.5,
+        rois_per_image=model.rois_per_image,
+        bbox_reg_weights=None,
+        score_thresh=model.score_threshold,
+        nms_thresh=model.nms_threshold,
+        detections_per_img=model.detections_per_image,
+    )
 
 
 def _build_roi_pool(model: ModelConfig) -> MultiScaleRoIAlign:
@@ -190,11 +170,15 @@ def _build_box_head(model: ModelConfig, norms: Norms) -> nn.Module:
 
 
 class _Transform(GeneralizedRCNNTransform):
-    """Normalises and pads; the images come in the size that the network shall see."""
+    """Normalizes and pads; the images come in the size that the network shall see.
 
-    channels_last = False
-    """Hand over the batch with its channels last, which the convolutions pass on. The weights keep their layout:
-    Horovod takes contiguous tensors only."""
+    With ``channels_last`` the batch has that layout, which the convolutions pass on. The weights keep theirs: Horovod
+    takes contiguous tensors only.
+    """
+
+    def __init__(self, channels_last: bool) -> None:
+        super().__init__(0, 0, IMAGE_MEAN, IMAGE_STD)
+        self.channels_last = channels_last
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         return image, target
@@ -213,7 +197,7 @@ class _RPNHead(RPNHead):
 
 
 class _Predictor(FastRCNNPredictor):
-    """As the customary initialisation has it: small class logits, smaller box deltas. Float32 under autocast."""
+    """Initialized as is customary: small class logits, smaller box deltas. Float32 under autocast."""
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__(in_channels, num_classes)

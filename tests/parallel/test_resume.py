@@ -81,13 +81,13 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
     # horovodrun has exit codes of its own
     assert code == EXIT_STOPPED or (launcher == "gloo" and code != 0), job.output
     assert "Start again with --resume" in job.output
-    stopped = checkpoint.newest(tmp_path / "run", report=pytest.fail).description
-    assert stopped["step"] >= 8
+    stopped = checkpoint.newest(tmp_path / "run", report=pytest.fail)
+    assert stopped.step >= 8
     code, output = launching.run(
-        launcher, ranks, [*arguments, "--resume", "--set", f"solver.epochs={stopped['epoch'] + 0.3}"], tmp_path
+        launcher, ranks, [*arguments, "--resume", "--set", f"solver.epochs={stopped.epoch + 0.3}"], tmp_path
     )
     assert code == 0, output
-    assert f"Resuming after step {stopped['step']}," in output
+    assert f"Resuming after step {stopped.step}," in output
 
 
 def test_a_second_interrupt_stops_at_once(data: Path, tmp_path: Path) -> None:
@@ -108,24 +108,24 @@ def test_resuming_on_another_number_of_ranks_goes_on_at_the_same_image(
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(undisturbed, run_dir)
-    start = checkpoint.newest(run_dir, report=pytest.fail).description
+    start = checkpoint.newest(run_dir, report=pytest.fail)
     launcher = "python" if ranks == 1 else "mpirun"
     arguments = [*launching.tiny(run_dir, *SETTINGS, data=data), "--resume", "--set", "solver.epochs=5"]
     code, output = launching.run(launcher, ranks, arguments, tmp_path)
     assert code == 0, output
-    rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["step"] > start["step"]]
-    assert rows[0]["images_seen"] > start["images_seen"]
+    rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["step"] > start.step]
+    assert rows[0]["images_seen"] > start.images_seen
     # the rate of the new mini-batch, after the milestone
     assert rows[-2]["lr"] == pytest.approx(0.01 * 2 * ranks / 4 * 0.1)
-    end = checkpoint.newest(run_dir, report=pytest.fail).description
-    assert (end["images_seen"] - start["images_seen"]) % (2 * ranks) == 0
+    end = checkpoint.newest(run_dir, report=pytest.fail)
+    assert (end.images_seen - start.images_seen) % (2 * ranks) == 0
 
 
 def test_a_broken_checkpoint_is_passed_over(undisturbed: Path, data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(undisturbed, run_dir)
     newest, before = sorted(checkpoint.folder(run_dir).glob("step_*"))[:-3:-1]
-    weights = newest / checkpoint.WEIGHTS
+    weights = newest / checkpoint.MODEL_FILE
     weights.write_bytes(weights.read_bytes()[:-100])
     arguments = [*launching.tiny(run_dir, *SETTINGS, data=data), "--resume"]
     code, output = launching.run("mpirun", 2, arguments, tmp_path)

@@ -40,7 +40,7 @@ def test_the_run_directory_holds_everything(runs: dict[str, Path], launcher: str
     assert {"loss", "loss_classifier", "lr", "images_per_second", "data_seconds", "memory_mb"} <= training[-1].keys()
     assert training[-1]["step_seconds_min"] <= training[-1]["step_seconds"] <= training[-1]["step_seconds_max"]
     newest = checkpoint.newest(run_dir, report=pytest.fail)
-    assert newest.description["images_seen"] == training[-1]["images_seen"] >= 2 * 24 - 4
+    assert newest.images_seen == training[-1]["images_seen"] >= 2 * 24 - 4
     detections = json.loads((run_dir / "evaluation" / f"{newest.path.name}.json").read_text())
     assert all(len(detection["bbox"]) == 4 for detection in detections)
     assert list((run_dir / "tensorboard").iterdir())

@@ -1,7 +1,10 @@
 """Checkpoints are whole or not there, and a damaged one is found."""
 
 import errno
+import json
 import os
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,33 +12,32 @@ import pytest
 import torch
 
 from horovod_megdet.config import Config
-from horovod_megdet.engine import checkpoint, random_state, startup
+from horovod_megdet.engine import checkpoint, random_state, run_folder
+from horovod_megdet.engine.checkpoint import Position, RunDescription, TrainingState
 from horovod_megdet.errors import EXIT_NOT_SAVED, NotSavedError, UserError
 
 WEIGHTS = {"layer.weight": torch.arange(6.0).reshape(2, 3), "layer.count": torch.tensor(3)}
 
 
-def write(run_dir: Path, step: int, **state: Any) -> Path:
-    description = {
-        "step": step,
-        "config": Config().model_dump(mode="json"),
-        "class_names": ["a"],
-        "category_ids": [1],
-    }
-    return checkpoint.save(run_dir, WEIGHTS, state, description)
+def write(run_dir: Path, step: int, **changes: Any) -> Path:
+    state = TrainingState(optimizer={}, scaler={}, position=Position(step, 8 * step), random=[])
+    run = RunDescription(Config().model_dump(mode="json"), ["a"], [1], "fingerprint", {"torch": "2"})
+    return checkpoint.save(run_dir, WEIGHTS, replace(state, **changes), run, epoch=step / 10)
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
-    path = write(tmp_path, 5, momentum=torch.ones(3))
+    path = write(tmp_path, 5, optimizer={"momentum": torch.ones(3)})
     saved = checkpoint.read(path)
     assert path == tmp_path / "checkpoints" / "step_00000005"
     assert saved.config == Config()
     assert torch.equal(saved.weights()["layer.weight"], WEIGHTS["layer.weight"])
-    assert torch.equal(saved.state()["momentum"], torch.ones(3))
+    assert (saved.step, saved.images_seen, saved.epoch, saved.run.class_names) == (5, 40, 0.5, ["a"])
+    assert torch.equal(saved.state().optimizer["momentum"], torch.ones(3))
+    assert saved.state().position == Position(5, 40)
     assert checkpoint.read(tmp_path).path == path, "a run directory stands for its newest checkpoint"
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "state.pt", "checkpoint.json"])
+@pytest.mark.parametrize("file", ["model.safetensors", "state.pt", "checkpoint.json", "SHA256SUMS"])
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(tmp_path: Path, file: str, damage: str) -> None:
     good, broken = write(tmp_path, 1), write(tmp_path, 2)
@@ -55,6 +57,37 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(tmp_path: 
         checkpoint.read(broken)
 
 
+def test_every_flipped_bit_of_the_description_is_noticed(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    file = path / checkpoint.DESCRIPTION_FILE
+    content = file.read_bytes()
+    for place in range(0, len(content), 97):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(UserError, match="step_00000001"):
+            checkpoint.read(path)
+
+
+def test_the_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    checked = subprocess.run(["sha256sum", "--check", checkpoint.SUMS_FILE], cwd=path, capture_output=True, text=True)
+    assert checked.returncode == 0
+    assert checked.stdout.count(": OK") == 3
+
+
+def test_a_checkpoint_of_version_0_1_is_read(tmp_path: Path) -> None:
+    """Its digests are in its description."""
+    path = write(tmp_path, 3)
+    digests = checkpoint.read(path).digests
+    file = path / checkpoint.DESCRIPTION_FILE
+    of_files = {name: digests[name] for name in (checkpoint.MODEL_FILE, checkpoint.STATE_FILE)}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sha256": of_files}))
+    (path / checkpoint.SUMS_FILE).unlink()
+    assert checkpoint.read(path).step == 3
+    (path / checkpoint.STATE_FILE).write_bytes(b"damaged")
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.read(path)
+
+
 def test_nothing_to_resume_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no whole checkpoint to resume from"):
         checkpoint.newest(tmp_path, print)
@@ -64,12 +97,12 @@ def test_a_run_without_a_checkpoint_resumes_from_the_beginning(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError, match="there is no whole checkpoint to resume from"):
-        startup.look_into(tmp_path, resume=True)
-    startup.write_config(tmp_path, Config())
-    assert startup.look_into(tmp_path, resume=True) is None
+        run_folder.find_checkpoint(tmp_path, resume=True)
+    run_folder.write_config(tmp_path, Config())
+    assert run_folder.find_checkpoint(tmp_path, resume=True) is None
     assert "starts from the beginning" in capfd.readouterr().err
     with pytest.raises(UserError, match=r"already holds a run\. Add --resume"):
-        startup.look_into(tmp_path, resume=False)
+        run_folder.find_checkpoint(tmp_path, resume=False)
 
 
 @pytest.mark.parametrize("moment", ["safetensors", "state", "flush", "rename"])
@@ -113,7 +146,7 @@ def test_random_states_survive_a_checkpoint(tmp_path: Path) -> None:
     torch.rand(3)
     path = write(tmp_path, 1, random=[random_state.capture()])
     expected = draw()
-    random_state.restore(checkpoint.read(path).state()["random"][0])
+    random_state.restore(checkpoint.read(path).state().random[0])
     assert draw() == expected
 
 

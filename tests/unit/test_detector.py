@@ -13,8 +13,9 @@ from torchvision.ops import FrozenBatchNorm2d
 from horovod_megdet.config import BatchNormConfig, ModelConfig
 from horovod_megdet.errors import UserError
 from horovod_megdet.layers.cross_gpu_bn import CrossGPUBatchNorm
-from horovod_megdet.models.detector import Detector, SeededSampler, build_detector
+from horovod_megdet.models.detector import Detector, build_detector
 from horovod_megdet.models.norms import bn_group
+from horovod_megdet.models.sampling import SeededSampler
 
 SMALL = {"backbone": "resnet18", "weights": "none", "fpn_channels": 16, "box_head_channels": 32}
 SMALL |= {"proposals_train": 100, "rois_per_image": 32, "anchors_per_image": 32, "anchor_sizes": (8, 16, 32, 64, 128)}
@@ -163,12 +164,11 @@ def test_a_loss_without_samples_is_zero_and_can_be_differentiated() -> None:
 
 
 def test_sampling_depends_on_the_seed_of_the_image_alone() -> None:
-    sampler = SeededSampler(20, 0.5, stream=0)
     labels = torch.cat([torch.ones(30), torch.zeros(50), -torch.ones(9)])
     other = torch.zeros(70)
 
     def sample(images: list[Tensor], seeds: list[int]) -> list[Tensor]:
-        sampler.seeds = seeds
+        sampler = SeededSampler(seeds, 20, 0.5)
         positive, negative = sampler(images)
         assert sampler.sampled == 20 * len(images)
         return [torch.stack(pair) for pair in zip(positive, negative, strict=True)]

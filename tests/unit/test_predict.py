@@ -14,6 +14,7 @@ from horovod_megdet.data.coco import load_dataset
 from horovod_megdet.data.loader import build_eval_loader
 from horovod_megdet.data.synthetic import ensure_synthetic
 from horovod_megdet.engine import checkpoint
+from horovod_megdet.engine.checkpoint import Position, RunDescription, TrainingState
 from horovod_megdet.errors import EXIT_USER_ERROR, UserError
 from horovod_megdet.evaluation.coco import predict_shard
 from horovod_megdet.models.detector import build_detector
@@ -32,14 +33,10 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     detector = build_detector(config.model, config.batch_norm, len(NAMES))
     # Scores from high to very low, where random weights alone make all of them alike.
     detector.roi_heads.box_predictor.cls_score.bias.data = torch.linspace(2, -4, len(NAMES) + 1)
-    description = {
-        "step": 7,
-        "config": config.model_dump(mode="json"),
-        "class_names": NAMES,
-        "category_ids": CATEGORY_IDS,
-    }
+    run = RunDescription(config.model_dump(mode="json"), NAMES, CATEGORY_IDS, "fingerprint", {})
+    state = TrainingState(optimizer={}, scaler={}, position=Position(step=7), random=[])
     folder = tmp_path_factory.mktemp("run")
-    checkpoint.save(folder, detector.state_dict(), {}, description)
+    checkpoint.save(folder, detector.state_dict(), state, run, epoch=1.0)
     return folder
 
 
@@ -58,9 +55,10 @@ def test_detections_are_those_of_an_evaluation(run_dir: Path, images: Path, tmp_
     path = predict_images(run_dir, [images], tmp_path / "new" / "out", 0.05, "cpu")
     assert path == tmp_path / "new" / "out" / "detections.json"
     found = COCO(str(path))
-    config, _, _, weights = checkpoint.load_for_inference(run_dir)
+    saved = checkpoint.read(run_dir)
+    config = saved.config
     detector = build_detector(config.model, config.batch_norm, len(NAMES))
-    detector.load_state_dict(weights)
+    detector.load_state_dict(saved.weights())
     dataset = load_dataset(images.parent.parent / "annotations" / "val.json", images, training=False)
     loader = build_eval_loader(dataset, config.data, rank=0, ranks=1)
     expected = predict_shard(detector, loader, CPU).to_coco(CATEGORY_IDS)

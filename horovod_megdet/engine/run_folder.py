@@ -1,0 +1,135 @@
+"""The folder of a run: what makes it one, and what rank 0 writes into it beside the checkpoints.
+
+config.yaml          the resolved configuration: from now on the folder holds a run
+metrics.jsonl        one line per row of metrics; also in tensorboard/ and, drawn, in curves.png
+evaluation/          the detections of each evaluation
+validation.html      the last one's beside the ground truth; its numbers are in summary.json
+checkpoints/         see checkpoint.py
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from horovod_megdet import comm
+from horovod_megdet.config import Config
+from horovod_megdet.data.coco import CocoDataset
+from horovod_megdet.engine import checkpoint
+from horovod_megdet.engine.checkpoint import Position, RunDescription
+from horovod_megdet.errors import UserError
+from horovod_megdet.evaluation.coco import Evaluation
+from horovod_megdet.evaluation.table import render
+from horovod_megdet.files import atomic_write
+from horovod_megdet.printing import say
+
+if TYPE_CHECKING:
+    from horovod_megdet.engine.metrics import MetricsLog
+
+CONFIG_FILE = "config.yaml"
+SUMMARY_FILE = "summary.json"
+
+
+def find_checkpoint(run_dir: Path, resume: bool) -> checkpoint.Checkpoint | None:
+    """On rank 0, finds the checkpoint to resume from, or makes sure that there is no run yet; other ranks return None.
+
+    A run that ended before its first checkpoint resumes from the beginning: then rank 0 returns None, too. Raises
+    :class:`UserError`.
+    """
+    if not comm.is_main():
+        return None
+    started, saved = (run_dir / CONFIG_FILE).exists(), any(checkpoint.folder(run_dir).glob("step_*"))
+    if resume and started and not saved:
+        say(f"warning: {run_dir}: the run has no checkpoint yet and starts from the beginning.")
+        return None
+    if resume:
+        return checkpoint.newest(run_dir, report=lambda sentence: say(f"warning: {sentence}"))
+    if started or saved:
+        raise UserError(
+            f"{run_dir}: this folder already holds a run. Add --resume to go on with it, or give another folder with "
+            "--run-dir."
+        )
+    return None
+
+
+def write_config(run_dir: Path, config: Config) -> None:
+    """Writes the resolved configuration, once all else is known to be good: from now on the folder holds a run."""
+    try:
+        with atomic_write(run_dir / CONFIG_FILE) as file:
+            file.write(config.to_yaml().encode())
+    except UserError as error:
+        raise UserError(f"{error} Choose another run directory with --run-dir.") from None
+
+
+class RunFolder:
+    """What training writes as it goes on. Only rank 0 writes: on the other ranks every method returns at once.
+
+    Training needs none of these files, so one that cannot be written is a warning.
+    """
+
+    # What draws, and TensorBoard, take a second to import, for which all other ranks would wait.
+
+    def __init__(self, path: Path, pictures: int) -> None:
+        self.path = path
+        self.pictures = pictures
+        self._log: MetricsLog | None = None
+
+    def open_log(self, total_images: int, position: Position) -> None:
+        """Opens the log of metrics; rows behind ``position``, of a run that is resumed before its end, are dropped."""
+        if comm.is_main():
+            from horovod_megdet.engine.metrics import MetricsLog
+
+            self._log = MetricsLog(self.path, total_images, position.images_seen, position.step)
+
+    def log_training(self, row: dict[str, Any]) -> None:
+        """Writes a row of training metrics."""
+        if self._log:
+            with _warned("metrics"):
+                self._log.train(row)
+
+    def log_evaluation(self, row: dict[str, Any], evaluation: Evaluation) -> None:
+        """Writes a row of evaluation metrics, the detections, and the curves."""
+        if self._log:
+            from horovod_megdet.report.curves import write_curves
+
+            with _warned("metrics, detections and curves"):
+                self._log.evaluation(row | evaluation.row(), render(evaluation))
+                evaluation.write_detections(self.path / "evaluation" / f"{checkpoint.name(row['step'])}.json")
+                write_curves(self.path)
+
+    def write_report(
+        self,
+        description: RunDescription,
+        position: Position,
+        epoch: float,
+        val_set: CocoDataset,
+        evaluation: Evaluation,
+    ) -> None:
+        """Writes the page of validation images and the summary."""
+        if self._log:
+            from horovod_megdet.report.pictures import PAGE_FILE, write_validation_page
+
+            with _warned("the report"):
+                title = f"{self.path.name}, epoch {epoch:.2f}"
+                write_validation_page(self.path / PAGE_FILE, val_set, evaluation, count=self.pictures, title=title)
+                summary = asdict(description) | asdict(position) | evaluation.row()
+                with atomic_write(self.path / SUMMARY_FILE) as file:
+                    file.write(json.dumps(summary, indent=1).encode())
+
+    def close(self, last_words: str = "") -> None:
+        """Ends the progress bar, flushes the files, and prints ``last_words``."""
+        if self._log:
+            if last_words:
+                self._log.console.print(last_words)
+            self._log.close()
+
+
+@contextlib.contextmanager
+def _warned(what: str) -> Iterator[None]:
+    """Turns a failure to write something that training does not need into a warning."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        say(f"warning: {what} could not be written: {error} Training goes on.")
