@@ -13,7 +13,7 @@ EXIT_NOT_SAVED = 4
 """Training ended, but its checkpoint could not be written (disk full, read-only)."""
 
 EXIT_STALLED = 5
-"""No rank has got on for ``runtime.stall_timeout`` seconds; what they are stuck in is printed."""
+"""No rank has made progress for ``runtime.stall_timeout`` seconds; what each was doing is printed."""
 
 EXIT_STOPPED = 85
 """Stopped by a signal after a checkpoint was written; start again with ``--resume``."""

@@ -68,7 +68,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if repeated:
         key, line = repeated.value, repeated.start_mark.line + 1
-        raise UserError(f"{path}, line {line}: `{key}` stands there for the second time: remove one of them.")
+        raise UserError(f"{path}, line {line}: duplicate key `{key}`: remove one of the two.")
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path}: the top level must be sections such as `solver:` with keys below them.")
     # A section whose keys are all commented out.
@@ -76,7 +76,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _repeated_key(node: yaml.Node | None) -> yaml.Node | None:
-    """The first key that a mapping has twice; YAML's loader takes the later value without a word."""
+    """The first key that a mapping has twice; YAML's loader would silently take the later value."""
     if not isinstance(node, yaml.MappingNode):
         return None
     seen: set[str] = set()

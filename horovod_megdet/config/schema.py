@@ -18,7 +18,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    """What all sections share: unknown keys are errors, values cannot change after validation."""
+    """What all sections share: unknown keys are errors, and values cannot change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -32,23 +32,23 @@ class ModelConfig(Section):
     """The torchvision classification network below the FPN."""
 
     weights: str = "imagenet"
-    """Starting weights: `imagenet` (torchvision's, from the hub cache), `none` (random), or the path of a torchvision
+    """Initial weights: `imagenet` (torchvision's, from the hub cache), `none` (random), or the path of a torchvision
     classification file, a torchvision detection checkpoint, or a checkpoint of ours."""
 
     backbone_norm: Norm = "cgbn"
-    """Normalisation of the backbone: `cgbn` (statistics over ranks), `local` (over one rank's images), `frozen` (fixed
+    """Normalization of the backbone: `cgbn` (statistics over ranks), `local` (over one rank's images), `frozen` (fixed
     statistics, scale and shift) or `none`."""
 
     fpn_norm: Norm = "cgbn"
-    """Normalisation after each FPN convolution."""
+    """Normalization after each FPN convolution."""
 
     box_head_norm: Norm = "none"
-    """Normalisation in the box head. With a norm the head is four convolutions and one fully connected layer, as in
+    """Normalization in the box head. With a norm the head is four convolutions and one fully connected layer, as in
     MegDet's "4conv1fc"; with `none` it is the two fully connected layers of FPN."""
 
     trainable_stages: Annotated[int, Field(ge=0, le=5)] = 3
-    """How many backbone stages train, counted from the last; 5 is everything, the stem included. The others are fully
-    frozen: weights and normalisation statistics."""
+    """How many backbone stages train, counted from the last; 5 means all, including the stem. The others are frozen
+    completely: weights and normalization statistics."""
 
     fpn_channels: Positive = 256
     """Channels of every FPN level."""
@@ -63,7 +63,7 @@ class ModelConfig(Section):
     """Height / width of the anchors, at every level."""
 
     rpn_candidates_train: Positive = 2000
-    """Highest-scoring anchors per level kept before non-maximum suppression, in training."""
+    """Highest-scoring anchors per level that enter non-maximum suppression, in training."""
 
     rpn_candidates_test: Positive = 1000
     """The same in evaluation."""
@@ -87,7 +87,7 @@ class ModelConfig(Section):
     """Intersection over union above which the lower-scoring of two detections of a class is dropped."""
 
     detections_per_image: Positive = 100
-    """Detections kept per image; COCO's metrics look at 100."""
+    """Detections kept per image; COCO's metrics use 100."""
 
     activation_checkpointing: Literal["none", "stages", "blocks"] = "none"
     """Recompute backbone activations in the backward pass instead of keeping them (the paper's sub-linear memory)."""
@@ -134,7 +134,7 @@ class DataConfig(Section):
     """Folder with the validation images."""
 
     synthetic_root: str = "data/synthetic"
-    """Where the generated data set is written, once."""
+    """Folder that the generated data set is written to, once."""
 
     synthetic_train_images: Positive = 600
     """Images in the generated training set."""
@@ -146,10 +146,11 @@ class DataConfig(Section):
     """Train on images without annotations too."""
 
     bad_annotations: Literal["error", "skip"] = "error"
-    """What to do with bad annotations and image files: one error at the start, or skip, count and report them."""
+    """What to do about bad annotations and image files: `error` ends the run at the start and lists them; `skip` leaves
+    them out, counts and reports them."""
 
     check_images: Literal["open", "decode"] = "open"
-    """What the check at the start does with each image file: read its header, or decode all of it."""
+    """How the check at the start looks at each image file: `open` reads its header, `decode` all of it."""
 
     shorter_side_train: tuple[Positive, ...] = (800,)
     """Shorter side after resizing, in pixels; one is drawn per image and epoch (multi-scale training)."""
@@ -177,14 +178,14 @@ class DataConfig(Section):
 
 
 class SolverConfig(Section):
-    """Mini-batch, learning rate and optimiser (the linear rule: see docs/method.md)."""
+    """Mini-batch, learning rate and optimizer (the linear rule: see docs/method.md)."""
 
     mini_batch: Positive | None = None
-    """Images per optimiser step over all ranks. Given, the ranks make as many forward passes per step as that takes;
-    left out, it is ranks x images_per_rank x accumulation."""
+    """Images per optimizer step over all ranks: the ranks make as many forward passes per step as that takes. Without
+    it, the mini-batch is ranks x images_per_rank x accumulation."""
 
     accumulation: Positive = 1
-    """Forward passes per optimiser step, when mini_batch is left out."""
+    """Forward passes per optimizer step, where mini_batch is not given."""
 
     base_lr: Annotated[float, Field(gt=0)] = 0.02
     """Learning rate at reference_batch_size; the linear rule scales it to the mini-batch that runs."""
@@ -199,25 +200,49 @@ class SolverConfig(Section):
     """Epochs over which the learning rate rises linearly, step by step, from base_lr (k = 1) to k x base_lr."""
 
     warmup_start: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Where the warm-up starts, as a part of base_lr; below 1 it also eases in a mini-batch of the reference size."""
+    """Where the warm-up starts, as a fraction of base_lr; below 1, a mini-batch of the reference size warms up, too."""
 
     milestones: tuple[Annotated[float, Field(gt=0)], ...] = (8.0, 10.0)
     """Epochs at which the learning rate is multiplied by the gamma in the same place."""
 
     gammas: tuple[Annotated[float, Field(gt=0)], ...] = (0.1, 0.1)
-    """Factors of the milestones."""
+    """The factor at each milestone."""
+
+    schedule: Literal["steps", "cosine"] = "steps"
+    """How the learning rate falls after the warm-up: `steps` at the milestones, or along a half `cosine` to 0."""
+
+    optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
+    """`sgd` with momentum, as MegDet; `lars` (trust ratio per layer, You et al. 2017; needs the extra `lars`); or
+    `adamw`, with base_lr around 1e-4."""
 
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Momentum of SGD."""
+    """Momentum of SGD and LARS, the first beta of AdamW."""
 
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """Weight decay of the weights; norms and biases have none."""
 
     clip_gradient_norm: Annotated[float, Field(gt=0)] | None = None
-    """Upper bound of the gradient's L2 norm after averaging; left out, no clipping."""
+    """Upper bound of the L2 norm of the averaged gradient; without it, gradients are not clipped."""
 
     compression: Literal["none", "fp16"] = "none"
     """Send gradients as float32 or as float16."""
+
+    measure_noise: Literal["auto", "off"] | Positive = "auto"
+    """Steps between two measurements of the gradient's noise (docs/method.md); `auto` measures as often as costs less
+    than 1 % of the time, and with agvm in every step. It takes two ranks, or two passes per step."""
+
+    lr_modulation: Literal["none", "agvm"] = "none"
+    """`agvm`: factors for the learning rates of FPN, RPN and box head that bring their gradient variances into line
+    with the backbone's (Xue et al. 2022), for very large mini-batches."""
+
+    ema: Annotated[float, Field(gt=0)] | None = None
+    """Epochs over which weights and statistics are averaged (EMA). The averages are what evaluation, the best
+    checkpoint, predict and export use. Left out, there are none."""
+
+    @property
+    def noise_interval(self) -> int | Literal["auto", "off"]:
+        """Steps between two measurements of the gradient's noise. AGVM needs fixed ones, not those that time allows."""
+        return 1 if self.lr_modulation == "agvm" and self.measure_noise == "auto" else self.measure_noise
 
     @model_validator(mode="after")
     def _fits_together(self) -> "SolverConfig":
@@ -228,6 +253,8 @@ class SolverConfig(Section):
             )
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError("milestones must rise")
+        if self.lr_modulation == "agvm" and self.measure_noise == "off":
+            raise ValueError("lr_modulation: agvm follows the gradient's noise, so measure_noise cannot be off")
         if self.mini_batch is not None and self.accumulation != 1:
             raise ValueError("give mini_batch or accumulation, not both: accumulation follows from mini_batch")
         return self
@@ -246,7 +273,7 @@ class RuntimeConfig(Section):
     """CPU threads of a rank; 0 divides the host's cores among its ranks."""
 
     bind_cores: bool = True
-    """Give each rank of a host cores of its own, where the launcher has not."""
+    """Give each rank of a host cores of its own, unless the launcher did."""
 
     amp: Literal["none", "bfloat16", "float16"] = "none"
     """Automatic mixed precision; float16 (with loss scaling) is for GPUs."""
@@ -255,11 +282,12 @@ class RuntimeConfig(Section):
     """Store activations with channels last, which GPUs with mixed precision prefer; `auto` does so on GPUs only."""
 
     deterministic: bool = False
-    """Fix the order of all sums, so that runs with more than two ranks repeat bit for bit. Slower."""
+    """Fix the order of all sums, so that runs with more than two ranks repeat bit for bit; slower."""
 
     stall_timeout: Annotated[float, Field(ge=0.0)] = 600.0
-    """Seconds after which a job ends in which no rank gets on, naming what each is stuck in; 0 waits for ever. Longer
-    than the longest step, and than what one rank does alone while the others wait, such as COCO's metrics."""
+    """Seconds without progress on any rank after which the job ends and says what each rank is stuck in; 0 never ends
+    it. Choose it longer than the longest step, and than what one rank does alone while the others wait, such as
+    computing COCO's metrics."""
 
 
 class OutputConfig(Section):
@@ -275,7 +303,7 @@ class OutputConfig(Section):
     """Epochs between two checkpoints."""
 
     keep_checkpoints: Positive = 3
-    """Newest checkpoints that are kept, besides the best one."""
+    """How many of the newest checkpoints to keep, besides the best one."""
 
     evaluate_every_epochs: Annotated[float, Field(gt=0)] = 1.0
     """Epochs between two evaluations; the last step always evaluates."""

@@ -47,6 +47,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def images_read(self) -> int:
+        """Images of the data set: a black one that stands in does not count."""
+        return sum(target["index"] >= 0 for target in self.targets)
+
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory."""
         return self._map(lambda tensor: tensor.pin_memory())

@@ -12,7 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from torch import Tensor
 from horovod_megdet.config import Config
 from horovod_megdet.errors import NotSavedError, UserError
 from horovod_megdet.models.weights import MODEL_FILE
+from horovod_megdet.solver.agvm import AGVM
+from horovod_megdet.solver.gradient_noise import NoiseAverages
 
 STATE_FILE, DESCRIPTION_FILE, SUMS_FILE = "state.pt", "checkpoint.json", "SHA256SUMS"
 _TEMPORARY = ".writing-"
@@ -50,6 +52,10 @@ class TrainingState:
     position: Position
     random: list[dict[str, Any]]
     """The states of the random generators, by rank."""
+    noise: NoiseAverages = field(default_factory=NoiseAverages)
+    agvm: AGVM = field(default_factory=AGVM)
+    weights: dict[str, Tensor] | None = None
+    """The weights that train, where those in :data:`MODEL_FILE` are their averages."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,8 @@ class Checkpoint:
     def state(self) -> TrainingState:
         """What training needs to go on, on the CPU."""
         state = torch.load(self.path / STATE_FILE, map_location="cpu", weights_only=True)
-        return TrainingState(**(state | {"position": Position(**state["position"])}))
+        kinds = {"position": Position, "noise": NoiseAverages, "agvm": AGVM}
+        return TrainingState(**(state | {key: kind(**state[key]) for key, kind in kinds.items() if key in state}))
 
     @property
     def config(self) -> Config:
@@ -116,7 +123,7 @@ def save(run_dir: Path, weights: dict[str, Tensor], state: TrainingState, run: R
     try:
         temporary.mkdir(parents=True)
         save_file({key: value.contiguous() for key, value in weights.items()}, temporary / MODEL_FILE)
-        torch.save(vars(state) | {"position": asdict(position)}, temporary / STATE_FILE)
+        torch.save(_as_plain(state), temporary / STATE_FILE)
         (temporary / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1), encoding="utf-8")
         files = (MODEL_FILE, STATE_FILE, DESCRIPTION_FILE)
         sums = "".join(f"{_sha256(temporary / file)}  {file}\n" for file in files)
@@ -194,6 +201,14 @@ def newest(run_dir: Path, report: Callable[[str], None]) -> Checkpoint:
     raise UserError(
         f"{run_dir}: there is no whole checkpoint to resume from. Start without --resume, or check output.run_dir."
     )
+
+
+def _as_plain(state: TrainingState) -> dict[str, Any]:
+    """The fields of the state, the dataclasses among them as dicts; tensors are not copied."""
+    return {
+        key: asdict(value) if isinstance(value, Position | NoiseAverages | AGVM) else value
+        for key, value in vars(state).items()
+    }
 
 
 def _sha256(path: Path) -> str:

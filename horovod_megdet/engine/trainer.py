@@ -10,10 +10,11 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from horovod_megdet import comm
@@ -33,7 +34,10 @@ from horovod_megdet.models.detector import Detector
 from horovod_megdet.models.weights import load_checkpoint
 from horovod_megdet.printing import say
 from horovod_megdet.progress import progress
-from horovod_megdet.solver.optimizer import build_optimizer, set_lr
+from horovod_megdet.solver.agvm import AGVM
+from horovod_megdet.solver.averaging import averaged_model
+from horovod_megdet.solver.gradient_noise import GradientNoise
+from horovod_megdet.solver.optimizer import build_optimizer, load_optimizer, set_lr
 from horovod_megdet.solver.schedule import Schedule
 
 
@@ -65,6 +69,13 @@ class Trainer:
             fp16=config.solver.compression == "fp16",
         )
         self.scaler = hardware.loss_scaler(config.runtime, device)
+        self.noise = GradientNoise(
+            detector, config.data.images_per_rank, schedule.accumulation, config.solver.noise_interval
+        )
+        self.agvm = AGVM()
+        self.averaged: AveragedModel | None = None
+        if config.solver.ema is not None:
+            self.averaged = averaged_model(detector, schedule.images(config.solver.ema), schedule.mini_batch)
         self.position = Position()
         self.stopping = False
         self.unsaved = False
@@ -103,19 +114,24 @@ class Trainer:
         started = time.perf_counter()
         progress.step = self.position.step + 1
         lr = self.schedule.lr(self.position.images_seen)
-        set_lr(self.optimizer, lr)
-        waited = 0.0
-        for _ in range(self.schedule.accumulation):
-            waiting = time.perf_counter()
-            progress.set("waiting for the data loader")
-            batch = next(batches).to(self.device)
-            progress.set("computing")
-            waited += time.perf_counter() - waiting
-            loss = self.forward(batch)
-            self.scaler.scale(loss / self.schedule.accumulation).backward()
+        set_lr(self.optimizer, lr, self.agvm.factors)
+        waited, images = 0.0, 0
+        with self.noise.measuring(self.position.step):
+            for _ in range(self.schedule.accumulation):
+                waiting = time.perf_counter()
+                progress.set("waiting for the data loader")
+                batch = next(batches).to(self.device)
+                progress.set("computing")
+                waited += time.perf_counter() - waiting
+                images += batch.images_read
+                loss = self.forward(batch)
+                self.scaler.scale(loss / self.schedule.accumulation).backward()
+        comm.synchronize(self.optimizer)
+        self.noise.update(self.position.step, images, self.scaler.get_scale(), time.perf_counter() - started)
         self.apply_gradients()
         self.position.step += 1
         self.position.images_seen += self.schedule.mini_batch
+        self.follow_step()
         self.window.add_step(lr, self.schedule.mini_batch, time.perf_counter() - started, waited)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -133,8 +149,7 @@ class Trainer:
         return agreed.loss
 
     def apply_gradients(self) -> None:
-        """Waits for the averaged gradients, clips them, and takes the step."""
-        comm.synchronize(self.optimizer)
+        """Clips the averaged gradients and takes the step."""
         if self.config.solver.clip_gradient_norm is not None:
             self.scaler.unscale_(self.optimizer)  # after the allreduce, so that all ranks find the same infinities
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -144,25 +159,42 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad()
 
+    def follow_step(self) -> None:
+        """What follows a step: the factors of the learning rate, and the averaged weights."""
+        if self.config.solver.lr_modulation == "agvm":
+            epochs = self.schedule.epoch(self.position.images_seen) - self.config.solver.warmup_epochs
+            self.agvm.update(self.noise.averages, self.schedule.mini_batch, epochs)
+        if self.averaged:
+            self.averaged.update_parameters(self.detector)
+
+    @property
+    def evaluated_detector(self) -> Detector:
+        """The weights that are evaluated and handed on: the averaged ones, where there are any."""
+        return cast(Detector, self.averaged.module) if self.averaged else self.detector
+
     def write_metrics(self) -> None:
         """Gathers the ranks' times and memory, and writes one row of metrics."""
         times = [self.window.step_seconds, self.window.data_seconds, hardware.memory_mb(self.device)]
         step_seconds, data_seconds, memory = comm.gather(torch.tensor(times, dtype=torch.float64), "metrics").unbind(1)
-        row = self.window.row() | {
+        row: dict[str, Any] = self.window.row() | {
             "data_seconds": data_seconds.mean().item(),
             "step_seconds": step_seconds.mean().item(),
             "step_seconds_min": step_seconds.min().item(),
             "step_seconds_max": step_seconds.max().item(),
             "memory_mb": memory.max().item(),
+            "mini_batch": self.schedule.mini_batch,
         }
+        row |= self.noise.averages.row()
+        if self.config.solver.lr_modulation == "agvm":
+            row |= {f"lr_factor_{module}": factor for module, factor in self.agvm.factors.items()}
         self.run_folder.log_training(self._where() | row)
         self.window = Window()
 
     def evaluate(self) -> tuple[Evaluation, bool]:
         """Evaluates on the validation set; returns the evaluation and whether it is the best of the run so far."""
         progress.set("evaluating")
-        average_running_statistics(self.detector)
-        evaluation = evaluate_detector(self.config, self.detector, self.val_set, self.device)
+        average_running_statistics(self.evaluated_detector)
+        evaluation = evaluate_detector(self.config, self.evaluated_detector, self.val_set, self.device)
         ap, position = evaluation.metrics["AP"], self.position
         is_best = ap > position.best_ap or position.best_checkpoint is None or math.isnan(position.best_ap)
         if is_best:
@@ -174,6 +206,7 @@ class Trainer:
         """Writes a checkpoint. When that fails training goes on and tries again, unless this was the last chance."""
         progress.set("writing a checkpoint")
         average_running_statistics(self.detector)
+        average_running_statistics(self.evaluated_detector)
         random_states = comm.gather_objects(random_state.capture(), "random")
         try:
             with comm.agreement("checkpoint"):
@@ -188,9 +221,17 @@ class Trainer:
                 say(f"warning: {error} Training goes on and tries again.")
 
     def _write_checkpoint(self, random_states: list[dict[str, Any]]) -> None:
-        state = TrainingState(self.optimizer.state_dict(), self.scaler.state_dict(), self.position, random_states)
+        state = TrainingState(
+            self.optimizer.state_dict(),
+            self.scaler.state_dict(),
+            self.position,
+            random_states,
+            noise=self.noise.averages,
+            agvm=self.agvm,
+            weights=self.detector.state_dict() if self.averaged else None,
+        )
         run_dir, epoch = self.run_folder.path, self._where()["epoch"]
-        checkpoint.save(run_dir, self.detector.state_dict(), state, self.description, epoch)
+        checkpoint.save(run_dir, self.evaluated_detector.state_dict(), state, self.description, epoch)
         try:
             checkpoint.prune(run_dir, self.config.output.keep_checkpoints, self.position.best_checkpoint)
         except OSError as error:
@@ -214,9 +255,14 @@ class Trainer:
         """Goes on where a checkpoint was written. Collective only through what its callers agree on."""
         state = saved.state()
         load_checkpoint(self.detector, saved.path)
-        self.optimizer.load_state_dict(state.optimizer)
+        if self.averaged:
+            self.averaged.module.load_state_dict(self.detector.state_dict())
+            self.averaged.n_averaged.fill_(state.position.step)
+        if state.weights:
+            self.detector.load_state_dict(state.weights)
+        load_optimizer(self.optimizer, state.optimizer)
         self.scaler.load_state_dict(state.scaler)
-        self.position = state.position
+        self.position, self.noise.averages, self.agvm = state.position, state.noise, state.agvm
         if len(state.random) == comm.size():
             random_state.restore(state.random[comm.rank()])
         else:

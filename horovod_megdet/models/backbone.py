@@ -39,7 +39,7 @@ def build_backbone(model: ModelConfig, norms: Norms) -> BackboneWithFPN:
     """ResNet + FPN with random weights.
 
     The output is ``{"0".."3", "pool"}``, the levels P2 to P6 of (N, fpn_channels, H / stride, W / stride). Stages
-    below ``trainable_stages`` are frozen: neither weights nor normalisation statistics change in any mode. With random
+    below ``trainable_stages`` are frozen: neither weights nor normalization statistics change in any mode. With random
     weights there is nothing to keep, and all stages train.
     """
     resnet = _build_resnet(model, norms)

@@ -61,7 +61,7 @@ class Detector(GeneralizedRCNN):
         return super().forward([self._in_unit_range(image) for image in images], targets)
 
     def forward_losses(self, images: list[Tensor], targets: list[dict[str, Any]]) -> Losses:
-        """The losses in training mode. Collective within the group of the normalisation layers.
+        """The losses in training mode. Collective within the group of the normalization layers.
 
         Each target has ``boxes`` (k, 4) float xyxy in pixels of the image, ``labels`` (k,) int64 from 1, and ``seed``,
         an int that decides which anchors and RoIs of the image are sampled.
@@ -69,7 +69,7 @@ class Detector(GeneralizedRCNN):
         found = self(images, targets)
         counts = {name: found[count] for name, count in COUNT_OF_LOSS.items()}
         # The mean of no samples is NaN. Zero instead, still a function of the weights: the backward pass through the
-        # normalisation layers is collective.
+        # normalization layers is collective.
         values = {name: found[name] if count else found[name].nan_to_num() for name, count in counts.items()}
         return Losses(values, counts)
 

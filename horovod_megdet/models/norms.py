@@ -1,4 +1,4 @@
-"""The choice of normalisation for a part of the detector."""
+"""The choice of normalization for a part of the detector."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from horovod_megdet.layers.cross_gpu_bn import convert_batch_norm, replace_layer
 
 @dataclass(frozen=True)
 class Norms:
-    """Makes the normalisation layers of all parts.
+    """Makes the normalization layers of all parts.
 
     A part is built with plain ``BatchNorm2d`` (:meth:`layer`), which is then exchanged (:meth:`finish`), so that
     torchvision's constructors need to know nothing about the kinds.
@@ -26,7 +26,7 @@ class Norms:
     """The ranks that share statistics in ``cgbn`` layers; all if None."""
 
     def layer(self, kind: Norm) -> Callable[..., nn.Module] | None:
-        """The ``norm_layer`` argument of torchvision's blocks: None for no normalisation."""
+        """The ``norm_layer`` argument of torchvision's blocks: None for no normalization."""
         if kind == "none":
             return None
         return partial(nn.BatchNorm2d, eps=self.config.eps, momentum=self.config.momentum)
@@ -42,7 +42,7 @@ class Norms:
 
 
 def freeze_norms(part: nn.Module) -> None:
-    """Replaces ``BatchNorm2d`` by a fixed scale and shift per channel, which no mode and no optimiser changes."""
+    """Replaces ``BatchNorm2d`` by a fixed scale and shift per channel, which no mode and no optimizer changes."""
     replace_layers(part, (nn.BatchNorm2d,), lambda layer, _: FrozenBatchNorm2d(layer.num_features, layer.eps))
 
 

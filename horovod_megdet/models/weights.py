@@ -155,7 +155,7 @@ def _dispensable(name: str, value: Tensor | None) -> bool:
 
 
 def _without_counters(names: set[str]) -> set[str]:
-    """Without the batch counters of normalisation layers, which frozen ones do not have."""
+    """Without the batch counters of normalization layers, which frozen ones do not have."""
     return {name for name in names if not name.endswith(".num_batches_tracked")}
 
 

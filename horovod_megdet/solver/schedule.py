@@ -6,7 +6,7 @@ the variance of the weight updates per image when the learning rate is k times a
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil, cos, pi, prod
 
 from horovod_megdet.config import SolverConfig
 from horovod_megdet.errors import UserError
@@ -29,7 +29,7 @@ class Schedule:
 
     @property
     def mini_batch(self) -> int:
-        """Images in one optimiser step."""
+        """Images in one optimizer step."""
         return self.images_per_pass * self.accumulation
 
     @property
@@ -54,7 +54,7 @@ class Schedule:
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of a run that starts at zero."""
+        """Optimizer steps of a run that starts at zero."""
         return ceil(self.total_images / self.mini_batch)
 
     def images(self, epochs: float) -> int:
@@ -71,13 +71,19 @@ class Schedule:
         Warm-up is linear from step to step, from :attr:`warmup_lr` to :attr:`peak_lr`; a milestone that falls into the
         warm-up takes effect all the same.
         """
-        milestones = [self.images(epochs) for epochs in self.solver.milestones]
-        decay = prod(self.solver.gammas[: bisect_right(milestones, images_seen)])
-        warmup_images = self.images(self.solver.warmup_epochs)
+        decay, warmup_images = self._decay(images_seen), self.images(self.solver.warmup_epochs)
         if images_seen >= warmup_images:
             return decay * self.peak_lr
         progress = images_seen / warmup_images
         return decay * (self.warmup_lr + progress * (self.peak_lr - self.warmup_lr))
+
+    def _decay(self, images_seen: int) -> float:
+        if self.solver.schedule == "cosine":
+            warmup_images = self.images(self.solver.warmup_epochs)
+            part = max(0, images_seen - warmup_images) / max(1, self.total_images - warmup_images)
+            return 0.5 + 0.5 * cos(pi * min(1.0, part))
+        milestones = [self.images(epochs) for epochs in self.solver.milestones]
+        return prod(self.solver.gammas[: bisect_right(milestones, images_seen)])
 
     def finished(self, images_seen: int) -> bool:
         """True when all images have been seen."""
@@ -105,10 +111,7 @@ class Schedule:
                 f"({solver.warmup_epochs:g} epochs)",
             ),
         ]
-        for epochs, gamma in zip(solver.milestones, solver.gammas, strict=True):
-            images = self.images(epochs)
-            reached = f"step {ceil(images / step)}: x{gamma:g} = {self.lr(images):g}"
-            rows.append((f"epoch {epochs:g}", reached if images < self.total_images else "after the end"))
+        rows += [("then", "half a cosine to 0")] if solver.schedule == "cosine" else self._milestone_rows()
         rows.append(
             (
                 "total",
@@ -116,6 +119,14 @@ class Schedule:
                 f"{self.dataset_images}",
             )
         )
+        return rows
+
+    def _milestone_rows(self) -> list[tuple[str, str]]:
+        rows = []
+        for epochs, gamma in zip(self.solver.milestones, self.solver.gammas, strict=True):
+            images = self.images(epochs)
+            reached = f"step {ceil(images / self.mini_batch)}: x{gamma:g} = {self.lr(images):g}"
+            rows.append((f"epoch {epochs:g}", reached if images < self.total_images else "after the end"))
         return rows
 
 

@@ -144,11 +144,11 @@ def test_the_configurations_of_the_project_are_valid(path: Path) -> None:
         ),
         (
             "solver:\n  epochs: 3\n  momentum: 0.5\n  epochs: 4",
-            "run.yaml, line 4: `epochs` stands there for the second time: remove one of them.",
+            "run.yaml, line 4: duplicate key `epochs`: remove one of the two.",
         ),
         (
             "solver: {epochs: 3}\ndata: {}\nsolver: {epochs: 4}",
-            "run.yaml, line 3: `solver` stands there for the second time: remove one of them.",
+            "run.yaml, line 3: duplicate key `solver`: remove one of the two.",
         ),
         # Files.
         ("base: missing.yaml", "missing.yaml: no such configuration file."),
