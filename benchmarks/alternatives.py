@@ -1,4 +1,4 @@
-"""What users would take instead of our Cross-GPU BN, written after the published schemes for a comparison on CPUs."""
+"""What one would use instead of our Cross-GPU BN, written after the published schemes, to compare them on CPUs."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from horovod_megdet.layers.cross_gpu_bn import replace_layers
 
 
 class NaiveBatchNorm(nn.BatchNorm2d):
-    """The differentiable allreduce of (mean x, mean x^2) through torch.distributed that detection code bases use.
+    """The differentiable allreduce of (mean x, mean x^2) over torch.distributed that detection code bases use.
 
-    Autograd makes the backward message by itself. All ranks have to hold equally many values.
+    Autograd derives the backward message. All ranks must hold the same number of values.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class _SumOfRanks(torch.autograd.Function):
 
 
 class FiveMessageBatchNorm(nn.BatchNorm2d):
-    """The scheme of ``hvd.SyncBatchNorm`` (which refuses CPU tensors): three allgathers forward, two sums backward."""
+    """The scheme of ``hvd.SyncBatchNorm``, which refuses CPU tensors: three allgathers forward, two sums backward."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) in and out."""
@@ -85,13 +85,13 @@ class _FiveMessages(torch.autograd.Function):
         ]
         sum_dy, sum_dy_xmu = (hvd.synchronize(handle) for handle in handles)
         slope = invstd.square() * sum_dy_xmu / count
-        centred = dy - (sum_dy / count).view(1, -1, 1, 1) - xmu * slope.view(1, -1, 1, 1)
-        dx = centred * (weight * invstd).view(1, -1, 1, 1)
+        centerd = dy - (sum_dy / count).view(1, -1, 1, 1) - xmu * slope.view(1, -1, 1, 1)
+        dx = centerd * (weight * invstd).view(1, -1, 1, 1)
         return dx, local_dy_xmu * invstd, local_dy, None
 
 
-def converted(model: nn.Module, kind: type[_BatchNorm]) -> nn.Module:
-    """Replaces the plain BatchNorm layers of ``model`` by the alternative."""
+def convert(model: nn.Module, kind: type[_BatchNorm]) -> nn.Module:
+    """Replaces the plain BatchNorm layers of ``model`` with the alternative."""
 
     def make(layer: nn.BatchNorm2d, path: str) -> nn.Module:
         new = kind(layer.num_features, layer.eps, layer.momentum)

@@ -1,11 +1,11 @@
 """How fast Cross-GPU BN is: every table of docs/benchmarks.md, from one command.
 
-    python benchmarks/cross_gpu_bn.py                              # prints the tables, which takes minutes
-    python benchmarks/cross_gpu_bn.py --write docs/benchmarks.md   # and writes them
+    python benchmarks/cross_gpu_bn.py                              # prints the tables; takes minutes
+    python benchmarks/cross_gpu_bn.py --write docs/benchmarks.md   # and writes them to the file
     python benchmarks/cross_gpu_bn.py --only memory messages       # some of them
 
-Everything runs with two ranks of one thread each on this machine, but for the table of ranks. A ratio is the median
-over turns in which the variants run one after the other, the slowest rank counting; times depend on the machine.
+Everything runs on two ranks of one thread each on this machine, except for the table of ranks. The variants take
+turns; a ratio is the median over the turns, in each of which the slowest rank counts. Times depend on the machine.
 """
 
 import argparse
@@ -38,7 +38,7 @@ Table = tuple[str, Row, list[Row]]
 
 
 def measure(part: str, ranks: int = 2, settings: dict[str, str] | None = None) -> dict[str, Any]:
-    """Runs a part of measure_cgbn.py on so many ranks, with these environment variables, and returns its result."""
+    """Runs a part of measure_cgbn.py on ``ranks`` ranks with these environment variables, and returns its result."""
     mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if mpirun is None:
         raise SystemExit("mpirun is not on the PATH: activate the environment that 'make setup' made.")
@@ -53,7 +53,7 @@ def measure(part: str, ranks: int = 2, settings: dict[str, str] | None = None) -
 
 
 def steps_table() -> Table:
-    """ResNet-50 and the detector: CGBN against what else one would take."""
+    """ResNet-50 and the detector: CGBN against the alternatives."""
     names = {
         "local": "plain nn.BatchNorm2d under Horovod",
         "local_ddp": "plain nn.BatchNorm2d under DDP-gloo",
@@ -79,7 +79,7 @@ def steps_table() -> Table:
 
 
 def messages_table() -> Table:
-    """One CGBN message with our launch defaults, with Horovod's own, and as a bare MPI call."""
+    """A CGBN message with our launch defaults, with Horovod's, and as a bare MPI call."""
     ours, theirs = measure("messages"), measure("messages", settings=HOROVOD_DEFAULTS)
     rows = []
     for channels in ("64", "512", "2048"):
@@ -90,7 +90,7 @@ def messages_table() -> Table:
 
 
 def memory_table() -> Table:
-    """ResNet-50 at 512 px with and without recomputation by blocks."""
+    """ResNet-50 at 512 px with and without recomputing blocks."""
     result = measure("memory")
     none, blocks = Timing(result["512"]["none"]), Timing(result["512"]["blocks"])
     peaks = result["peak_mb"]
@@ -103,7 +103,7 @@ def memory_table() -> Table:
 
 
 def overlap_table() -> Table:
-    """CGBN messages beside the gradients' messages, by the fusion threshold."""
+    """CGBN messages beside gradient messages, by fusion threshold."""
     rows = []
     for name, settings in (
         ("default, 128 MB", {}),
@@ -121,7 +121,7 @@ def overlap_table() -> Table:
 
 
 def settings_table() -> Table:
-    """The step of the whole job by cycle time, yield and binding; each in several runs, which take turns."""
+    """The step of a whole job by cycle time, yield and core binding; several runs of each, which take turns."""
     ours = {"HOROVOD_CYCLE_TIME": "0.02", "OMPI_MCA_mpi_yield_when_idle": "1", "BENCHMARK_BIND_CORES": "1"}
     variants = [ours | {"HOROVOD_CYCLE_TIME": cycle} for cycle in ("0.01", "0.02", "0.05", "0.2", "1")]
     variants += [ours | UNBOUND, ours | {"OMPI_MCA_mpi_yield_when_idle": "0"}, HOROVOD_DEFAULTS]
@@ -142,7 +142,7 @@ def settings_table() -> Table:
 
 
 def ranks_table() -> Table:
-    """A small model on 1 to 16 ranks of this machine, and the cost of messages that they tell."""
+    """A small model on 1 to 16 ranks of this machine, and the cost of messages fitted to them."""
     results = [measure("scaling", ranks) for ranks in RANKS]
     rows = [
         (
@@ -184,7 +184,7 @@ def main() -> None:
         table = f"\n\n{_markdown(*TABLES[name]())}"
         print(table, flush=True)
         text += table
-        if arguments.write:  # after each table: an interruption keeps those before it
+        if arguments.write:  # after each table, so that an interruption keeps the previous ones
             arguments.write.write_text(text + "\n")
 
 
@@ -192,8 +192,8 @@ def _head() -> str:
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                 if line.startswith("model name")), platform.processor())  # fmt: skip
     return (
-        "# Benchmarks\n\nWritten by `python benchmarks/cross_gpu_bn.py --write docs/benchmarks.md`, which says how it "
-        f"measures. {os.cpu_count()} cores of {cpu}, no GPU, torch {torch.__version__}. A ratio below 1 "
+        "# Benchmarks\n\nWritten by `python benchmarks/cross_gpu_bn.py --write docs/benchmarks.md`, which explains how "
+        f"it measures. {os.cpu_count()} cores of {cpu}, no GPU, torch {torch.__version__}. A ratio below 1 "
         "means that ours is faster. [performance.md](performance.md) explains the figures."
     )
 

@@ -1,4 +1,4 @@
-"""What the ranks run for ``cross_gpu_bn.py``: ``mpirun -np 2 python benchmarks/measure_cgbn.py PART RESULT.json``."""
+"""What ranks run for ``cross_gpu_bn.py``: ``mpirun -np 2 python benchmarks/measure_cgbn.py PART RESULT.json``."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from alternatives import FiveMessageBatchNorm, NaiveBatchNorm, converted
+from alternatives import FiveMessageBatchNorm, NaiveBatchNorm, convert
 from timing import Timing, take_turns
 from torch import nn
 from torch.nn import functional as F
@@ -39,7 +39,7 @@ TIMED_STEPS = 10
 
 
 def classifier_step(model: nn.Module, side: int, ddp: bool = False, keep_gradients: bool = False) -> Callable[[], None]:
-    """A step of SGD on fixed random images: forward, backward with averaged gradients, update."""
+    """An SGD step on fixed random images: forward, backward with averaged gradients, update."""
     generator = torch.Generator().manual_seed(comm.rank())
     images = torch.randn(IMAGES_PER_RANK, 3, side, side, generator=generator)
     labels = torch.randint(0, CLASSES, (IMAGES_PER_RANK,), generator=generator)
@@ -58,7 +58,7 @@ def classifier_step(model: nn.Module, side: int, ddp: bool = False, keep_gradien
 
 
 def resnet_steps() -> dict[str, Any]:
-    """ResNet-50 with Cross-GPU BN and with what users would take instead, at two image sizes."""
+    """ResNet-50 with Cross-GPU BN and with the alternatives, at two image sizes."""
     folder = comm.broadcast_object(tempfile.mkdtemp() if comm.is_main() else "", "benchmark.store")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=comm.rank(), world_size=comm.size())
     torch.manual_seed(0)
@@ -66,8 +66,8 @@ def resnet_steps() -> dict[str, Any]:
     models = {
         "local": (copy.deepcopy(plain), False),
         "cgbn": (convert_batch_norm(copy.deepcopy(plain)), False),
-        "five_messages": (converted(copy.deepcopy(plain), FiveMessageBatchNorm), False),
-        "naive_ddp": (converted(copy.deepcopy(plain), NaiveBatchNorm), True),
+        "five_messages": (convert(copy.deepcopy(plain), FiveMessageBatchNorm), False),
+        "naive_ddp": (convert(copy.deepcopy(plain), NaiveBatchNorm), True),
         "local_ddp": (copy.deepcopy(plain), True),
     }
     result = {}
@@ -91,7 +91,7 @@ def detector_steps() -> dict[str, Any]:
 
 
 def detector_step(model: ModelConfig) -> Callable[[], None]:
-    """A step of SGD of the detector on fixed random images with four objects each."""
+    """An SGD step of the detector on fixed random images with four objects each."""
     detector = build_detector(model, BatchNormConfig(), num_classes=5).train()
     generator = torch.Generator().manual_seed(comm.rank())
     images = [torch.randint(0, 256, (3, 320, 320), dtype=torch.uint8, generator=generator) for _ in range(2)]
@@ -111,7 +111,7 @@ def detector_step(model: ModelConfig) -> Callable[[], None]:
 
 
 def bare_messages() -> dict[str, float]:
-    """Seconds of the bare MPI allreduce; before Horovod starts, whose thread would talk in between."""
+    """Seconds of the bare MPI allreduce; call before Horovod starts, whose thread would send messages in between."""
     mpi = BareMPI()
     return {
         str(channels): _seconds_of_one(partial(mpi.sum_, np.zeros(2 * channels + 1)), mpi.largest)
@@ -120,7 +120,7 @@ def bare_messages() -> dict[str, float]:
 
 
 def messages() -> dict[str, float]:
-    """Seconds of one allreduce as CGBN sends it, by its channels."""
+    """Seconds of an allreduce as CGBN sends it, by number of channels."""
     return {
         str(channels): _seconds_of_one(
             partial(comm.sum_, torch.zeros(2 * channels + 1, dtype=torch.float64), f"benchmark.{channels}"), _largest
@@ -147,7 +147,7 @@ def _seconds_of_one(call: Callable[[], object], largest: Callable[[float], float
 
 
 def memory() -> dict[str, Any]:
-    """Peak of the activations of a ResNet-50 step at 512 px, without and with recomputation by blocks."""
+    """Peak memory of the activations in a ResNet-50 step at 512 px, without and with recomputing blocks."""
     torch.manual_seed(0)
     plain = convert_batch_norm(resnet50(num_classes=CLASSES).train())
     steps, peaks = {}, {}
@@ -164,7 +164,7 @@ def memory() -> dict[str, Any]:
 
 
 def _peak_mb(step: Callable[[], None]) -> float:
-    """How far the memory of tensors rises in a step above its level between the steps, in MB."""
+    """How far the tensors' memory rises during a step above its level between steps, in MB."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     events = profiled.profiler.kineto_results.events()
@@ -173,10 +173,10 @@ def _peak_mb(step: Callable[[], None]) -> float:
 
 
 def overlap() -> dict[str, Any]:
-    """How long CGBN messages take, alone in the forward pass and beside the gradients' messages in the backward pass.
+    """How long CGBN messages take, alone in the forward pass and beside gradient messages in the backward pass.
 
-    Per phase the median of a message on this rank, and sums over a step, in seconds: how long the first rank waits for
-    the last one to come to the message, and how long the message takes from there.
+    For each phase, in seconds, the median message on this rank, and two sums over a step: how long the first rank
+    waits for the last one to reach the message, and how long the message takes from there.
     """
     torch.manual_seed(0)
     model = convert_batch_norm(resnet50(num_classes=CLASSES).train())
@@ -198,9 +198,9 @@ def overlap() -> dict[str, Any]:
     return {"step": timing.median} | {phase: _message_times(pairs, phase) for phase, pairs in times.items()}
 
 
-def _message_times(mine: list[tuple[float, float]], phase: str) -> dict[str, float]:
-    """From start and end of each message on this rank; the ranks of a machine have the same clock."""
-    flat = torch.tensor(mine, dtype=torch.float64).flatten()
+def _message_times(times: list[tuple[float, float]], phase: str) -> dict[str, float]:
+    """From the start and end of each message on this rank; all ranks of a machine read the same clock."""
+    flat = torch.tensor(times, dtype=torch.float64).flatten()
     starts, ends = comm.gather(flat, f"benchmark.{phase}").view(comm.size(), -1, 2).unbind(-1)
     last = starts.max(0).values
     return {
@@ -211,7 +211,7 @@ def _message_times(mine: list[tuple[float, float]], phase: str) -> dict[str, flo
 
 
 def scaling() -> dict[str, Any]:
-    """Steps per second and memory of a small model on so many ranks."""
+    """Steps per second and memory of a small model on all ranks of the job."""
     torch.manual_seed(0)
     model = convert_batch_norm(resnet18(num_classes=CLASSES).train())
     timing = take_turns({"cgbn": classifier_step(model, side=64)}, turns=10)["cgbn"]
@@ -234,7 +234,7 @@ PARTS = {part.__name__: part for part in (resnet_steps, detector_steps, messages
 
 
 def main() -> None:
-    """Measures the part named on the command line; rank 0 writes the result."""
+    """Measures the part that the command line names; rank 0 writes the result."""
     part = sys.argv[1]
     bare = bare_messages() if part == "messages" else None
     comm.init()

@@ -1,4 +1,4 @@
-"""Fair timing on noisy machines: the variants take turns within one run, and ratios are formed turn by turn."""
+"""Fair timing on noisy machines: the variants take turns in one run, and ratios are computed turn by turn."""
 
 import statistics
 import time
@@ -12,22 +12,22 @@ from horovod_megdet import comm
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each turn of one variant; the slowest rank counts."""
+    """Seconds of each turn of a variant; the slowest rank counts."""
 
     seconds: list[float]
 
     @property
     def median(self) -> float:
-        """The middle of the turns."""
+        """Median over the turns."""
         return statistics.median(self.seconds)
 
     def ratio(self, other: "Timing") -> float:
-        """Median over the turns of our time over the other's in the same turn."""
+        """Median over the turns of this time divided by the other's in the same turn."""
         return statistics.median(mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True))
 
 
 def take_turns(variants: dict[str, Callable[[], object]], turns: int, warm_up: int = 2) -> dict[str, Timing]:
-    """Runs each variant once per turn, on all ranks together, each turn starting with another one. Collective."""
+    """Runs each variant once per turn, on all ranks together; each turn starts with a different one. Collective."""
     names = list(variants)
     for _ in range(warm_up):
         for name in names:

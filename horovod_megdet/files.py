@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that no reader ever sees an incomplete one."""
 
 import contextlib
 import os
@@ -11,13 +11,13 @@ from horovod_megdet.errors import UserError
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Gives a binary file to write into; it becomes ``path``, in one step, when the block ends without an exception.
+    """Opens a binary file for writing that replaces ``path``, in one step, if the block ends without an exception.
 
-    Missing folders are made. Until the end, and after a crash, ``path`` holds what it held before. Raises
-    :class:`UserError` where the file system refuses.
+    Missing folders are created. Until then, and after a crash, ``path`` holds what it held before. Raises
+    :class:`UserError` if the file system refuses.
     """
     path = Path(path)
-    # Beside the target, because only within one file system is a rename atomic.
+    # In the same folder, because a rename is atomic only within a file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

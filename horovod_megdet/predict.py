@@ -1,4 +1,4 @@
-"""Detections of a trained checkpoint on any images."""
+"""Detections of a trained checkpoint in any images."""
 
 import json
 from pathlib import Path
@@ -21,39 +21,39 @@ from horovod_megdet.report.pictures import draw_detections
 DETECTIONS_FILE = "detections.json"
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-"""What is taken for an image in a folder."""
+"""Files in a folder that count as images."""
 
 
 def predict_images(
     checkpoint: str | Path, images: list[Path], output: Path, score_threshold: float, device: str | torch.device
 ) -> Path:
-    """Writes the detections on some images to a COCO-format JSON, and each image with its detections drawn on it.
+    """Writes the detections in some images to a JSON in COCO format, and each image with its detections drawn on it.
 
     Args:
-        checkpoint: a checkpoint folder, or a run directory for its newest one.
-        images: image files, and folders whose images (not those of their sub-folders) are taken.
+        checkpoint: a checkpoint folder, or a run directory for its newest checkpoint.
+        images: image files, and folders of images (subfolders are ignored).
         output: folder for ``detections.json`` and one PNG per image. The JSON has ``images``, ``categories`` and
-            ``annotations`` with ``score``: a whole COCO file, of which ``annotations`` alone is COCO's results format.
-        score_threshold: detections below it are left out.
+            ``annotations`` with ``score``: a complete COCO file whose ``annotations`` alone are COCO's results format.
+        score_threshold: detections with a lower score are left out.
         device: where the detector runs: ``cpu``, ``cuda`` or ``cuda:1``.
 
-    Returns the path of the JSON. Raises :class:`UserError` at once for a bad checkpoint, score or device; for images
-    that are missing or unreadable, with a sentence for each, after all others are done and written.
+    Returns the path of the JSON. Raises :class:`UserError` immediately for a bad checkpoint, score or device; for
+    missing or unreadable images, with a sentence for each, after all other images are done and written.
     """
     if not 0 <= score_threshold <= 1:
-        raise UserError(f"The lowest score has to be between 0 and 1, not {score_threshold:g}.")
+        raise UserError(f"The lowest score must be between 0 and 1, not {score_threshold:g}.")
     saved = checkpoints.read(checkpoint)
     config, class_names = saved.config, saved.run.class_names
     model = config.model.model_copy(update={"weights": "none", "score_threshold": score_threshold})
     detector = build_detector(model, config.batch_norm, len(class_names))
     detector.load_state_dict(saved.weights())
-    detector.to(_usable(device)).eval()
+    detector.to(_checked(device)).eval()
     transform = build_transform(config.data, training=False)
 
     files, problems = _find_images(images)
     entries: list[dict[str, Any]] = []
     detections: list[tuple[int, Arrays]] = []
-    for path, name in track(_with_names(files), "predicting", console=Console(stderr=True)):
+    for path, name in track(_with_picture_names(files), "predicting", console=Console(stderr=True)):
         try:
             image = read_image(path)
         except ImageFileError as error:
@@ -73,12 +73,12 @@ def predict_images(
     return output / DETECTIONS_FILE
 
 
-def _usable(device: str | torch.device) -> torch.device:
+def _checked(device: str | torch.device) -> torch.device:
     try:
         return torch.zeros((), device=device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
-        raise UserError(f"The device {str(device)!r} cannot be used: {reason}. Take cpu instead.") from None
+        raise UserError(f"The device {str(device)!r} cannot be used: {reason}. Use cpu instead.") from None
 
 
 def _write_picture(path: Path, image: Tensor, found: Arrays, class_names: list[str]) -> None:
@@ -89,7 +89,7 @@ def _write_picture(path: Path, image: Tensor, found: Arrays, class_names: list[s
 
 @torch.inference_mode()
 def _predict(detector: Detector, transform: DetectionTransform, path: Path, size: tuple[int, int]) -> Arrays:
-    # Read once more and resized like the images of an evaluation, so that the detections are the same.
+    # Read again and resized like the images of an evaluation, so that the detections are the same.
     generator = torch.Generator()
     new_size = transform.draw_size(size, generator)
     resized, _ = transform.apply(read_image(path, new_size), torch.zeros(0, 4), size, new_size, generator)
@@ -102,21 +102,21 @@ def _size(image: Tensor) -> tuple[int, int]:
 
 
 def _find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
-    """The image files that the paths stand for, and a sentence for each path that stands for none."""
+    """The image files that the paths lead to, and a sentence for each path that leads to none."""
     files, problems = [], []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
-            if not inside:
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+            if not found:
                 problems.append(f"{path}: there are no images in this folder.")
-            files += inside
+            files += found
         else:
             files.append(path)
     return files, problems
 
 
-def _with_names(files: list[Path]) -> list[tuple[Path, str]]:
-    """Each file with the name of its PNG; equal names get a number."""
+def _with_picture_names(files: list[Path]) -> list[tuple[Path, str]]:
+    """Each file with the name of its PNG; duplicate names get a number."""
     taken: set[str] = set()
     named = []
     for path in files:

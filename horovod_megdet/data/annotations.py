@@ -1,8 +1,9 @@
-"""COCO annotation files and image folders: parsed, checked entry by entry, and packed into compact arrays."""
+"""COCO annotation files and image folders: parsed, checked entry by entry, and packed into arrays."""
 
 import itertools
 import json
 import reprlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,16 +17,16 @@ from horovod_megdet.errors import UserError
 from horovod_megdet.progress import progress
 
 FILE_THREADS = 8
-"""Threads that look at image files: on a network file system each file is a wait of some milliseconds."""
+"""Threads that check image files: on a network file system each file takes milliseconds, most of them waiting."""
 
 FILES_PER_TASK = 64
-"""Image files that a thread takes at a time, so that handing them out costs nothing."""
+"""Image files that a thread takes at a time, so that distributing them costs next to nothing."""
 
 MINIMUM_SIDE = 0.01
-"""Boxes thinner than this, in pixels, have no area: scaled down they could vanish in float32."""
+"""Boxes thinner than this, in pixels, count as empty: scaled down they could vanish in float32."""
 
 COORDINATE_LIMIT = 1e9
-"""Coordinates and areas beyond this are taken for garbage, like NaN."""
+"""Coordinates and areas beyond this count as garbage, like NaN."""
 
 ID_LIMIT = 2**63
 
@@ -36,10 +37,10 @@ CheckImages = Literal["open", "decode"]
 class Problem:
     """One bad entry of an annotation file, or one bad image file."""
 
-    what: str
-    """A sentence without full stop, such as `box [3, 4, 0, 7] has no area`."""
+    message: str
+    """A sentence without its period, such as `the box [3, 4, 0, 7] has no area`."""
     file: str = ""
-    """The image file, where there is one."""
+    """The image file, if there is one."""
     image: int | None = None
     """Image id."""
     annotation: int | None = None
@@ -51,12 +52,12 @@ class Problem:
             where.append(f"annotation {self.annotation}")
         if self.image is not None:
             where.append(f"image {self.image}" + (f" ({self.file})" if self.file else ""))
-        return f"{', '.join(where)}: {self.what}" if where else self.what
+        return f"{', '.join(where)}: {self.message}" if where else self.message
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """The good entries of an annotation file, as arrays. Boxes are sorted by image."""
+    """The valid entries of an annotation file, as arrays. Boxes are sorted by image."""
 
     category_ids: list[int]
     """Ids in the file, sorted."""
@@ -69,22 +70,22 @@ class Annotations:
     sizes: NDArray[np.int32]
     """(n, 2), (height, width) in pixels after EXIF orientation."""
     annotated: NDArray[np.bool_]
-    """(n,), whether the file has any entry for the image, good or bad."""
+    """(n,), whether the file has any entry for the image, valid or not."""
     first_box: NDArray[np.int64]
-    """(n + 1,): image i has the boxes `first_box[i]` up to `first_box[i + 1]`."""
+    """(n + 1,): the boxes of image i are `boxes[first_box[i] : first_box[i + 1]]`."""
     boxes: NDArray[np.float64]
-    """(m, 4), x, y, width, height in pixels, as in the file: they may reach past the image's edge."""
+    """(m, 4), x, y, width, height in pixels, as in the file: they may extend past the image's edge."""
     labels: NDArray[np.int64]
     """(m,), 1 + index in `category_ids`."""
     areas: NDArray[np.float64]
-    """(m,), of the object in square pixels, as in the file; of the box where the file has none."""
+    """(m,), the object's area in square pixels, as in the file, or the box's if the file has none."""
     crowd: NDArray[np.bool_]
-    """(m,), whether the box is around a crowd of objects."""
+    """(m,), whether the box surrounds a crowd of objects."""
     problems: list[Problem]
     """What was left out, and why."""
 
     def select(self, keep: NDArray[np.bool_]) -> "Annotations":
-        """The images where ``keep`` (n,) is true, with their boxes."""
+        """The images for which ``keep`` (n,) is true, with their boxes."""
         counts = np.diff(self.first_box)
         boxes = np.repeat(keep, counts)
         per_image = {name: getattr(self, name)[keep] for name in ("image_ids", "file_names", "sizes", "annotated")}
@@ -95,18 +96,18 @@ class Annotations:
 
 @dataclass(frozen=True)
 class _Image:
-    """An entry of `images` that could be understood."""
+    """A valid entry of `images`."""
 
     id: int
     file: str
     size: tuple[int, int] | None
-    """(height, width) in the annotation file, not checked."""
+    """(height, width) according to the annotation file, not checked."""
 
 
 def read_annotations(annotations: Path, images: Path, check_images: CheckImages) -> Annotations:
-    """Reads a COCO JSON, looks at every image file, and separates good entries from bad ones.
+    """Reads a COCO JSON, checks every image file, and separates valid entries from bad ones.
 
-    Raises :class:`UserError` where nothing can be used: a missing folder, invalid JSON, a missing section, no images.
+    Raises :class:`UserError` if nothing can be used: a missing folder, invalid JSON, a missing section, no images.
     """
     content = _read_json(annotations)
     if not images.is_dir():
@@ -116,8 +117,8 @@ def read_annotations(annotations: Path, images: Path, check_images: CheckImages)
     listed = _read_images(content["images"], problems)
     sizes = _check_files(listed, images, check_images, problems)
     reader = _AnnotationReader(sorted(names), listed, sizes, problems)
-    for place, entry in enumerate(content["annotations"]):
-        reader.read(place, entry)
+    for index, entry in enumerate(content["annotations"]):
+        reader.read(index, entry)
     return reader.pack(_unique_names(names))
 
 
@@ -138,24 +139,24 @@ def _read_json(path: Path) -> dict[str, list[Any]]:
             raise UserError(f"{path}: not a COCO annotation file: it has no list `{section}`.")
     for section in ("images", "categories"):
         if not content[section]:
-            raise UserError(f"{path}: the list `{section}` is empty, there is nothing to detect.")
+            raise UserError(f"{path}: the list `{section}` is empty: there is nothing to detect.")
     return content
 
 
 def _without_polygons(entry: dict[str, Any]) -> dict[str, Any]:
-    """Segmentations are most of a COCO file; dropped while it is parsed, they never fill the memory."""
+    """Drops segmentations, most of a COCO file, during parsing: they never fill the memory."""
     entry.pop("segmentation", None)
     return entry
 
 
 def _read_categories(entries: list[Any], problems: list[Problem]) -> dict[int, str]:
     names: dict[int, str] = {}
-    for place, entry in enumerate(entries):
-        if fault := _entry_fault(entry, "id", "name"):
-            problems.append(Problem(f"entry {place} of `categories` {fault}"))
+    for index, entry in enumerate(entries):
+        if error := _entry_error(entry, "id", "name"):
+            problems.append(Problem(f"entry {index} of `categories` {error}"))
         elif entry["id"] in names:
             problems.append(
-                Problem(f"category id {entry['id']} is given twice: {names[entry['id']]!r} and {entry['name']!r}")
+                Problem(f"duplicate category id {entry['id']}: {names[entry['id']]!r} and {entry['name']!r}")
             )
         else:
             names[entry["id"]] = str(entry["name"])
@@ -163,18 +164,18 @@ def _read_categories(entries: list[Any], problems: list[Problem]) -> dict[int, s
 
 
 def _unique_names(names: dict[int, str]) -> list[str]:
-    """Class names in the order of their ids; where two are alike the id is added."""
-    given = list(names.values())
-    return [name if given.count(name) == 1 else f"{name} ({id})" for id, name in sorted(names.items())]
+    """Class names in the order of their ids; those that several categories share get the id as a suffix."""
+    uses = Counter(names.values())
+    return [name if uses[name] == 1 else f"{name} ({id})" for id, name in sorted(names.items())]
 
 
 def _read_images(entries: list[Any], problems: list[Problem]) -> list[_Image]:
     images: dict[int, _Image] = {}
-    for place, entry in enumerate(entries):
-        if fault := _entry_fault(entry, "id", "file_name"):
-            problems.append(Problem(f"entry {place} of `images` {fault}"))
+    for index, entry in enumerate(entries):
+        if error := _entry_error(entry, "id", "file_name"):
+            problems.append(Problem(f"entry {index} of `images` {error}"))
         elif entry["id"] in images:
-            problems.append(Problem("the image id is given twice", str(entry["file_name"]), entry["id"]))
+            problems.append(Problem("duplicate image id", str(entry["file_name"]), entry["id"]))
         else:
             size = (entry["height"], entry["width"]) if "height" in entry and "width" in entry else None
             images[entry["id"]] = _Image(entry["id"], str(entry["file_name"]), size)
@@ -184,7 +185,7 @@ def _read_images(entries: list[Any], problems: list[Problem]) -> list[_Image]:
 def _check_files(
     listed: list[_Image], folder: Path, check_images: CheckImages, problems: list[Problem]
 ) -> dict[int, tuple[int, int]]:
-    """Sizes (height, width) after EXIF orientation, by image id, of the image files that are good."""
+    """Sizes (height, width) after EXIF orientation of the usable image files, by image id."""
 
     def check(image: _Image) -> tuple[int, int] | str:
         path = folder / image.file
@@ -194,26 +195,26 @@ def _check_files(
                 read_image(path)
         except ImageFileError as error:
             return str(error)
-        # Many tools write the size of the pixels as stored, and boxes as they were drawn on the displayed image.
+        # Many tools write the size as stored, but boxes as drawn on the displayed image.
         if image.size not in (None, header.size, header.stored_size):
-            return f"the annotation file says (height, width) = {image.size}, the image file {header.size}"
+            return f"(height, width) is {image.size} in the annotation file and {header.size} in the image file"
         return header.size
 
     tasks = [listed[at : at + FILES_PER_TASK] for at in range(0, len(listed), FILES_PER_TASK)]
     with ThreadPoolExecutor(FILE_THREADS) as threads:
-        findings = threads.map(lambda task: [check(image) for image in task], tasks)
+        results = threads.map(lambda task: [check(image) for image in task], tasks)
     sizes: dict[int, tuple[int, int]] = {}
-    for image, found in zip(listed, itertools.chain.from_iterable(findings), strict=True):
+    for image, result in zip(listed, itertools.chain.from_iterable(results), strict=True):
         progress.advance()
-        if isinstance(found, str):
-            problems.append(Problem(found, image.file, image.id))
+        if isinstance(result, str):
+            problems.append(Problem(result, image.file, image.id))
         else:
-            sizes[image.id] = found
+            sizes[image.id] = result
     return sizes
 
 
 class _AnnotationReader:
-    """Checks the entries of `annotations` one by one, and packs the good ones into arrays."""
+    """Checks the entries of `annotations` one by one, and packs the valid ones into arrays."""
 
     def __init__(
         self,
@@ -225,39 +226,39 @@ class _AnnotationReader:
         self.category_ids = category_ids
         self.labels = {id: label for label, id in enumerate(category_ids, start=1)}
         self.listed = {image.id: image for image in listed}
-        self.good = [image for image in listed if image.id in sizes]
-        self.places = {image.id: place for place, image in enumerate(self.good)}
+        self.usable = [image for image in listed if image.id in sizes]
+        self.index_of = {image.id: index for index, image in enumerate(self.usable)}
         self.sizes = sizes
         self.problems = problems
-        self.annotated = np.zeros(len(self.good), dtype=bool)
+        self.annotated = np.zeros(len(self.usable), dtype=bool)
         self.seen: set[int] = set()
         self.rows: list[tuple[float, ...]] = []
 
-    def read(self, place: int, entry: Any) -> None:
-        """Takes one entry in, or notes what is wrong with it."""
-        if fault := _entry_fault(entry, "id", "image_id", "category_id", "bbox"):
-            self.problems.append(Problem(f"entry {place} of `annotations` {fault}"))
+    def read(self, index: int, entry: Any) -> None:
+        """Adds an entry, or notes what is wrong with it."""
+        if error := _entry_error(entry, "id", "image_id", "category_id", "bbox"):
+            self.problems.append(Problem(f"entry {index} of `annotations` {error}"))
             return
         image = self.listed.get(entry["image_id"]) if _is_id(entry["image_id"]) else None
-        if image is not None and image.id not in self.places:
-            return  # Left out with its image, which is one problem and not one for each of its annotations.
+        if image is not None and image.id not in self.index_of:
+            return  # Left out with its image: one problem, not one for each annotation.
         if image is not None:
-            self.annotated[self.places[image.id]] = True
-        if fault := self._fault(entry, image):
+            self.annotated[self.index_of[image.id]] = True
+        if error := self._error(entry, image):
             file, image_id = (image.file, image.id) if image else ("", None)
-            self.problems.append(Problem(fault, file, image_id, entry["id"]))
+            self.problems.append(Problem(error, file, image_id, entry["id"]))
             return
         assert image is not None
         self.seen.add(entry["id"])
         box = entry["bbox"]
         area = entry.get("area", box[2] * box[3])
         crowd = bool(entry.get("iscrowd", 0))
-        self.rows.append((self.places[image.id], *box, self.labels[entry["category_id"]], area, crowd))
+        self.rows.append((self.index_of[image.id], *box, self.labels[entry["category_id"]], area, crowd))
 
-    def _fault(self, entry: dict[str, Any], image: _Image | None) -> str | None:
+    def _error(self, entry: dict[str, Any], image: _Image | None) -> str | None:
         box = entry["bbox"]
         if entry["id"] in self.seen:
-            return "the annotation id is given twice"
+            return "duplicate annotation id"
         if image is None:
             return f"there is no image {entry['image_id']!r} in `images`"
         if not _is_id(entry["category_id"]) or entry["category_id"] not in self.labels:
@@ -272,23 +273,23 @@ class _AnnotationReader:
             return f"the box {box} has no area"
         height, width = self.sizes[image.id]
         if min(box[0] + box[2], width) - max(box[0], 0) < MINIMUM_SIDE:
-            return f"the box {box} lies outside the image, which is {width} wide"
+            return f"the box {box} lies outside the image, which is {width} pixels wide"
         if min(box[1] + box[3], height) - max(box[1], 0) < MINIMUM_SIDE:
-            return f"the box {box} lies outside the image, which is {height} high"
+            return f"the box {box} lies outside the image, which is {height} pixels high"
         return None
 
     def pack(self, class_names: list[str]) -> Annotations:
-        """The good entries as arrays."""
+        """The valid entries as arrays."""
         rows = np.array(self.rows, dtype=np.float64).reshape(-1, 8)
         rows = rows[np.argsort(rows[:, 0], kind="stable")]
         return Annotations(
             category_ids=self.category_ids,
             class_names=class_names,
-            image_ids=np.array([image.id for image in self.good], dtype=np.int64),
-            file_names=np.array([image.file for image in self.good], dtype=np.str_),
-            sizes=np.array([self.sizes[image.id] for image in self.good], dtype=np.int32).reshape(-1, 2),
+            image_ids=np.array([image.id for image in self.usable], dtype=np.int64),
+            file_names=np.array([image.file for image in self.usable], dtype=np.str_),
+            sizes=np.array([self.sizes[image.id] for image in self.usable], dtype=np.int32).reshape(-1, 2),
             annotated=self.annotated,
-            first_box=np.searchsorted(rows[:, 0], np.arange(len(self.good) + 1)),
+            first_box=np.searchsorted(rows[:, 0], np.arange(len(self.usable) + 1)),
             boxes=rows[:, 1:5],
             labels=rows[:, 5].astype(np.int64),
             areas=rows[:, 6],
@@ -297,14 +298,14 @@ class _AnnotationReader:
         )
 
 
-def _entry_fault(entry: Any, *keys: str) -> str | None:
-    """What is wrong with an entry of any section: it must be an object with these keys and a usable id."""
+def _entry_error(entry: Any, *keys: str) -> str | None:
+    """What is wrong with an entry of any section: it must be an object with these keys and a valid id."""
     if not isinstance(entry, dict):
         return f"is {reprlib.repr(entry)}, not an object"
     if missing := [key for key in keys if key not in entry]:
         return f"has no {' and no '.join(f'`{key}`' for key in missing)}: {reprlib.repr(entry)}"
     if not _is_id(entry["id"]):
-        return f"has the id {entry['id']!r}; ids must be whole numbers"
+        return f"has the id {entry['id']!r}, but ids must be integers"
     return None
 
 

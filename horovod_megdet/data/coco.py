@@ -1,10 +1,10 @@
-"""A COCO-format data set: COCO JSON and a folder of images, checked once and kept compact."""
+"""A data set in COCO format: a COCO JSON and a folder of images, checked once and held compactly."""
 
 import contextlib
 import hashlib
 import io
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,16 +15,17 @@ from torch.utils.data import Dataset
 from horovod_megdet.data.annotations import Annotations, CheckImages, Problem, read_annotations
 from horovod_megdet.data.images import read_image
 from horovod_megdet.errors import UserError
+from horovod_megdet.wording import some
 
 SHOWN_PROBLEMS = 5
-"""Problems that an error message lists; `megdet check-data` lists all."""
+"""Problems that an error message lists; `megdet check-data` lists all of them."""
 
 
 class CocoDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Images with their boxes; made by :func:`load_dataset`.
 
     Label ``k + 1`` stands for the category ``category_ids[k]``; label 0 is the background. Everything is held in a few
-    numpy arrays, so that a loader worker's copy is small.
+    numpy arrays, so that each loader worker's copy is small.
     """
 
     def __init__(self, found: Annotations, images: Path, *, training: bool, annotations: Path | None = None) -> None:
@@ -60,11 +61,11 @@ class CocoDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return self.read(index)
 
     def read(self, index: int, at_least: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """One image with its boxes; for training without crowd regions.
+        """An image with its boxes; in a training set without crowd regions.
 
         Returns the image as uint8 (3, height, width) RGB, boxes as float32 (k, 4) xyxy in pixels of the full image,
-        clipped to it, and labels as int64 (k,). With ``at_least`` = (height, width) the image may come smaller than it
-        is, see :func:`~horovod_megdet.data.images.read_image`; boxes stay as they are.
+        clipped to it, and labels as int64 (k,). With ``at_least`` = (height, width) the image may come at a fraction
+        of its size, see :func:`~horovod_megdet.data.images.read_image`; the boxes do not change.
 
         Raises :class:`~horovod_megdet.data.images.ImageFileError` naming the file.
         """
@@ -83,9 +84,9 @@ class CocoDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return self.image_folder / str(self.file_names[index])
 
     def to_coco(self) -> COCO:
-        """The valid annotations, crowd regions included, for pycocotools; image and category ids are those of the JSON.
+        """The valid annotations, including crowd regions, for pycocotools; image and category ids are the JSON's.
 
-        Annotation ids are numbered from 1, because pycocotools takes a match with an annotation of id 0 for none.
+        Annotation ids count from 1, because to pycocotools a match with an annotation of id 0 is no match.
         """
         image_of_box = np.repeat(self.image_ids, np.diff(self._first_box)).tolist()
         boxes, areas = self._boxes.tolist(), self._areas.tolist()
@@ -102,14 +103,14 @@ class CocoDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
             ],
             "annotations": [
                 {
-                    "id": place + 1,
-                    "image_id": image_of_box[place],
+                    "id": index + 1,
+                    "image_id": image_of_box[index],
                     "category_id": self.category_ids[label - 1],
-                    "bbox": boxes[place],
-                    "area": areas[place],
-                    "iscrowd": int(self._crowd[place]),
+                    "bbox": boxes[index],
+                    "area": areas[index],
+                    "iscrowd": int(self._crowd[index]),
                 }
-                for place, label in enumerate(self._labels.tolist())
+                for index, label in enumerate(self._labels.tolist())
             ],
         }
         with contextlib.redirect_stdout(io.StringIO()):
@@ -134,12 +135,12 @@ def load_dataset(
 ) -> CocoDataset:
     """Reads and checks a COCO JSON and its folder of images.
 
-    ``training`` leaves out crowd regions, images that hold only crowd regions or bad annotations and, without
+    ``training`` leaves out crowd regions, images with only crowd regions or bad annotations and, without
     ``keep_empty``, images without annotations; evaluation keeps all images. ``bad`` says whether bad entries and image
-    files are one error or are skipped and listed in ``problems``. ``check_images`` says whether each image file's
-    header is read, or all of it decoded.
+    files raise one error, or are skipped and listed in ``problems``. ``check_images`` says whether to read only the
+    header of each image file, or to decode all of it.
 
-    Raises :class:`UserError` where there are problems, or nothing is left.
+    Raises :class:`UserError` if there are problems, or no image remains.
     """
     annotations, images = Path(annotations), Path(images)
     found = read_annotations(annotations, images, check_images)
@@ -148,41 +149,41 @@ def load_dataset(
     if training:
         found = _trainable(found, keep_empty)
     if len(found.image_ids) == 0:
-        raise UserError(_nothing_left(annotations, found.problems, training))
+        raise UserError(_describe_nothing_left(annotations, found.problems, training))
     return CocoDataset(found, images, training=training, annotations=annotations)
 
 
 def check_dataset(annotations: str | Path, images: str | Path, check_images: CheckImages = "decode") -> list[Problem]:
-    """All bad entries of a COCO JSON and all bad image files.
+    """All bad entries of a COCO JSON, and all bad image files.
 
-    Raises :class:`UserError` where the file or the folder cannot be used at all.
+    Raises :class:`UserError` if the file or the folder cannot be used at all.
     """
     return read_annotations(Path(annotations), Path(images), check_images).problems
 
 
 def check_same_classes(train: CocoDataset, val: CocoDataset) -> None:
     """Raises :class:`UserError` unless both sets have the same categories, by id and name."""
-    ours = dict(zip(train.category_ids, train.class_names, strict=True))
-    theirs = dict(zip(val.category_ids, val.class_names, strict=True))
-    if ours == theirs:
+    in_train = dict(zip(train.category_ids, train.class_names, strict=True))
+    in_val = dict(zip(val.category_ids, val.class_names, strict=True))
+    if in_train == in_val:
         return
-    only_train = [f"{id} {name!r}" for id, name in ours.items() if theirs.get(id) != name]
-    only_val = [f"{id} {name!r}" for id, name in theirs.items() if ours.get(id) != name]
+    only_train = [f"{id} {name!r}" for id, name in in_train.items() if in_val.get(id) != name]
+    only_val = [f"{id} {name!r}" for id, name in in_val.items() if in_train.get(id) != name]
     raise UserError(
         f"{train.annotations} and {val.annotations} have different categories: "
-        f"{_shortened(only_train)} only in the first, {_shortened(only_val)} only in the second. "
+        f"{some(only_train) or 'none'} only in the first, {some(only_val) or 'none'} only in the second. "
         "Give both files the same list `categories`."
     )
 
 
 def describe_problems(annotations: Path, problems: list[Problem]) -> str:
-    """One message with the first few problems and the number of all."""
+    """One message with the first few problems, and how many there are."""
     noun = "problem" if len(problems) == 1 else "problems"
     lines = [f"{annotations}: {len(problems)} {noun} in the annotations or image files:"]
     lines += [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
     if len(problems) > SHOWN_PROBLEMS:
         lines.append(f"  ... and {len(problems) - SHOWN_PROBLEMS} more")
-    lines.append("`megdet check-data` shows all; `data.bad_annotations: skip` leaves them out.")
+    lines.append("`megdet check-data` lists all of them; `data.bad_annotations: skip` leaves them out.")
     return "\n".join(lines)
 
 
@@ -192,20 +193,14 @@ def _trainable(found: Annotations, keep_empty: bool) -> Annotations:
     objects = np.bincount(image_of_box[~found.crowd], minlength=len(found.image_ids))
     keep = objects > 0
     if keep_empty:
-        # An image with nothing but crowd regions or bad boxes is not empty: it would teach that objects are background.
+        # An image with only crowd regions or bad boxes is not empty: it would teach that objects are background.
         keep |= ~found.annotated
     return found.select(keep)
 
 
-def _nothing_left(annotations: Path, problems: list[Problem], training: bool) -> str:
+def _describe_nothing_left(annotations: Path, problems: list[Problem], training: bool) -> str:
     if problems:
         return f"{annotations}: no image is left.\n{describe_problems(annotations, problems)}"
     if training:
-        return f"{annotations}: no image has annotations; `data.keep_empty_images: true` trains on images without."
+        return f"{annotations}: no image has annotations; `data.keep_empty_images: true` trains on images without any."
     return f"{annotations}: no image is left."
-
-
-def _shortened(items: list[Any], limit: int = SHOWN_PROBLEMS) -> str:
-    if not items:
-        return "none"
-    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")

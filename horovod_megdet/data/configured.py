@@ -10,7 +10,7 @@ SYNTHETIC = "synthetic:"
 
 
 def make_synthetic(data: DataConfig) -> None:
-    """Generates the embedded data set where the configuration names it and it is not there yet."""
+    """Generates the synthetic data set if the configuration uses it and it does not exist yet."""
     if SYNTHETIC in data.train_annotations + data.val_annotations:
         ensure_synthetic(Path(data.synthetic_root), data.synthetic_train_images, data.synthetic_val_images)
 
@@ -28,7 +28,7 @@ def split_paths(data: DataConfig, training: bool) -> tuple[Path, Path]:
 
 
 def load_split(data: DataConfig, training: bool) -> CocoDataset:
-    """Loads the training or the validation set of a configuration."""
+    """Loads the training or validation set of a configuration."""
     annotations, images = split_paths(data, training)
     return load_dataset(
         annotations,

@@ -1,4 +1,4 @@
-"""Image files: size and orientation from the header, pixels as uint8 RGB whatever the file holds."""
+"""Image files: size and orientation from the header, pixels always as uint8 RGB."""
 
 import io
 import warnings
@@ -13,12 +13,12 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from horovod_megdet.errors import UserError
 
-TURNED_ORIENTATIONS = {5, 6, 7, 8}
-"""EXIF orientations that exchange width and height."""
+TRANSPOSED_ORIENTATIONS = {5, 6, 7, 8}
+"""EXIF orientations that swap width and height."""
 
 
 class ImageFileError(UserError):
-    """An image file that is missing, damaged or of a kind we cannot read."""
+    """An image file that is missing, damaged or in an unsupported format."""
 
 
 class ImageHeader(NamedTuple):
@@ -31,59 +31,59 @@ class ImageHeader(NamedTuple):
 
 
 def read_header(path: Path) -> ImageHeader:
-    """The size of an image from the file's header, which is quick and does not notice that the end is missing.
+    """The size of an image from the file's header; fast, but does not notice that the end of the file is missing.
 
     Raises :class:`ImageFileError` naming the file.
     """
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turned = _orientation(image) in TURNED_ORIENTATIONS
-    except Exception as error:  # Pillow's plugins raise whatever the damaged bytes led them to.
+            transposed = _orientation(image) in TRANSPOSED_ORIENTATIONS
+    except Exception as error:  # On damaged bytes, Pillow's plugins may raise anything.
         raise _unreadable(path, error) from None
     stored_size = (height, width)
-    return ImageHeader(stored_size[::-1] if turned else stored_size, stored_size)
+    return ImageHeader(stored_size[::-1] if transposed else stored_size, stored_size)
 
 
 def read_image(path: Path, at_least: tuple[int, int] | None = None) -> Tensor:
     """Decodes an image as displayed (after EXIF orientation) into a uint8 tensor (3, height, width), RGB.
 
-    Grey, palette, CMYK and 16-bit images are converted; transparency is dropped. A JPEG may be decoded at 1/2, 1/4
-    or 1/8 of its size, which is several times quicker and averages the pixels it leaves out, where the result is still
-    no smaller than ``at_least = (height, width)``.
+    Gray, palette, CMYK and 16-bit images are converted; transparency is dropped. A JPEG is decoded at 1/2, 1/4 or 1/8
+    of its size, which is several times faster and averages neighboring pixels, if the result is still no smaller than
+    ``at_least = (height, width)``.
 
     Raises :class:`ImageFileError` naming the file.
     """
     try:
         return _decode(path.read_bytes(), at_least)
-    except Exception as error:  # Pillow's plugins raise whatever the damaged bytes led them to.
+    except Exception as error:  # On damaged bytes, Pillow's plugins may raise anything.
         raise _unreadable(path, error) from None
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """A Pillow image of any mode as a uint8 tensor (3, height, width), RGB; EXIF orientation is not looked at."""
-    # Copied, because arrays that share memory with Pillow are read-only. Stays in the order (height, width, 3) in
-    # memory, which is the quick one for resizing.
+    """A Pillow image of any mode as a uint8 tensor (3, height, width), RGB; ignores EXIF orientation."""
+    # Copied, because arrays that share memory with Pillow are read-only. In memory the order stays (height, width, 3),
+    # which resizing is fastest with.
     return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
 
 
 def _decode(content: bytes, at_least: tuple[int, int] | None) -> Tensor:
     with warnings.catch_warnings():
-        # A large image or odd EXIF data in a readable file is nothing to tell once per epoch.
+        # A large image, or odd EXIF data in a readable file, is not worth a warning in every epoch.
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(content)) as image:
             reduced = at_least is not None and _reduce(image, at_least)
-            turned = _orientation(image) != 1
-            if image.format == "JPEG" and image.mode in ("RGB", "L") and not turned and not reduced:
-                # Gives the same pixels as Pillow in half of the time.
+            oriented = _orientation(image) != 1
+            if image.format == "JPEG" and image.mode in ("RGB", "L") and not oriented and not reduced:
+                # The same pixels as Pillow's in half the time.
                 return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
-            return to_tensor(ImageOps.exif_transpose(image) if turned else image)
+            return to_tensor(ImageOps.exif_transpose(image) if oriented else image)
 
 
 def _reduce(image: Image.Image, at_least: tuple[int, int]) -> bool:
-    """Makes a JPEG decode at a part of its size where that is large enough; says whether it will."""
+    """Makes a JPEG decode at a fraction of its size if that is large enough; returns whether it will."""
     height, width = at_least
-    if _orientation(image) in TURNED_ORIENTATIONS:
+    if _orientation(image) in TRANSPOSED_ORIENTATIONS:
         height, width = width, height
     full_size = image.size
     image.draft(None, (width, height))
@@ -91,21 +91,21 @@ def _reduce(image: Image.Image, at_least: tuple[int, int]) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8, as far as the header says."""
+    """EXIF orientation, 1 to 8, as far as the header tells."""
     if image.format == "TIFF":
-        return 1  # Pillow has turned it already.
+        return 1  # Pillow has already applied it.
     if image.format == "PNG" and not image.info.keys() & {"exif", "Raw profile type exif"}:
-        return 1  # Pillow would decode the whole image to look for it at the end.
+        return 1  # Pillow would decode the whole image to look for EXIF data at its end.
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     return orientation if orientation in range(1, 9) else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        # 16-bit grey. Pillow's own conversion would clip at 255 instead of scaling.
+        # 16-bit gray: Pillow's own conversion would clip at 255 instead of scaling.
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("it has floating point pixels, of unknown range")
+        raise ValueError("its pixels are floating-point numbers of unknown range")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -113,6 +113,6 @@ def _unreadable(path: Path, error: Exception) -> ImageFileError:
     if isinstance(error, FileNotFoundError):
         return ImageFileError(f"{path}: no such image file")
     if isinstance(error, UnidentifiedImageError):
-        return ImageFileError(f"{path}: not an image, or damaged from its start")
+        return ImageFileError(f"{path}: not an image, or damaged at its beginning")
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ImageFileError(f"{path}: image cannot be read: {reason}")
+    return ImageFileError(f"{path}: the image cannot be read: {reason}")

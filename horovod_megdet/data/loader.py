@@ -24,25 +24,25 @@ from horovod_megdet.data.sampler import GroupedBatchSampler, ImageStream, Planne
 from horovod_megdet.data.transforms import DetectionTransform, build_transform
 
 PREFETCH = 2
-"""Batches that each worker keeps ready, in shared memory (/dev/shm)."""
+"""Batches that each worker prepares ahead, in shared memory (/dev/shm)."""
 
 WORKER_SIGNALS = {signal.SIGINT, signal.SIGUSR1}
-"""Signals that reach the whole process group and that the main process answers for its workers."""
+"""Signals that reach the whole process group and that only the main process handles."""
 
 
 @dataclass
 class Batch:
-    """The images of one forward pass of one rank, or the reason why there are none."""
+    """The images of one forward pass on one rank, or the reason why there are none."""
 
     images: list[Tensor]
-    """uint8 (3, h, w) each, RGB, resized, with channels last in memory; sizes differ."""
+    """uint8 (3, h, w) each, RGB, resized, channels last in memory; their sizes differ."""
     targets: list[dict[str, Any]] = field(default_factory=list)
-    """For each image: `boxes` float32 (k, 4) xyxy in resized pixels, `labels` int64 (k,), `image_id` in the JSON,
-    `index` in the data set, `original_size` (height, width) in pixels after EXIF orientation, and `seed`, which depends
-    on the run's seed, the epoch and the index."""
+    """For each image: `boxes` float32 (k, 4) xyxy in pixels of the resized image, `labels` int64 (k,), `image_id` in
+    the JSON, `index` in the data set, `original_size` (height, width) in pixels after EXIF orientation, and `seed`,
+    which depends on the run's seed, the epoch and the index."""
     error: str | None = None
-    """A sentence naming the image files that could not be read. They are left out; a black image without objects stands
-    in for a batch that nothing is left of, so that its rank takes part in the collectives of the forward pass."""
+    """A sentence that names the image files that could not be read. They are left out; if no image remains, a black
+    one without objects replaces the batch, so that its rank takes part in the collectives of the forward pass."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -57,13 +57,13 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on ``device``; images stay uint8, which is a quarter of the bytes to copy."""
+        """The same batch on ``device``; images stay uint8, a quarter of the bytes of float32."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A worker sends each tensor through a file descriptor and a connection of its own. One tensor for the whole
-        # batch is twice as quick, and large batches do not run out of descriptors.
-        # Decoded and resized images have their channels last in memory; kept so, nothing is transposed.
+        # A worker sends each tensor through its own file descriptor and connection. One tensor for the whole batch is
+        # twice as fast, and large batches do not run out of descriptors.
+        # Decoded and resized images are channels-last in memory; packed in that order, nothing has to be transposed.
         rows = [image.permute(1, 2, 0) for image in self.images]
         pixels = torch.cat([part.reshape(-1) for part in rows] or [torch.empty(0, dtype=torch.uint8)])
         targets = [
@@ -90,7 +90,7 @@ def _unpack(pixels: Tensor, shapes: list[tuple[int, ...]], targets: list[dict[st
 
 
 class BatchReader(Dataset[Batch]):
-    """Reads and transforms the images of one batch; its index is a list of (epoch, index)."""
+    """Reads and transforms the images of a batch; an index is the batch's list of (epoch, index)."""
 
     def __init__(self, dataset: CocoDataset, transform: DetectionTransform, seed: int) -> None:
         self.dataset = dataset
@@ -110,7 +110,7 @@ class BatchReader(Dataset[Batch]):
         if errors:
             batch.error = "\n".join(errors)
         if not batch.images:
-            image, target = _blank()
+            image, target = _black_image()
             batch.images.append(image)
             batch.targets.append(target)
         return batch
@@ -133,14 +133,14 @@ class BatchReader(Dataset[Batch]):
         return image, target
 
 
-def _blank() -> tuple[Tensor, dict[str, Any]]:
+def _black_image() -> tuple[Tensor, dict[str, Any]]:
     boxes, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
     target = {"boxes": boxes, "labels": labels, "image_id": -1, "index": -1, "original_size": (64, 64), "seed": 0}
     return torch.zeros(3, 64, 64, dtype=torch.uint8), target
 
 
 def image_seed(seed: int, epoch: int, index: int) -> int:
-    """A 63-bit seed for all that is random about one image in one epoch."""
+    """A 63-bit seed for everything random about one image in one epoch."""
     return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -157,7 +157,7 @@ def build_train_loader(
 ) -> DataLoader[Batch]:
     """This rank's batches of ``images_per_rank`` images, from stream position ``start`` up to ``stop``.
 
-    The images and their augmentation depend on the seed and the stream position only: not on ranks or workers.
+    The images and their augmentation depend only on the seed and the stream position, not on ranks or workers.
     """
     stream = ImageStream(dataset.sizes, data.images_per_rank, seed)
     sampler = GroupedBatchSampler(stream, rank, ranks, start, stop)
@@ -167,13 +167,13 @@ def build_train_loader(
 def build_eval_loader(
     dataset: CocoDataset, data: DataConfig, *, rank: int, ranks: int, pin_memory: bool = False
 ) -> DataLoader[Batch]:
-    """This rank's images, one in each batch, so that no padding makes a detection depend on the number of ranks."""
+    """This rank's images, one per batch: with padding, detections would depend on the number of ranks."""
     shard = [[(0, int(index))] for index in evaluation_shard(dataset.sizes, rank, ranks)]
     return _build_loader(BatchReader(dataset, build_transform(data, training=False), 0), shard, data, pin_memory)
 
 
 def _build_loader(reader: BatchReader, sampler: Any, data: DataConfig, pin_memory: bool) -> DataLoader[Batch]:
-    # The loader draws a seed when it starts; from a generator of its own, the global one is left alone.
+    # The loader draws a seed when it starts. With its own generator it leaves the global one untouched.
     generator = torch.Generator().manual_seed(0)
     if data.workers == 0:
         return DataLoader(reader, batch_size=None, sampler=sampler, generator=generator, pin_memory=pin_memory)
@@ -185,7 +185,7 @@ def _build_loader(reader: BatchReader, sampler: Any, data: DataConfig, pin_memor
         generator=generator,
         pin_memory=pin_memory,
         num_workers=data.workers,
-        # Forked from this process, workers could crash: MPI does not survive a fork.
+        # Workers forked from this process could crash: MPI does not survive a fork.
         multiprocessing_context="forkserver",
         worker_init_fn=_start_worker,
         prefetch_factor=PREFETCH,
@@ -194,7 +194,7 @@ def _build_loader(reader: BatchReader, sampler: Any, data: DataConfig, pin_memor
 
 
 def _start_worker(_: int) -> None:
-    """Leaves signals to the main process, and the other cores to the other workers."""
+    """Leaves signals to the main process, and other cores to other workers."""
     for number in WORKER_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -204,7 +204,7 @@ def _start_worker(_: int) -> None:
 def _end_with_main_process() -> None:
     """Ends a worker whose main process was killed.
 
-    torch's own watchdog looks at the worker's parent, which is the fork server, and that waits for its workers.
+    torch's own watchdog checks the worker's parent, but that is the fork server, which waits for its workers.
     """
     main_process = multiprocessing.parent_process()
     assert main_process is not None
@@ -213,7 +213,7 @@ def _end_with_main_process() -> None:
 
 
 def _start_fork_server() -> None:
-    """Starts the process that workers are forked from, with this module imported and the workers' signals blocked."""
+    """Starts the process that forks the workers, with this module imported and the workers' signals blocked."""
     multiprocessing.set_forkserver_preload([__name__])
     with _blocked(WORKER_SIGNALS):
         multiprocessing.forkserver.ensure_running()
@@ -221,7 +221,7 @@ def _start_fork_server() -> None:
 
 @contextmanager
 def _blocked(signals: set[signal.Signals]) -> Iterator[None]:
-    """Holds signals back: processes started meanwhile inherit that, and this one gets them afterwards."""
+    """Blocks signals: processes started meanwhile inherit the mask; this process gets the signals afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Which image comes when: an infinite stream of images that does not depend on the number of ranks, and its dealing."""
+"""The order of images: an infinite stream that does not depend on the number of ranks, and each rank's share of it."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -8,14 +8,14 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 PlannedImage = tuple[int, int]
-"""``(epoch, index)``: an image of the data set, as it is seen in one epoch."""
+"""``(epoch, index)``: an image of the data set in one epoch."""
 
 
 class ImageStream:
-    """The images of epoch 0 in random order, then those of epoch 1, and so on for ever.
+    """The images of epoch 0 in random order, then those of epoch 1, and so on forever.
 
     Stream positions ``b*j ... b*j + b-1`` (b = ``images_per_rank``) hold images of one aspect-ratio group, landscape
-    or portrait, so that little is padded in a batch; only left-overs, fewer than 2 b images in each epoch, are mixed.
+    or portrait, so that batches need little padding; only leftovers, fewer than 2 b images per epoch, are mixed.
 
     ``sizes``: int (n, 2), (height, width) of each image.
     """
@@ -39,8 +39,8 @@ class ImageStream:
 
     def indices(self, position: int, count: int) -> list[PlannedImage]:
         """``(epoch, index)`` at the stream positions ``position ... position + count - 1``."""
-        places = (divmod(at, len(self)) for at in range(position, position + count))
-        return [(epoch, int(self.order(epoch)[place])) for epoch, place in places]
+        positions = (divmod(at, len(self)) for at in range(position, position + count))
+        return [(epoch, int(self.order(epoch)[offset])) for epoch, offset in positions]
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         random = np.random.default_rng([self.seed, epoch])
@@ -49,7 +49,7 @@ class ImageStream:
         length = self.images_per_rank
         runs = [group[at : at + length] for group in groups for at in range(0, len(group) - length + 1, length)]
         rest = np.concatenate([group[len(group) - len(group) % length :] for group in groups])
-        # The epoch starts inside a run where the number of images is no multiple of its length.
+        # If the number of images is not a multiple of the run length, the epoch starts in the middle of a run.
         head = min(-(epoch * len(self)) % length, len(self))
         runs = [runs[at] for at in random.permutation(len(runs))]
         if len(rest) < head:
@@ -58,10 +58,10 @@ class ImageStream:
 
 
 class GroupedBatchSampler(Sampler[list[PlannedImage]]):
-    """This rank's part of the stream: one list of ``images_per_rank`` images per forward pass.
+    """This rank's part of the stream: a list of ``images_per_rank`` images for each forward pass.
 
     The pass at position p gives rank r the stream positions ``p + r*b ... p + (r+1)*b - 1``. All ranks make the same
-    number of passes, the last of which may reach past ``stop``.
+    number of passes; the last one may reach past ``stop``.
     """
 
     def __init__(self, stream: ImageStream, rank: int, ranks: int, start: int, stop: int) -> None:
@@ -81,9 +81,9 @@ class GroupedBatchSampler(Sampler[list[PlannedImage]]):
 
 
 def evaluation_shard(sizes: NDArray[np.integer], rank: int, ranks: int) -> NDArray[np.int64]:
-    """Indices that ``rank`` evaluates: every image on exactly one rank, images of like shape and size dealt in turn.
+    """Indices that ``rank`` evaluates: every image on exactly one rank; images of similar shape and size take turns.
 
-    Ranks get the same number of images, give or take one, and about the same number of pixels.
+    All ranks get the same number of images, give or take one, and about the same number of pixels.
     """
     height, width = np.asarray(sizes, dtype=np.int64).T
     return np.lexsort((width, height, height / width))[rank::ranks]

@@ -1,4 +1,4 @@
-"""The embedded default data set: shapes on textured backgrounds, in COCO format, drawn in seconds."""
+"""The built-in default data set: shapes on textured backgrounds, in COCO format, drawn in seconds."""
 
 import json
 import math
@@ -17,33 +17,33 @@ from horovod_megdet.errors import UserError
 from horovod_megdet.progress import progress
 
 VERSION = 1
-"""Raised whenever the same seed would give other images or annotations."""
+"""Goes up whenever the same seed would give different images or annotations."""
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
 CATEGORY_IDS = (1, 2, 3, 5, 8, 13)
 """With gaps, as in COCO itself."""
 
-# Difficulty.
+# How difficult the images are.
 IMAGE_SIZES = ((128, 176), (128, 192), (144, 176), (144, 192))
 """(height, width) of landscape images."""
 PORTRAIT_FRACTION = 0.3
 EMPTY_FRACTION = 0.04
 OBJECTS = (2, 6)
-"""Fewest and most objects that are tried to be placed in an image that is not empty."""
+"""Fewest and most objects that the generator tries to place in an image that is not empty."""
 OBJECT_SIDES = (24.0, 64.0)
 """Pixels, geometric mean of the two sides before rotation; log-uniform."""
 STRETCH = 1.5
 """Largest ratio of the two sides before rotation."""
 TURN = math.radians(20)
-"""Largest rotation, either way."""
+"""Largest rotation in either direction, in radians."""
 VISIBLE_FRACTION = 0.7
-"""Part of each object that stays visible after the objects in front of it and the image's edge."""
+"""Smallest fraction of an object that objects in front of it and the image's edge may leave visible."""
 CONTRAST = 100.0
-"""Smallest distance in RGB between an object's colour and the background's mean where the object lies."""
+"""Smallest distance in RGB between an object's color and the mean of the background behind it."""
 CLUTTER = (0, 3)
 """Fewest and most lines in the background."""
 NOISE = 10.0
-"""Standard deviation of the noise of single pixels, in grey levels."""
+"""Standard deviation of the noise of each pixel, in gray levels."""
 
 SUPERSAMPLING = 4
 PLACING_TRIES = 8
@@ -58,29 +58,29 @@ class _Object:
     label: int
     """Index in `CLASSES`."""
     full_area: float
-    """Square pixels, had nothing been in front of it."""
+    """Square pixels, if nothing were in front of it."""
     box: list[float]
     """x, y, width, height of the whole object inside the image, as an annotator would guess it."""
     visible: NDArray[np.bool_]
-    """(height, width) of the image: pixels where it is seen."""
+    """(height, width) of the image: where the object can be seen."""
 
 
 def ensure_synthetic(root: Path, train_images: int, val_images: int, seed: int = 0) -> dict[str, str]:
-    """Writes the data set below ``root`` unless it is there: ``annotations/{train,val}.json``, ``images/{train,val}/``.
+    """Writes the data set to ``root`` unless it exists: ``annotations/{train,val}.json``, ``images/{train,val}/``.
 
-    Several processes and hosts may call this at once: each draws in a folder of its own, and the first to rename it
-    wins. Returns the values of ``train_annotations``, ``train_images``, ``val_annotations`` and ``val_images`` of the
-    configuration's section ``data``.
+    Several processes and hosts may call this at once: each draws in a folder of its own, and the first one to rename
+    its folder wins. Returns the values of ``train_annotations``, ``train_images``, ``val_annotations`` and
+    ``val_images`` for the configuration's section ``data``.
 
-    Raises :class:`UserError` where ``root`` holds something else, or cannot be written.
+    Raises :class:`UserError` if ``root`` holds something else, or cannot be written.
     """
     wanted = {"version": VERSION, "train_images": train_images, "val_images": val_images, "seed": seed}
-    if not _is_there(root, wanted):
+    if not _exists(root, wanted):
         try:
             _write(root, wanted)
         except OSError as error:
             raise UserError(
-                f"{root}: the synthetic data set cannot be written: {error}. Set data.synthetic_root to another folder."
+                f"{root}: the generated data set cannot be written: {error}. Set data.synthetic_root to another folder."
             ) from None
     paths = {f"{split}_annotations": root / "annotations" / f"{split}.json" for split in ("train", "val")}
     paths |= {f"{split}_images": root / "images" / split for split in ("train", "val")}
@@ -88,7 +88,7 @@ def ensure_synthetic(root: Path, train_images: int, val_images: int, seed: int =
 
 
 def draw_image(random: np.random.Generator) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
-    """One image, uint8 (height, width, 3), and its objects with `category_id`, `bbox` [x, y, w, h] and `area`."""
+    """An image, uint8 (height, width, 3), and its objects with `category_id`, `bbox` [x, y, w, h] and `area`."""
     height, width = IMAGE_SIZES[random.integers(len(IMAGE_SIZES))]
     if random.random() < PORTRAIT_FRACTION:
         height, width = width, height
@@ -110,7 +110,7 @@ def draw_image(random: np.random.Generator) -> tuple[NDArray[np.uint8], list[dic
 
 
 def _background(height: int, width: int, random: np.random.Generator) -> NDArray[np.float64]:
-    """Smooth colours, blotches and lines: float (height, width, 3), grey levels 0 to 255."""
+    """Smooth colors, blotches and lines: float (height, width, 3), 0 to 255."""
 
     def smooth(cells: int, channels: int) -> NDArray[np.float64]:
         shape = (max(2, cells * height // width), cells, channels)
@@ -129,15 +129,15 @@ def _background(height: int, width: int, random: np.random.Generator) -> NDArray
 
 
 def _place(canvas: NDArray[np.float64], objects: list[_Object], random: np.random.Generator) -> None:
-    """Draws one object in front of the others, where a place is found that leaves enough of each visible."""
+    """Draws an object in front of the others if it finds a place that leaves enough of each of them visible."""
     height, width = canvas.shape[:2]
     label = int(random.integers(len(CLASSES)))
     for _ in range(PLACING_TRIES):
         side = math.exp(random.uniform(*np.log(OBJECT_SIDES)))
         stretch = STRETCH ** random.uniform(-0.5, 0.5)
-        centre = random.uniform(0.25 * side, (width - 0.25 * side, height - 0.25 * side))
-        outlines = _outlines(label, side * stretch, side / stretch, random.uniform(-TURN, TURN), centre)
-        opacity = _rasterise(outlines, height, width)
+        center = random.uniform(0.25 * side, (width - 0.25 * side, height - 0.25 * side))
+        outlines = _outlines(label, side * stretch, side / stretch, random.uniform(-TURN, TURN), center)
+        opacity = _rasterize(outlines, height, width)
         mask = opacity >= 0.5
         full_area = abs(_area(outlines[0])) - sum(abs(_area(hole)) for hole in outlines[1:])
         seen = [(placed.visible & ~mask).sum() / placed.full_area for placed in objects] + [mask.sum() / full_area]
@@ -155,15 +155,15 @@ def _place(canvas: NDArray[np.float64], objects: list[_Object], random: np.rando
 
 
 def _outlines(
-    label: int, width: float, height: float, angle: float, centre: NDArray[np.float64]
+    label: int, width: float, height: float, angle: float, center: NDArray[np.float64]
 ) -> list[NDArray[np.float64]]:
-    """Outline and, for the ring, hole of a shape, each (points, 2), x and y in pixels."""
+    """Outline of a shape and, for the ring, of its hole: each (points, 2), x and y in pixels."""
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    return [outline * (width / 2, height / 2) @ turn + centre for outline in _unit_outlines(CLASSES[label])]
+    return [outline * (width / 2, height / 2) @ turn + center for outline in _unit_outlines(CLASSES[label])]
 
 
 def _unit_outlines(name: str) -> list[NDArray[np.float64]]:
-    """The same in the square from -1 to 1."""
+    """The outlines in the square from -1 to 1."""
     arm = 0.36
     match name:
         case "circle":
@@ -194,23 +194,23 @@ def _area(outline: NDArray[np.float64]) -> float:
     return float((outline[:, 0] * following[:, 1] - outline[:, 1] * following[:, 0]).sum() / 2)
 
 
-def _rasterise(outlines: list[NDArray[np.float64]], height: int, width: int) -> NDArray[np.float64]:
-    """Opacity 0 to 1 of every pixel, (height, width), with smooth edges."""
+def _rasterize(outlines: list[NDArray[np.float64]], height: int, width: int) -> NDArray[np.float64]:
+    """Opacity of every pixel, 0 to 1, (height, width), with smooth edges."""
     picture = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
     draw = ImageDraw.Draw(picture)
     for outline, opacity in zip(outlines, (255, 0), strict=False):
-        # Pillow's coordinates are those of pixel centres.
+        # Pillow's coordinates refer to pixel centers.
         draw.polygon((outline * SUPERSAMPLING - 0.5).ravel().tolist(), fill=opacity)
     return np.asarray(picture.reduce(SUPERSAMPLING), dtype=np.float64) / 255
 
 
 def _paint(canvas: NDArray[np.float64], opacity: NDArray[np.float64], random: np.random.Generator) -> None:
-    """Fills a shape with a shaded, sometimes striped colour that stands out from what is behind it."""
+    """Fills a shape with a shaded, sometimes striped, color that stands out from what is behind it."""
     height, width = opacity.shape
     behind = (canvas * opacity[..., None]).sum(axis=(0, 1)) / opacity.sum()
-    colour = random.uniform(0, 255, 3)
-    while np.linalg.norm(colour - behind) < CONTRAST:
-        colour = random.uniform(0, 255, 3)
+    color = random.uniform(0, 255, 3)
+    while np.linalg.norm(color - behind) < CONTRAST:
+        color = random.uniform(0, 255, 3)
     direction = random.uniform(0, 2 * math.pi)
     y, x = np.mgrid[:height, :width]
     along = x * math.cos(direction) + y * math.sin(direction)
@@ -218,11 +218,11 @@ def _paint(canvas: NDArray[np.float64], opacity: NDArray[np.float64], random: np
     if random.random() < 0.2:
         shade += 20 * np.sign(np.sin(along * 2 * math.pi / random.uniform(5, 12)))
     shade -= (shade * opacity).sum() / opacity.sum()
-    canvas += opacity[..., None] * (colour + shade[..., None] - canvas)
+    canvas += opacity[..., None] * (color + shade[..., None] - canvas)
 
 
-def _is_there(root: Path, wanted: dict[str, int]) -> bool:
-    """Whether ``root`` holds the data set that is wanted; anything else there, except an empty folder, is an error."""
+def _exists(root: Path, wanted: dict[str, int]) -> bool:
+    """Whether ``root`` holds the wanted data set; anything else there, except an empty folder, is an error."""
     if not root.exists():
         return False
     try:
@@ -231,11 +231,11 @@ def _is_there(root: Path, wanted: dict[str, int]) -> bool:
         if root.is_dir() and not any(root.iterdir()):
             return False
         raise UserError(
-            f"{root}: exists and is not a synthetic data set of ours. Set data.synthetic_root to another folder."
+            f"{root}: exists and is not a generated data set. Set data.synthetic_root to another folder."
         ) from None
     if found != wanted:
         raise UserError(
-            f"{root}: holds a synthetic data set with other settings ({found}, wanted {wanted}). "
+            f"{root}: holds a data set generated with other settings ({found} instead of {wanted}). "
             "Delete it, or set data.synthetic_root to another folder."
         )
     return True
@@ -252,8 +252,8 @@ def _write(root: Path, wanted: dict[str, int]) -> None:
         try:
             draft.rename(root)
         except OSError:
-            # Another process was first.
-            if not _is_there(root, wanted):
+            # Another process may have been first.
+            if not _exists(root, wanted):
                 raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)

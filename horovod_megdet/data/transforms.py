@@ -1,4 +1,4 @@
-"""Resizing and augmentation of uint8 images with their boxes, from random numbers of their own generator."""
+"""Resizing and augmentation of uint8 images and their boxes; every random number comes from an explicit generator."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torchvision.transforms.v2 import functional as F
 from horovod_megdet.config import DataConfig
 
 BRIGHTNESS = 0.125
-"""Brightness, contrast, saturation and hue are changed by at most these parts (SSD's values)."""
+"""Largest relative change of brightness, contrast, saturation and hue (SSD's values)."""
 CONTRAST = 0.5
 SATURATION = 0.5
 HUE = 0.05
@@ -19,7 +19,8 @@ HUE = 0.05
 class DetectionTransform:
     """Multi-scale resizing, horizontal flip and photometric distortion.
 
-    All random numbers come from the generator given, so that an image's augmentation depends on nothing else.
+    All random numbers come from the generator that the caller passes, so that an image's augmentation depends on
+    nothing else.
     """
 
     shorter_sides: tuple[int, ...]
@@ -28,7 +29,7 @@ class DetectionTransform:
     photometric: bool = False
 
     def draw_size(self, size: tuple[int, int], generator: torch.Generator) -> tuple[int, int]:
-        """The size ``(height, width)`` to resize an image of ``size`` to; draws the shorter side."""
+        """Draws the shorter side; returns the size ``(height, width)`` that an image of ``size`` is resized to."""
         choice = int(torch.randint(len(self.shorter_sides), (), generator=generator))
         return fit_size(size, self.shorter_sides[choice], self.longer_side)
 
@@ -43,11 +44,11 @@ class DetectionTransform:
         """Resizes to ``new_size`` and augments.
 
         ``image`` is uint8 (3, h, w), of any resolution; ``boxes`` float32 (k, 4) xyxy in the pixels of an image of
-        ``size = (height, width)``. Returns the uint8 image (3, *new_size), which need
-        not be contiguous, and the boxes in its pixels.
+        ``size = (height, width)``. Returns the uint8 image (3, *new_size), which may not be contiguous, and the boxes
+        in its pixels.
         """
         if self.photometric:
-            # Before resizing: training sizes tend to be larger than the files, and this costs more than all the rest.
+            # Before resizing: training sizes tend to exceed those of the files, and distortion is the costliest step.
             image = distort(image, generator)
         image = F.resize(image, list(new_size), antialias=True)
         ratio_y, ratio_x = new_size[0] / size[0], new_size[1] / size[1]
@@ -58,13 +59,13 @@ class DetectionTransform:
         return image, boxes
 
     def __call__(self, image: Tensor, boxes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """:meth:`draw_size` and :meth:`apply` for an image (3, h, w) that is there in full."""
+        """:meth:`draw_size` and :meth:`apply` for an image (3, h, w) in its full resolution."""
         size = (image.shape[1], image.shape[2])
         return self.apply(image, boxes, size, self.draw_size(size, generator), generator)
 
 
 def build_transform(data: DataConfig, training: bool) -> DetectionTransform:
-    """The transform of the training set (random) or of evaluation (one fixed size, nothing random)."""
+    """The transform for training (random) or for evaluation (one fixed size, nothing random)."""
     if training:
         return DetectionTransform(
             data.shorter_side_train, data.longer_side_train, data.horizontal_flip, data.photometric
@@ -73,7 +74,7 @@ def build_transform(data: DataConfig, training: bool) -> DetectionTransform:
 
 
 def fit_size(size: tuple[int, int], shorter_side: int, longer_side: int) -> tuple[int, int]:
-    """Scales ``(height, width)`` to a shorter side, or less where the longer side would pass its upper bound."""
+    """Scales ``(height, width)`` to a shorter side, or to less if the longer side would exceed its upper bound."""
     scale = min(shorter_side / min(size), longer_side / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 

@@ -1,4 +1,4 @@
-"""Shard, predict, gather, COCO metrics."""
+"""Evaluation on all ranks: each predicts its shard of the images, rank 0 computes COCO's metrics of all detections."""
 
 import contextlib
 import io
@@ -24,50 +24,50 @@ from horovod_megdet.files import atomic_write
 from horovod_megdet.models.detector import Detector
 from horovod_megdet.progress import noting_waits, progress
 
-METRICS = (
-    "AP",
-    "AP50",
-    "AP75",
-    "AP_small",
-    "AP_medium",
-    "AP_large",
-    "AR_1",
-    "AR_10",
-    "AR_100",
-    "AR_small",
-    "AR_medium",
-    "AR_large",
-)
-"""COCO's twelve numbers, in the order of pycocotools."""
+METRICS = {
+    "AP": "IoU 0.50:0.95",
+    "AP50": "IoU 0.50",
+    "AP75": "IoU 0.75",
+    "AP_small": "area < 32² px",
+    "AP_medium": "32² to 96² px",
+    "AP_large": "area > 96² px",
+    "AR_1": "1 detection per image",
+    "AR_10": "10 detections per image",
+    "AR_100": "100 detections per image",
+    "AR_small": "area < 32² px",
+    "AR_medium": "32² to 96² px",
+    "AR_large": "area > 96² px",
+}
+"""COCO's twelve box metrics and what each one covers, in the order of pycocotools."""
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found: small, and the same on every rank, but for ``detections``."""
+    """The result of an evaluation: small and equal on all ranks, except for ``detections``."""
 
     metrics: dict[str, float]
-    """The numbers of :data:`METRICS`, 0 to 1; NaN where there is no ground truth (of that size)."""
+    """The values of :data:`METRICS`, 0 to 1; NaN if there is no ground truth (of that size)."""
 
     per_class: dict[str, float]
-    """AP of each class; NaN for a class without ground truth, which AP leaves out too."""
+    """AP of each class; NaN for a class without ground truth, which the mean AP leaves out as well."""
 
     images: int
-    """Images that were evaluated."""
+    """Number of images evaluated."""
 
     category_ids: list[int]
-    """Ids of the JSON: label k + 1 is category_ids[k]."""
+    """Category ids of the JSON: label k + 1 stands for category_ids[k]."""
 
     detections: Detections | None
-    """The detections of all images on rank 0, None on the others."""
+    """The detections of all images on rank 0, None on the other ranks."""
 
     def row(self) -> dict[str, Any]:
-        """The metrics and ``per_class`` for a line of JSON, with None for NaN."""
+        """The metrics and ``per_class`` as a JSON object, with None for NaN."""
         return _without_nan(self.metrics) | {"per_class": _without_nan(self.per_class)}
 
     def write_detections(self, path: str | Path) -> None:
-        """Writes COCO's results JSON, which ``COCO.loadRes`` and the evaluation servers read. Rank 0 only."""
+        """Writes COCO's results JSON, which ``COCO.loadRes`` and evaluation servers read. Rank 0 only."""
         assert self.detections is not None, "only rank 0 holds the detections"
         with atomic_write(path) as file:
             file.write(json.dumps(self.detections.to_coco(self.category_ids)).encode())
@@ -80,11 +80,12 @@ def evaluate(
     device: torch.device,
     autocast: Autocast = contextlib.nullcontext,
 ) -> Evaluation:
-    """Evaluates the detector on all images of ``dataset``; collective, and the result is on every rank.
+    """Evaluates the detector on all images of ``dataset``. Collective; every rank returns the result.
 
-    ``loader`` gives this rank's shard: over all ranks every image exactly once, so that no padding or duplicate can
-    move a metric. Wrap it for a progress bar. The metrics are those of the boxes as :meth:`Evaluation.write_detections`
-    writes them. Raises :class:`UserError` on every rank when one of them finds an unreadable image.
+    ``loader`` yields this rank's shard; together, the shards hold every image exactly once, so that neither padding
+    nor duplicates can change a metric. Wrap it for a progress bar. The metrics are those of the rounded boxes and
+    scores that :meth:`Evaluation.write_detections` writes. Raises :class:`UserError` on every rank if one of them finds
+    an unreadable image.
     """
     with comm.agreement("evaluate"):
         shard = predict_shard(detector, loader, device, autocast)
@@ -102,10 +103,10 @@ def evaluate(
 def predict_shard(
     detector: Detector, loader: Iterable[Batch], device: torch.device, autocast: Autocast = contextlib.nullcontext
 ) -> Detections:
-    """Detections of the images that ``loader`` gives this rank, in pixels of the original images. Not collective.
+    """Detections in the images that ``loader`` yields, in pixels of the original images. Not collective.
 
-    The detector runs in evaluation mode and is put back into the mode it was in. Raises :class:`UserError` for an
-    unreadable image.
+    The detector runs in evaluation mode and returns to its previous mode. Raises :class:`UserError` for an unreadable
+    image.
     """
     images = []
     was_training = detector.training
@@ -130,16 +131,16 @@ def _measure(detections: Detections, dataset: CocoDataset) -> Evaluation:
     expected = np.sort(np.asarray(dataset.image_ids, np.int64))
     assert np.array_equal(detections.image_ids, expected), "the ranks' shards are not exactly the data set"
     metrics, class_aps = coco_metrics(dataset.to_coco(), detections, dataset.category_ids)
-    per_class = dict(zip(_distinct(dataset.class_names, dataset.category_ids), class_aps, strict=True))
+    per_class = dict(zip(dataset.class_names, class_aps, strict=True))
     return Evaluation(metrics, per_class, len(expected), list(dataset.category_ids), detections)
 
 
 def coco_metrics(
     ground_truth: COCO, detections: Detections, category_ids: list[int]
 ) -> tuple[dict[str, float], list[float]]:
-    """COCO's twelve box metrics, and the AP of each of ``category_ids``, by pycocotools.
+    """COCO's twelve box metrics, and the AP of each of ``category_ids``, computed by pycocotools.
 
-    NaN where there is no ground truth to find. ``detections`` may be empty; its label k + 1 is category_ids[k].
+    NaN if there is no ground truth. ``detections`` may be empty; its label k + 1 stands for category_ids[k].
     """
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator = COCOeval(ground_truth, _as_results(ground_truth, detections, category_ids), "bbox")
@@ -149,23 +150,18 @@ def coco_metrics(
         evaluator.summarize()
     # precision: (IoU thresholds, recall thresholds, categories, areas, detections per image), -1 without ground truth
     precision = evaluator.eval["precision"][:, :, :, 0, -1]
-    class_aps = [_mean_of_defined(precision[:, :, number]) for number in range(len(category_ids))]
+    class_aps = [_mean_of_defined(precision[:, :, category]) for category in range(len(category_ids))]
     metrics = {name: _nan_if_undefined(float(value)) for name, value in zip(METRICS, evaluator.stats, strict=True)}
     return metrics, class_aps
 
 
 def _as_results(ground_truth: COCO, detections: Detections, category_ids: list[int]) -> COCO:
-    """What ``COCO.loadRes`` does for boxes, without its failure on an empty list and its copy of the data set."""
+    """Does what ``COCO.loadRes`` does for boxes, but accepts an empty list and does not copy the data set."""
     results = COCO()
     results.dataset = {key: ground_truth.dataset[key] for key in ("images", "categories")}
     results.dataset["annotations"] = detections.to_annotations(category_ids)
     results.createIndex()
     return results
-
-
-def _distinct(names: list[str], category_ids: list[int]) -> list[str]:
-    """The names, with the category id behind those that are given twice."""
-    return [name if names.count(name) == 1 else f"{name} ({id})" for name, id in zip(names, category_ids, strict=True)]
 
 
 def _mean_of_defined(precision: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Detections of many images as a few flat arrays."""
+"""Detections in many images as a few flat arrays."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Detections:
-    """Detections of a set of images: 24 bytes each, where a Python list of dicts would take a kilobyte.
+    """Detections in a set of images: 24 bytes each, where a Python list of dicts would take a kilobyte.
 
-    The detections of one image stand together, best score first; the images are in the order of ``image_ids``.
+    The detections of an image are consecutive, best score first; the images are in the order of ``image_ids``.
     """
 
     image_ids: np.ndarray
-    """int64 (images,): ids of the JSON. Images without detections are here too."""
+    """int64 (images,): ids of the JSON, including those of images without detections."""
 
     counts: np.ndarray
-    """int64 (images,): detections of each image."""
+    """int64 (images,): number of detections in each image."""
 
     boxes: np.ndarray
     """float32 (n, 4): x1, y1, x2, y2 in pixels of the original image."""
@@ -31,11 +31,11 @@ class Detections:
     """float32 (n,)."""
 
     labels: np.ndarray
-    """int32 (n,): label k + 1 is category_ids[k]."""
+    """int32 (n,): label k + 1 stands for category_ids[k]."""
 
     @classmethod
     def of_images(cls, images: Iterable[tuple[int, Arrays]]) -> "Detections":
-        """Puts (image id, (boxes, scores, labels)) pairs together, sorted by image id."""
+        """Packs (image id, (boxes, scores, labels)) pairs, sorted by image id."""
         pairs = sorted(images, key=lambda pair: pair[0])
         empty = (np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
         boxes, scores, labels = zip(empty, *(arrays for _, arrays in pairs), strict=True)
@@ -49,26 +49,26 @@ class Detections:
 
     @classmethod
     def merge(cls, shards: Iterable["Detections"]) -> "Detections":
-        """Puts the shards of all ranks together. The result does not depend on how many shards there are."""
+        """Merges the shards of all ranks. The result does not depend on the number of shards."""
         return cls.of_images(pair for shard in shards for pair in shard.per_image())
 
     def per_image(self) -> list[tuple[int, Arrays]]:
-        """(image id, (boxes, scores, labels)) of each image; the arrays are views."""
+        """(image id, (boxes, scores, labels)) for each image; the arrays are views."""
         ends = np.cumsum(self.counts)[:-1]
         split = (np.split(array, ends) for array in (self.boxes, self.scores, self.labels))
         return list(zip(self.image_ids.tolist(), zip(*split, strict=True), strict=True)) if len(self.counts) else []
 
     def above(self, score_threshold: float) -> "Detections":
-        """Those whose score is at least ``score_threshold``, of the same images."""
+        """The detections with a score of at least ``score_threshold``, in the same images."""
         keep = self.scores >= score_threshold
         owner = np.repeat(np.arange(len(self.counts)), self.counts)
         counts = np.bincount(owner[keep], minlength=len(self.counts))
         return Detections(self.image_ids, counts, self.boxes[keep], self.scores[keep], self.labels[keep])
 
     def to_coco(self, category_ids: list[int]) -> list[dict[str, Any]]:
-        """COCO's results format: one dict with image_id, category_id, bbox (x, y, width, height) and score for each.
+        """COCO's results format: a dict with image_id, category_id, bbox (x, y, width, height) and score for each one.
 
-        Boxes are rounded to 0.001 pixel and scores to 1e-7, which halves the file.
+        Boxes are rounded to 0.001 pixels and scores to 1e-7, which halves the file.
         """
         corners = self.boxes.astype(np.float64)
         xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).round(3)
@@ -84,7 +84,7 @@ class Detections:
         ]
 
     def to_annotations(self, category_ids: list[int]) -> list[dict[str, Any]]:
-        """:meth:`to_coco` with the further keys of a COCO data set's annotations: id from 1, area, iscrowd."""
+        """:meth:`to_coco` with the other keys of a COCO data set's annotations: id (from 1), area, iscrowd."""
         results = self.to_coco(category_ids)
         for number, result in enumerate(results, start=1):
             width, height = result["bbox"][2:]
@@ -98,7 +98,7 @@ def in_original_pixels(prediction: dict[str, Tensor], size: tuple[int, int], ori
     Args:
         prediction: ``boxes`` float (k, 4) xyxy in pixels of the resized image, ``scores`` (k,), ``labels`` (k,).
         size: (height, width) of the resized image.
-        original_size: (height, width) of the original one.
+        original_size: (height, width) of the original image.
     """
     scale_y, scale_x = original_size[0] / size[0], original_size[1] / size[1]
     boxes = prediction["boxes"].float().cpu().numpy() * np.array([scale_x, scale_y] * 2, np.float32)

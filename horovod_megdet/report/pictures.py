@@ -11,6 +11,7 @@ from torch import Tensor
 from horovod_megdet.data.coco import CocoDataset
 from horovod_megdet.evaluation.coco import Evaluation
 from horovod_megdet.evaluation.detections import Arrays
+from horovod_megdet.evaluation.table import percent
 from horovod_megdet.files import atomic_write
 from horovod_megdet.report.drawing import GREY, Mark, class_color, draw_marks
 from horovod_megdet.report.matching import CORRECT, IGNORED, WRONG, GroundTruth, match
@@ -68,7 +69,7 @@ def write_validation_page(
         labels |= {*truth.labels.tolist(), *detections[image_id][2].tolist()}
     classes = [(dataset.class_names[label - 1], class_color(label - 1)) for label in sorted(labels)]
     summary = (
-        f"AP {_percent(evaluation.metrics['AP'])}, AP50 {_percent(evaluation.metrics['AP50'])} on all "
+        f"AP {percent(evaluation.metrics['AP'])}, AP50 {percent(evaluation.metrics['AP50'])} on all "
         f"{evaluation.images} validation images. Drawn are detections with a score of at least {score_threshold:g}"
     )
     if not len(drawn.scores):
@@ -133,7 +134,3 @@ def _mark(box: list[float], label: int, text: str, emphasis: bool = True, grey: 
 def _shrink(picture: Image.Image) -> Image.Image:
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     return picture
-
-
-def _percent(value: float) -> str:
-    return "–" if np.isnan(value) else f"{100 * value:.1f}"

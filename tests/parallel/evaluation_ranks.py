@@ -1,4 +1,4 @@
-"""Evaluations on all ranks of a job; each rank writes what it found to the folder named on the command line."""
+"""Evaluations on all ranks of a job; each rank writes its results to the folder that the command line names."""
 
 import json
 import sys
@@ -23,20 +23,20 @@ CONFIG = Config.model_validate(yaml.safe_load(Path(__file__).with_name("tiny.yam
 
 
 class Noisy(nn.Module):
-    """Finds the objects that it is told, each a little off by an amount that depends on the pixels alone."""
+    """Finds the objects of the last batch, each off by a little that depends only on the pixels."""
 
     def __init__(self) -> None:
         super().__init__()
         self.targets: list[dict[str, Any]] = []
 
     def watch(self, batches: list[Batch]) -> Iterator[Batch]:
-        """Hands the batches out and remembers the last one's objects."""
+        """Yields the batches and remembers the objects of the last one."""
         for batch in batches:
             self.targets = batch.targets
             yield batch
 
     def predict(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        """Twice as many detections as objects; a fifth of them of another class, and many with equal scores."""
+        """Twice as many detections as objects; a fifth have another class, and many have equal scores."""
         return [self._near(image, target) for image, target in zip(images, self.targets, strict=True)]
 
     @staticmethod
@@ -62,20 +62,20 @@ def shard(dataset: CocoDataset) -> list[Batch]:
 
 
 def with_noisy(dataset: CocoDataset) -> Evaluation:
-    """A detector that is right now and then."""
+    """Evaluates a detector that is sometimes right."""
     detector = Noisy()
     return evaluate(detector, dataset, detector.watch(shard(dataset)), CPU)
 
 
 def with_detector(dataset: CocoDataset) -> Evaluation:
-    """The real detector, with random weights."""
+    """Evaluates the real detector, with random weights."""
     torch.manual_seed(0)
     detector = build_detector(CONFIG.model, CONFIG.batch_norm, len(dataset.class_names))
     return evaluate(detector, dataset, shard(dataset), CPU)
 
 
 def bad_image_on_last_rank(dataset: CocoDataset) -> str:
-    """The error that this rank sees."""
+    """The error that this rank reports."""
     batches = shard(dataset)
     if comm.rank() == comm.size() - 1:
         batches[-1].error = "broken.jpg: not an image."
@@ -87,7 +87,7 @@ def bad_image_on_last_rank(dataset: CocoDataset) -> str:
 
 
 def main(root: Path, output: Path) -> None:
-    """Evaluates the two data sets in ``root`` and writes a JSON for each rank, and the detections of rank 0."""
+    """Evaluates the two data sets in ``root``; writes a JSON for each rank and rank 0's detections."""
     many, two = load(root / "many"), load(root / "two")
     jobs: dict[str, tuple[Callable[[CocoDataset], Evaluation], CocoDataset]] = {
         "noisy": (with_noisy, many),

@@ -1,4 +1,4 @@
-"""An evaluation finds the same on any number of ranks."""
+"""An evaluation has the same result on any number of ranks."""
 
 import json
 from collections.abc import Callable
@@ -20,18 +20,18 @@ JOBS = ("noisy", "detector", "few images")
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a job found."""
+class Results:
+    """The results of a job."""
 
     ranks: list[dict[str, Any]]
-    """What each rank saw."""
+    """What each rank returned."""
     files: dict[str, str]
     """The detections as written."""
 
 
-def read(folder: Path, ranks: int) -> Found:
+def read(folder: Path, ranks: int) -> Results:
     seen = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
-    return Found(seen, {job: (folder / f"{job}.json").read_text() for job in JOBS})
+    return Results(seen, {job: (folder / f"{job}.json").read_text() for job in JOBS})
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
+def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """In this process, without a launcher."""
     folder = tmp_path_factory.mktemp("alone")
     threads = torch.get_num_threads()
@@ -61,7 +61,7 @@ def together(
     run_ranks: Callable[..., CompletedProcess[str]],
     root: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Found:
+) -> Results:
     """On several ranks."""
     ranks, controller = request.param
     folder = tmp_path_factory.mktemp("together")
@@ -70,25 +70,27 @@ def together(
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_metrics_and_detections_do_not_depend_on_the_number_of_ranks(alone: Found, together: Found, job: str) -> None:
+def test_metrics_and_detections_do_not_depend_on_the_number_of_ranks(
+    alone: Results, together: Results, job: str
+) -> None:
     assert [rank[job]["row"] for rank in together.ranks] == [alone.ranks[0][job]["row"]] * len(together.ranks)
     assert together.files[job] == alone.files[job]
 
 
-def test_the_numbers_are_such_that_a_missing_or_doubled_image_would_move_them(alone: Found) -> None:
+def test_a_missing_or_duplicate_image_would_change_these_numbers(alone: Results) -> None:
     assert 0.1 < alone.ranks[0]["noisy"]["row"]["AP"] < 0.9
     assert len(json.loads(alone.files["detector"])) > 10 * MANY
 
 
 @pytest.mark.parametrize(("job", "images"), [("noisy", MANY), ("few images", TWO)])
-def test_every_image_is_predicted_once_and_the_ranks_have_equal_shares(together: Found, job: str, images: int) -> None:
+def test_every_image_is_predicted_once_and_ranks_have_equal_shares(together: Results, job: str, images: int) -> None:
     shares = [rank[job]["mine"] for rank in together.ranks]
     assert sum(shares) == images
     assert max(shares) - min(shares) <= 1
     assert [rank[job]["images"] for rank in together.ranks] == [images] * len(shares)
 
 
-def test_an_unreadable_image_on_one_rank_is_an_error_on_all(together: Found) -> None:
+def test_an_unreadable_image_on_one_rank_is_an_error_on_all(together: Results) -> None:
     last = len(together.ranks) - 1
     assert len({rank["error"] for rank in together.ranks}) == 1
     assert together.ranks[0]["error"].startswith(f"broken.jpg: not an image. (rank {last} on ")

@@ -1,4 +1,4 @@
-"""The examples run as their docstrings say."""
+"""The examples run as their docstrings document."""
 
 from collections.abc import Callable
 from subprocess import CompletedProcess

@@ -1,4 +1,4 @@
-"""COCO annotations and image files: what is read, and what is reported when it is bad."""
+"""COCO annotations and image files: what is read, and what is reported about bad ones."""
 
 import json
 from collections.abc import Callable
@@ -70,7 +70,7 @@ def folder(tmp_path: Path) -> Folder:
     return written
 
 
-def test_training_reads_boxes_without_crowd(folder: Folder) -> None:
+def test_training_reads_boxes_without_crowds(folder: Folder) -> None:
     dataset = folder.load()
     assert dataset.image_ids.tolist() == [7]
     assert dataset.category_ids == [3, 9]
@@ -83,7 +83,7 @@ def test_training_reads_boxes_without_crowd(folder: Folder) -> None:
     assert labels.tolist() == [2, 1]
 
 
-def test_empty_images_are_kept_on_request_but_not_those_with_only_crowd(folder: Folder) -> None:
+def test_empty_images_are_kept_on_request_but_not_those_with_only_crowds(folder: Folder) -> None:
     dataset = folder.load(keep_empty=True)
     assert dataset.image_ids.tolist() == [7, 90]
     _, boxes, labels = dataset.read(1)
@@ -91,7 +91,7 @@ def test_empty_images_are_kept_on_request_but_not_those_with_only_crowd(folder: 
     assert labels.shape == (0,)
 
 
-def test_evaluation_keeps_all_images_and_crowd(folder: Folder) -> None:
+def test_evaluation_keeps_all_images_and_crowds(folder: Folder) -> None:
     dataset = folder.load(training=False)
     assert dataset.image_ids.tolist() == [7, 2, 90]
     assert len(dataset.read(0)[1]) == 3
@@ -111,10 +111,10 @@ def test_to_coco_is_what_the_file_says(folder: Folder, capfd: pytest.CaptureFixt
         (7, 3, [30.5, 20.5, 20, 20], 400.0, 0),
         (7, 3, [0, 0, 5, 5], 25.0, 1),
     ]
-    assert 0 not in coco.anns, "pycocotools takes a match with annotation 0 for none"
+    assert 0 not in coco.anns, "to pycocotools a match with annotation 0 is no match"
 
 
-def test_fingerprint_is_of_the_data_and_not_of_its_place(folder: Folder, tmp_path: Path) -> None:
+def test_fingerprint_depends_on_the_data_and_not_on_its_location(folder: Folder, tmp_path: Path) -> None:
     fingerprint = folder.load().fingerprint
     (tmp_path / "other").mkdir()
     other = Folder(tmp_path / "other")
@@ -130,8 +130,8 @@ BAD_ANNOTATIONS = {
     "zero size": (annotation(20, 7, [1, 2, 0, 5]), "has no area"),
     "negative size": (annotation(20, 7, [1, 2, -3, 5]), "has no area"),
     "too thin to survive float32": (annotation(20, 7, [1, 2, 1e-7, 5]), "has no area"),
-    "outside": (annotation(20, 7, [40, 2, 9, 9]), "lies outside the image, which is 40 wide"),
-    "above": (annotation(20, 7, [4, -9, 9, 9]), "lies outside the image, which is 30 high"),
+    "outside": (annotation(20, 7, [40, 2, 9, 9]), "lies outside the image, which is 40 pixels wide"),
+    "above": (annotation(20, 7, [4, -9, 9, 9]), "lies outside the image, which is 30 pixels high"),
     "NaN": (annotation(20, 7, [float("nan"), 2, 5, 5]), "in finite numbers"),
     "infinite": (annotation(20, 7, [1, 2, float("inf"), 5]), "in finite numbers"),
     "huge integer": (annotation(20, 7, [10**400, 2, 5, 5]), "in finite numbers"),
@@ -144,11 +144,11 @@ BAD_ANNOTATIONS = {
     "unknown image": (annotation(20, 8, [1, 2, 5, 5]), "there is no image 8"),
     "duplicate id": (
         annotation(10, 7, [1, 2, 5, 5]),
-        "annotation 10, image 7 (7.png): the annotation id is given twice",
+        "annotation 10, image 7 (7.png): duplicate annotation id",
     ),
     "no box": ({"id": 20, "image_id": 7, "category_id": 3}, "entry 4 of `annotations` has no `bbox`"),
     "no object": ("oops", "entry 4 of `annotations` is 'oops', not an object"),
-    "text id": (annotation("a", 7, [1, 2, 5, 5]), "has the id 'a'; ids must be whole numbers"),  # type: ignore[arg-type]
+    "text id": (annotation("a", 7, [1, 2, 5, 5]), "has the id 'a', but ids must be integers"),  # type: ignore[arg-type]
 }
 
 
@@ -165,7 +165,7 @@ def test_bad_annotation(folder: Folder, entry: Any, words: str) -> None:
     skipped = folder.load(bad="skip")
     assert words in str(skipped.problems[0])
     assert len(skipped.problems) == 1
-    assert skipped.fingerprint == fingerprint, "all else is as if the entry were not there"
+    assert skipped.fingerprint == fingerprint, "everything else is as if the entry did not exist"
 
 
 def remove_file(folder: Folder, _: Content) -> None:
@@ -204,8 +204,8 @@ def no_file_name(folder: Folder, content: Content) -> None:
         (empty_file, "not an image"),
         (text_file, "not an image"),
         (folder_for_a_file, "Is a directory"),
-        (wrong_size, "says (height, width) = (30, 41), the image file (30, 40)"),
-        (swapped_size, "says (height, width) = (40, 30), the image file (30, 40)"),
+        (wrong_size, "(height, width) is (30, 41) in the annotation file and (30, 40) in the image file"),
+        (swapped_size, "(height, width) is (40, 30) in the annotation file and (30, 40) in the image file"),
     ],
 )
 def test_bad_image_is_left_out_with_its_annotations(
@@ -229,7 +229,7 @@ def test_truncated_file_is_found_by_decoding(folder: Folder) -> None:
     path.write_bytes(path.read_bytes()[:-60])
     assert folder.load(check_images="open").problems == []
     assert check_dataset(folder.annotations, folder.images, "open") == []
-    with pytest.raises(UserError, match=r"2\.png: image cannot be read: "):
+    with pytest.raises(UserError, match=r"2\.png: the image cannot be read: "):
         folder.load(check_images="decode")
     assert [problem.image for problem in check_dataset(folder.annotations, folder.images, "decode")] == [2]
 
@@ -237,10 +237,10 @@ def test_truncated_file_is_found_by_decoding(folder: Folder) -> None:
 @pytest.mark.parametrize(
     ("section", "entry", "words"),
     [
-        ("images", {"id": 7, "file_name": "2.png"}, "image 7 (2.png): the image id is given twice"),
+        ("images", {"id": 7, "file_name": "2.png"}, "image 7 (2.png): duplicate image id"),
         ("images", {"id": 4}, "entry 3 of `images` has no `file_name`"),
-        ("images", {"id": "4", "file_name": "2.png"}, "has the id '4'; ids must be whole numbers"),
-        ("categories", {"id": 3, "name": "bird"}, "category id 3 is given twice: 'cat' and 'bird'"),
+        ("images", {"id": "4", "file_name": "2.png"}, "has the id '4', but ids must be integers"),
+        ("categories", {"id": 3, "name": "bird"}, "duplicate category id 3: 'cat' and 'bird'"),
         ("categories", {"id": 4}, "entry 2 of `categories` has no `name`"),
     ],
 )
@@ -255,7 +255,7 @@ def test_bad_image_or_category_entry(folder: Folder, section: str, entry: Conten
     assert folder.load(training=False, bad="skip").fingerprint == fingerprint
 
 
-def test_error_lists_the_first_few_and_says_what_to_do(folder: Folder) -> None:
+def test_error_lists_the_first_problems_and_says_what_to_do(folder: Folder) -> None:
     content = good_content()
     content["annotations"] += [annotation(100 + place, 7, [1, 1, 0, 0]) for place in range(8)]
     folder.write(content)
@@ -270,7 +270,7 @@ def test_error_lists_the_first_few_and_says_what_to_do(folder: Folder) -> None:
     assert len(check_dataset(folder.annotations, folder.images)) == 8
 
 
-def test_image_whose_boxes_are_all_bad_is_not_taken_for_empty(folder: Folder) -> None:
+def test_image_whose_boxes_are_all_bad_does_not_count_as_empty(folder: Folder) -> None:
     content = good_content()
     content["annotations"].append(annotation(30, 90, [1, 1, 0, 0]))
     folder.write(content)
@@ -335,7 +335,7 @@ def test_classes_of_both_sets_must_agree(folder: Folder, tmp_path: Path) -> None
         check_same_classes(folder.load(), other.load())
 
 
-def test_classes_of_one_name_are_told_apart(folder: Folder) -> None:
+def test_classes_with_equal_names_get_their_ids(folder: Folder) -> None:
     content = good_content()
     content["categories"].append({"id": 12, "name": "cat"})
     folder.write(content)
@@ -345,7 +345,7 @@ def test_classes_of_one_name_are_told_apart(folder: Folder) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: str) -> None:
-    """The stored pixels are turned back so that the displayed image is always the same."""
+    """The pixels are stored inversely transposed, so that the displayed image is always the same."""
     inverse = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -359,7 +359,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: s
     stored = shown.transpose(inverse[orientation]) if orientation > 1 else shown
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    path = tmp_path / f"turned.{suffix}"
+    path = tmp_path / f"oriented.{suffix}"
     options = {"quality": 100, "subsampling": 0} if suffix == "jpg" else {"lossless": True} if suffix == "webp" else {}
     stored.save(path, exif=exif, **options)
     assert read_header(path).size == (48, 64)
@@ -370,7 +370,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: s
 
 
 def test_sizes_may_be_those_of_the_unrotated_file(folder: Folder) -> None:
-    """The file says 40 x 30 as stored; boxes are where they are on the displayed image, 30 x 40."""
+    """The file has the stored size, 40 x 30; boxes are given on the displayed image, 30 x 40."""
     content = good_content()
     content["annotations"][2]["bbox"] = [20, 30.5, 20, 20]
     folder.write(content)
@@ -385,18 +385,18 @@ def test_sizes_may_be_those_of_the_unrotated_file(folder: Folder) -> None:
 
 
 KINDS = {
-    "grey.png": ("L", 1),
+    "gray.png": ("L", 1),
     "bits.png": ("1", 255),
     "palette.png": ("P", 60),
     "palette.gif": ("P", 60),
     "alpha.png": ("RGBA", 1),
-    "grey_alpha.png": ("LA", 1),
-    "grey.jpg": ("L", 6),
+    "gray_alpha.png": ("LA", 1),
+    "gray.jpg": ("L", 6),
     "cmyk.jpg": ("CMYK", 12),
-    "colour.jpg": ("RGB", 12),
-    "colour.webp": ("RGB", 40),
-    "colour.bmp": ("RGB", 0),
-    "colour.tif": ("RGB", 0),
+    "color.jpg": ("RGB", 12),
+    "color.webp": ("RGB", 40),
+    "color.bmp": ("RGB", 0),
+    "color.tif": ("RGB", 0),
 }
 
 
@@ -420,7 +420,7 @@ def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
     assert torch.equal(pixels, torch.from_numpy((values >> 8).astype(np.uint8)).expand(3, 32, 32))
 
 
-def test_quick_decoder_gives_pillows_pixels(tmp_path: Path) -> None:
+def test_fast_decoder_gives_pillows_pixels(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     Image.fromarray(random.integers(0, 256, (45, 67, 3), dtype=np.uint8)).save(tmp_path / "a.jpg", quality=90)
     with Image.open(tmp_path / "a.jpg") as image:
@@ -444,7 +444,7 @@ def test_real_data() -> None:
     annotations, images = BCCD / "annotations" / "instances_train.json", BCCD / "images"
     problems = check_dataset(annotations, images)
     assert problems, "the set is known to have degenerate annotations"
-    assert all("has no area" in problem.what for problem in problems)
+    assert all("has no area" in problem.message for problem in problems)
     with pytest.raises(UserError, match="has no area"):
         load_dataset(annotations, images, training=True)
     dataset = load_dataset(annotations, images, training=True, bad="skip")

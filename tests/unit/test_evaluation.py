@@ -1,4 +1,4 @@
-"""Evaluation: exact shards, compact detections, and the numbers of pycocotools."""
+"""Evaluation: exact shards, compact detections, and the metrics of pycocotools."""
 
 import contextlib
 import io
@@ -57,7 +57,7 @@ def ground_truth(boxes_of_images: dict[int, list[tuple[int, list[float]]]]) -> C
 
 
 def detections_of(images: dict[int, list[tuple[list[float], float, int]]]) -> Detections:
-    """Detections with (x1 y1 x2 y2, score, label) for each image id."""
+    """Detections given as (x1 y1 x2 y2, score, label) for each image id."""
 
     def arrays(entries: list[tuple[list[float], float, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         boxes = np.array([box for box, _, _ in entries], np.float32).reshape(-1, 4)
@@ -67,7 +67,7 @@ def detections_of(images: dict[int, list[tuple[list[float], float, int]]]) -> De
 
 
 def random_case(seed: int) -> tuple[COCO, Detections]:
-    """Ten images with random boxes, and detections that are near them, of a wrong class, or anywhere."""
+    """Ten images with random boxes, and detections near them, some of a wrong class."""
     random = np.random.default_rng(seed)
     truth: dict[int, list[tuple[int, list[float]]]] = {}
     found: dict[int, list[tuple[list[float], float, int]]] = {}
@@ -85,7 +85,7 @@ def random_case(seed: int) -> tuple[COCO, Detections]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_metrics_are_those_of_pycocotools_for_the_file_that_is_written(seed: int, tmp_path: Path) -> None:
+def test_metrics_are_those_of_pycocotools_for_the_file_it_writes(seed: int, tmp_path: Path) -> None:
     truth, detections = random_case(seed)
     evaluation = Evaluation({}, {}, 10, CATEGORY_IDS, detections)
     evaluation.write_detections(tmp_path / "new" / "detections.json")
@@ -158,7 +158,7 @@ def assert_same(first: Detections, second: Detections) -> None:
 
 @settings(deadline=None)
 @given(shards())
-def test_merged_shards_do_not_depend_on_who_predicted_which_image(case: Any) -> None:
+def test_merged_shards_do_not_depend_on_which_rank_predicted_which_image(case: Any) -> None:
     images, ranks = case
     alone = detections_of(images)
     merged = Detections.merge([detections_of({image: images[image] for image in shard}) for shard in ranks])
@@ -169,7 +169,7 @@ def test_merged_shards_do_not_depend_on_who_predicted_which_image(case: Any) -> 
         assert labels.tolist() == [label for _, _, label in images[image]]
 
 
-def test_only_detections_above_a_score_are_kept_and_images_without_stay() -> None:
+def test_detections_above_a_score_are_kept_and_so_are_images_without_any() -> None:
     box = [0.0, 0.0, 1.0, 1.0]
     kept = detections_of({3: [(box, 0.9, 1), (box, 0.5, 2), (box, 0.4, 3)], 1: [(box, 0.1, 1)], 2: []}).above(0.5)
     assert kept.image_ids.tolist() == [1, 2, 3]
@@ -211,7 +211,7 @@ def test_boxes_are_scaled_back_each_side_by_its_own_ratio_and_sorted_by_score() 
 
 
 class Oracle(nn.Module):
-    """A detector that knows the boxes of the batch that :meth:`watch` handed out last."""
+    """A detector that knows the boxes of the last batch that :meth:`watch` yielded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -283,12 +283,17 @@ def test_shards_that_are_not_exactly_the_data_set_are_a_bug(dataset: CocoDataset
         evaluate(oracle, dataset, oracle.watch(wrong), CPU)
 
 
-def test_classes_with_equal_names_keep_an_entry_each(dataset: CocoDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "class_names", ["thing"] * 2 + dataset.class_names[2:])
+def test_classes_with_equal_names_keep_separate_entries(dataset: CocoDataset, tmp_path: Path) -> None:
+    assert dataset.annotations is not None
+    content = json.loads(dataset.annotations.read_text())
+    for category in content["categories"][:2]:
+        category["name"] = "thing"
+    (tmp_path / "renamed.json").write_text(json.dumps(content))
+    renamed = load_dataset(tmp_path / "renamed.json", dataset.image_folder, training=False)
     oracle = Oracle()
-    names = list(evaluate(oracle, dataset, oracle.watch(eval_loader(dataset)), CPU).per_class)
-    assert names[:2] == [f"thing ({category})" for category in dataset.category_ids[:2]]
-    assert len(names) == len(dataset.class_names)
+    per_class = evaluate(oracle, renamed, oracle.watch(eval_loader(renamed)), CPU).per_class
+    assert list(per_class)[:2] == [f"thing ({category})" for category in renamed.category_ids[:2]]
+    assert len(per_class) == len(renamed.category_ids)
 
 
 def test_the_table_shows_percent_every_class_and_a_dash_for_undefined() -> None:
@@ -305,7 +310,7 @@ def test_the_table_shows_percent_every_class_and_a_dash_for_undefined() -> None:
 # Files
 
 
-def test_a_file_that_fails_half_way_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
+def test_a_write_that_fails_halfway_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "detections.json"
     with atomic_write(path) as file:
         file.write(b"old")
@@ -316,7 +321,7 @@ def test_a_file_that_fails_half_way_leaves_the_old_one_and_nothing_else(tmp_path
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/x\.json: cannot be written: "), atomic_write(tmp_path / "file/x.json"):
         pass

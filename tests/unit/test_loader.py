@@ -1,4 +1,4 @@
-"""Batches: the same with any number of workers and ranks, and what happens to damaged files and signals."""
+"""Batches: equal for any number of workers and ranks; damaged files; signals to workers."""
 
 import os
 import pickle
@@ -47,7 +47,7 @@ def train_batches(dataset: CocoDataset, data: DataConfig, **values: Any) -> list
 
 
 def flat(batches: list[Batch]) -> list[tuple[Any, ...]]:
-    """All that is in some batches, one tuple for each image, comparable with ==."""
+    """The content of some batches, a tuple for each image, comparable with ==."""
     return [
         (
             image.shape,
@@ -64,7 +64,7 @@ def flat(batches: list[Batch]) -> list[tuple[Any, ...]]:
     ]
 
 
-def test_batches_hold_what_they_say(train_set: CocoDataset) -> None:
+def test_batches_hold_what_they_document(train_set: CocoDataset) -> None:
     batches = train_batches(train_set, config())
     assert len(batches) == 16
     for batch in batches:
@@ -89,10 +89,10 @@ def test_ranks_and_workers_do_not_change_an_image(train_set: CocoDataset) -> Non
     shares = [flat(train_batches(train_set, config(workers=2), rank=rank, ranks=2)) for rank in (0, 1)]
     together = [shares[place // 3 % 2][place // 6 * 3 + place % 3] for place in range(48)]
     assert together == alone
-    assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
+    assert torch.equal(torch.get_rng_state(), state), "the global generator is untouched"
 
 
-def test_starting_in_the_middle_goes_on_at_the_same_image(train_set: CocoDataset) -> None:
+def test_starting_in_the_middle_continues_at_the_same_image(train_set: CocoDataset) -> None:
     whole = flat(train_batches(train_set, config(), stop=60))
     assert flat(train_batches(train_set, config(), start=36, stop=60)) == whole[36:]
 
@@ -108,7 +108,7 @@ def test_evaluation_sees_every_image_once(val_set: CocoDataset, ranks: int, work
     seen: list[int] = []
     for rank in range(ranks):
         loader = build_eval_loader(val_set, config(workers=workers), rank=rank, ranks=ranks)
-        for _ in range(2):  # as often as one likes
+        for _ in range(2):  # a loader can be iterated again
             batches = list(loader)
             assert all(len(batch) == 1 for batch in batches)
         seen += [batch.targets[0]["image_id"] for batch in batches]
@@ -136,19 +136,19 @@ def test_a_file_that_became_unreadable_is_named_and_left_out(tmp_path: Path, wor
         bad.write_bytes(bad.read_bytes()[:1000])
     for images_per_rank in (1, 3):
         batches = train_batches(dataset, config(workers=workers, images_per_rank=images_per_rank), stop=6)
-        (spoilt,) = [batch for batch in batches if batch.error is not None]
-        assert str(bad) in str(spoilt.error)
-        assert [len(batch) for batch in batches if batch is not spoilt] == [images_per_rank] * (len(batches) - 1)
+        (spoiled,) = [batch for batch in batches if batch.error is not None]
+        assert str(bad) in str(spoiled.error)
+        assert [len(batch) for batch in batches if batch is not spoiled] == [images_per_rank] * (len(batches) - 1)
         if images_per_rank == 1:
-            assert spoilt.targets[0]["image_id"] == -1, "an image that stands in, so that there is a forward pass"
-            assert not spoilt.images[0].any()
-            assert spoilt.targets[0]["boxes"].shape == (0, 4)
+            assert spoiled.targets[0]["image_id"] == -1, "a black image, so that there is a forward pass"
+            assert not spoiled.images[0].any()
+            assert spoiled.targets[0]["boxes"].shape == (0, 4)
         else:
-            assert len(spoilt) == 2
+            assert len(spoiled) == 2
         assert 2 not in [target["index"] for batch in batches for target in batch.targets]
 
 
-def test_large_photos_are_decoded_smaller_and_look_the_same(tmp_path: Path) -> None:
+def test_large_photos_are_decoded_at_a_fraction_of_their_size_and_look_the_same(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     small = Image.fromarray(random.integers(0, 256, (40, 60, 3), dtype=np.uint8))
     small.resize((1200, 800), Image.Resampling.BICUBIC).save(tmp_path / "photo.jpg", quality=95)
@@ -186,13 +186,13 @@ PROGRAM = """
         for line in sys.stdin:
             for _ in range(50):
                 next(batches)
-            print("read on", flush=True)
+            print("read 50 batches", flush=True)
 """
 
 
 @pytest.fixture
 def program(tmp_path: Path, paths: dict[str, str]) -> Any:
-    """A process group that trains with two workers, and waits after the first batch."""
+    """A process group that loads with two workers and waits after the first batch."""
     script = tmp_path / "program.py"
     script.write_text(textwrap.dedent(PROGRAM))
     process = subprocess.Popen(
@@ -219,8 +219,8 @@ def test_signals_to_all_processes_leave_workers_alive(program: subprocess.Popen[
     assert program.stdout is not None
     assert program.stdin is not None
     assert program.stdout.readline() == f"main got {number.name.removeprefix('SIG')}\n"
-    program.stdin.write("go on\n")
-    assert program.stdout.readline() == "read on\n"
+    program.stdin.write("continue\n")
+    assert program.stdout.readline() == "read 50 batches\n"
 
 
 @pytest.mark.slow

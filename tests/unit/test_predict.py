@@ -1,4 +1,4 @@
-"""Detections of a checkpoint on any images."""
+"""Detections of a checkpoint in any images."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from horovod_megdet.models.detector import build_detector
 from horovod_megdet.predict import predict_images
 
 TINY = Path(__file__).resolve().parent.parent / "parallel" / "tiny.yaml"
-NAMES, CATEGORY_IDS = ["red", "green", "blue", "grey", "pink", "teal"], [1, 2, 3, 5, 8, 13]
+NAMES, CATEGORY_IDS = ["red", "green", "blue", "gray", "pink", "teal"], [1, 2, 3, 5, 8, 13]
 CPU = torch.device("cpu")
 
 
@@ -86,11 +86,11 @@ def test_every_image_gets_a_picture_and_an_entry(run_dir: Path, images: Path, tm
             assert (entry["width"], entry["height"]) == image.size
 
 
-def test_the_lowest_score_holds_for_file_and_pictures(run_dir: Path, images: Path, tmp_path: Path) -> None:
+def test_the_lowest_score_applies_to_file_and_pictures(run_dir: Path, images: Path, tmp_path: Path) -> None:
     image = sorted(images.iterdir())[0]
     predict_images(run_dir, [image], tmp_path / "all", 0.0, CPU)
     scores = sorted(float(str(entry["score"])) for entry in content(tmp_path / "all")["annotations"])
-    assert scores[0] < 0.05, "a score below the configuration's threshold can be asked for"
+    assert scores[0] < 0.05, "a score below the configuration's threshold is possible"
     middle = scores[len(scores) // 2]
     predict_images(run_dir, [image], tmp_path / "some", middle, CPU)
     kept = [float(str(entry["score"])) for entry in content(tmp_path / "some")["annotations"]]
@@ -102,7 +102,7 @@ def test_the_lowest_score_holds_for_file_and_pictures(run_dir: Path, images: Pat
     assert len(set(pictures)) == 3
 
 
-def test_one_bad_image_does_not_keep_the_others_from_being_done(run_dir: Path, images: Path, tmp_path: Path) -> None:
+def test_one_bad_image_does_not_stop_the_others(run_dir: Path, images: Path, tmp_path: Path) -> None:
     good = sorted(images.iterdir())[:2]
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(good[0].read_bytes()[:200])
@@ -119,7 +119,7 @@ def test_one_bad_image_does_not_keep_the_others_from_being_done(run_dir: Path, i
     assert all((tmp_path / "out" / f"{path.stem}.png").exists() for path in good)
 
 
-def test_images_of_equal_names_get_pictures_of_their_own(run_dir: Path, images: Path, tmp_path: Path) -> None:
+def test_images_with_equal_names_get_separate_pictures(run_dir: Path, images: Path, tmp_path: Path) -> None:
     first, second = sorted(images.iterdir())[:2]
     for number, (folder, source) in enumerate([("a", first), ("b", second), ("c", second)]):
         (tmp_path / folder).mkdir()
@@ -139,7 +139,7 @@ def test_images_of_equal_names_get_pictures_of_their_own(run_dir: Path, images: 
         (0.5, "gpu", "The device 'gpu' cannot be used: "),
     ],
 )
-def test_mistakes_are_told_before_anything_is_done(
+def test_mistakes_are_reported_before_anything_is_written(
     run_dir: Path, images: Path, tmp_path: Path, score: float, device: str, sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence):
@@ -147,6 +147,6 @@ def test_mistakes_are_told_before_anything_is_done(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_is_no_checkpoint_is_a_sentence(images: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_checkpoint_is_a_user_error(images: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing: there is no such checkpoint"):
         predict_images(tmp_path / "nothing", [images], tmp_path / "out", 0.5, CPU)

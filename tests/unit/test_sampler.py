@@ -1,4 +1,4 @@
-"""The order of images and its dealing to ranks."""
+"""The order of images and how ranks share it."""
 
 import itertools
 
@@ -40,7 +40,7 @@ def test_runs_at_aligned_positions_are_of_one_group(stream: ImageStream, epoch: 
     first = -start % length
     runs = [portrait[at : at + length] for at in range(first, len(stream) - length + 1, length)]
     mixed = [run for run in runs if 0 < run.sum() < length]
-    assert len(mixed) <= 1, "only left-overs are mixed"
+    assert len(mixed) <= 1, "only leftovers are mixed"
 
 
 @given(stream=streams, position=st.integers(0, 500), count=st.integers(0, 100), parts=st.integers(1, 5))
@@ -71,7 +71,7 @@ def test_ranks_share_the_stream_in_lock_step(stream: ImageStream, ranks: int, st
     other_ranks=st.integers(1, 6),
     passes=st.integers(0, 10),
 )
-def test_resuming_on_other_ranks_goes_on_at_the_same_image(
+def test_resuming_on_another_number_of_ranks_continues_at_the_same_image(
     stream: ImageStream, ranks: int, other_ranks: int, passes: int
 ) -> None:
     position = passes * ranks * stream.images_per_rank

@@ -1,4 +1,4 @@
-"""The generated data set: the same everywhere, valid, and safe to make at once from several processes."""
+"""The generated data set: equal everywhere, valid, and safe to generate from several processes at once."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +53,7 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
     assert len(different) == len(digest(tmp_path / "a")), "another seed changes every file"
 
 
-def test_more_images_leave_the_first_ones_as_they_are(tmp_path: Path) -> None:
+def test_more_images_do_not_change_the_first_ones(tmp_path: Path) -> None:
     ensure_synthetic(tmp_path / "few", 3, 1)
     ensure_synthetic(tmp_path / "many", 5, 2)
     few, many = digest(tmp_path / "few" / "images"), digest(tmp_path / "many" / "images")
@@ -80,7 +80,7 @@ def test_boxes_and_areas_fit_the_pictures() -> None:
 
 def test_a_second_call_changes_nothing(tmp_path: Path) -> None:
     root = tmp_path / "deep" / "folder"
-    root.mkdir(parents=True)  # an empty folder is as good as none
+    root.mkdir(parents=True)  # an empty folder counts as none
     paths = ensure_synthetic(root, 3, 2)
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     assert ensure_synthetic(root, 3, 2) == paths
@@ -88,16 +88,16 @@ def test_a_second_call_changes_nothing(tmp_path: Path) -> None:
     assert [path.name for path in root.parent.iterdir()] == ["folder"], "no drafts stay behind"
 
 
-def test_other_settings_or_foreign_files_are_left_alone(tmp_path: Path) -> None:
+def test_other_settings_and_foreign_files_are_never_overwritten(tmp_path: Path) -> None:
     ensure_synthetic(tmp_path / "ours", 2, 1)
     with pytest.raises(UserError, match=r"other settings.*data\.synthetic_root"):
         ensure_synthetic(tmp_path / "ours", 3, 1)
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "holiday.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="not a synthetic data set of ours"):
+    with pytest.raises(UserError, match="not a generated data set"):
         ensure_synthetic(tmp_path / "theirs", 2, 1)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="not a synthetic data set of ours"):
+    with pytest.raises(UserError, match="not a generated data set"):
         ensure_synthetic(tmp_path / "file", 2, 1)
     with pytest.raises(UserError, match=r"cannot be written.*data\.synthetic_root"):
         ensure_synthetic(tmp_path / "file" / "below", 2, 1)

@@ -1,4 +1,4 @@
-"""Resizing and augmentation keep boxes on their objects and draw all chance from the generator given."""
+"""Resizing and augmentation keep boxes on their objects; all randomness comes from the generator they are given."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_boxes_stay_on_their_objects(flip: float, shorter_side: int) -> None:
     assert (boxes[0, 0] < image.shape[2] / 4) == (flip == 0.0)
 
 
-def test_boxes_of_an_image_that_was_decoded_smaller() -> None:
+def test_boxes_of_an_image_that_was_decoded_at_half_its_size() -> None:
     box = (16, 24, 80, 56)
     transform = DetectionTransform((64,), 1000)
     image, boxes = transform.apply(
@@ -77,7 +77,7 @@ def test_no_boxes() -> None:
     assert boxes.shape == (0, 4)
 
 
-def test_chance_comes_from_the_generator_alone() -> None:
+def test_randomness_comes_from_the_generator_alone() -> None:
     data = DataConfig(shorter_side_train=(40, 50, 60), longer_side_train=200, photometric=True)
     transform = build_transform(data, training=True)
     original = torch.randint(0, 256, (3, 30, 45), dtype=torch.uint8, generator=generator())
@@ -92,7 +92,7 @@ def test_chance_comes_from_the_generator_alone() -> None:
     flipped = [bool(moved[0, 0] > image.shape[2] / 2 - 10) for image, moved in results]
     assert any(flipped)
     assert not all(flipped)
-    assert torch.equal(boxes, torch.tensor([[3.0, 4.0, 20.0, 25.0]])), "the input is left alone"
+    assert torch.equal(boxes, torch.tensor([[3.0, 4.0, 20.0, 25.0]])), "the input is untouched"
 
 
 def test_evaluation_is_not_random() -> None:
@@ -104,7 +104,7 @@ def test_evaluation_is_not_random() -> None:
     assert first.shape == (3, 47, 70)
 
 
-def test_distortion_changes_colours_within_reason() -> None:
+def test_distortion_changes_colors_within_reason() -> None:
     original = torch.randint(60, 200, (3, 30, 45), dtype=torch.uint8, generator=generator())
     changes = [(distort(original, generator(seed)).float() - original.float()).abs().mean() for seed in range(10)]
     assert min(changes) > 0
