@@ -1,5 +1,5 @@
 /*
- * Batch normalisation of float32 activations on CPUs: reductions and maps per channel, in one pass each.
+ * Batch normalization of float32 activations on CPUs: reductions and maps per channel, in one pass each.
  *
  * Activations are (outer, channels, inner): for a contiguous (N, C, *) tensor outer is N and inner the pixels; for
  * channels last outer is the pixels of all images and inner is 1. Sums are float64, so that neither a mean far from zero
@@ -29,24 +29,24 @@ typedef struct {
 
 static ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
-/* sums[0][c] = sum a, sums[1][c] = sum a * (b - centre), over the channels [from, to); centre may be NULL. */
-FOR_EVERY_CPU static void sum_channels(const float *a, const float *b, const double *centre, Shape s, ptrdiff_t from,
+/* sums[0][c] = sum a, sums[1][c] = sum a * (b - center), over the channels [from, to); center may be NULL. */
+FOR_EVERY_CPU static void sum_channels(const float *a, const float *b, const double *center, Shape s, ptrdiff_t from,
                                        ptrdiff_t to, double *sums) {
     double first[BLOCK] = {0}, second[BLOCK] = {0};
     if (s.inner == 1) {
-        float centres[BLOCK] = {0};
-        for (ptrdiff_t c = from; centre && c < to; c++) centres[c - from] = (float)centre[c];
+        float centers[BLOCK] = {0};
+        for (ptrdiff_t c = from; center && c < to; c++) centers[c - from] = (float)center[c];
         for (ptrdiff_t o = 0; o < s.outer; o++) {
             const float *row_a = a + o * s.channels + from, *row_b = b + o * s.channels + from;
 #pragma omp simd
             for (ptrdiff_t c = 0; c < to - from; c++) {
                 first[c] += row_a[c];
-                second[c] += (double)row_a[c] * (double)(row_b[c] - centres[c]);
+                second[c] += (double)row_a[c] * (double)(row_b[c] - centers[c]);
             }
         }
     } else {
         for (ptrdiff_t c = from; c < to; c++) {
-            float k = centre ? (float)centre[c] : 0;
+            float k = center ? (float)center[c] : 0;
             double sum = 0, product = 0;
             for (ptrdiff_t o = 0; o < s.outer; o++) {
                 const float *row_a = a + (o * s.channels + c) * s.inner, *row_b = b + (o * s.channels + c) * s.inner;
@@ -61,15 +61,15 @@ FOR_EVERY_CPU static void sum_channels(const float *a, const float *b, const dou
         }
     }
     for (ptrdiff_t c = from; c < to; c++) {
-        /* the part of the centre that float32 cannot hold */
-        double rest = centre ? centre[c] - (float)centre[c] : 0;
+        /* the part of the center that float32 cannot hold */
+        double rest = center ? center[c] - (float)center[c] : 0;
         sums[c] = first[c - from];
         sums[s.channels + c] = second[c - from] - rest * first[c - from];
     }
 }
 
-/* y = scale * (x - centre) + shift, and + slope * other where there is one, over the channels [from, to). */
-FOR_EVERY_CPU static void map_channels(const float *x, const float *other, const float *centre, const float *scale,
+/* y = scale * (x - center) + shift, and + slope * other where there is one, over the channels [from, to). */
+FOR_EVERY_CPU static void map_channels(const float *x, const float *other, const float *center, const float *scale,
                                        const float *slope, const float *shift, Shape s, ptrdiff_t from, ptrdiff_t to,
                                        float *y) {
     ptrdiff_t channels = to - from;
@@ -80,16 +80,16 @@ FOR_EVERY_CPU static void map_channels(const float *x, const float *other, const
             if (other) {
 #pragma omp simd
                 for (ptrdiff_t c = 0; c < channels; c++)
-                    result[c] = scale[c] * (row[c] - centre[c]) + (slope[c] * row_other[c] + shift[c]);
+                    result[c] = scale[c] * (row[c] - center[c]) + (slope[c] * row_other[c] + shift[c]);
             } else {
 #pragma omp simd
-                for (ptrdiff_t c = 0; c < channels; c++) result[c] = scale[c] * (row[c] - centre[c]) + shift[c];
+                for (ptrdiff_t c = 0; c < channels; c++) result[c] = scale[c] * (row[c] - center[c]) + shift[c];
             }
         }
         return;
     }
     for (ptrdiff_t c = 0; c < channels; c++) {
-        float k = centre[c], a = scale[c], b = slope[c], d = shift[c];
+        float k = center[c], a = scale[c], b = slope[c], d = shift[c];
         for (ptrdiff_t o = 0; o < s.outer; o++) {
             ptrdiff_t at = (o * s.channels + from + c) * s.inner;
             if (other) {
@@ -103,12 +103,12 @@ FOR_EVERY_CPU static void map_channels(const float *x, const float *other, const
     }
 }
 
-/* sums = [sum a, sum a * (b - centre)], (2, C); centre may be NULL. */
-void megdet_sums(const float *a, const float *b, const double *centre, ptrdiff_t outer, ptrdiff_t channels,
+/* sums = [sum a, sum a * (b - center)], (2, C); center may be NULL. */
+void megdet_sums(const float *a, const float *b, const double *center, ptrdiff_t outer, ptrdiff_t channels,
                  ptrdiff_t inner, int threads, double *sums) {
     Shape s = {outer, channels, inner};
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (ptrdiff_t c = 0; c < channels; c += BLOCK) sum_channels(a, b, centre, s, c, smaller(c + BLOCK, channels), sums);
+    for (ptrdiff_t c = 0; c < channels; c += BLOCK) sum_channels(a, b, center, s, c, smaller(c + BLOCK, channels), sums);
 }
 
 /* message = [count, sum x, sum x^2], 2 C + 1 values. */
@@ -144,21 +144,21 @@ void megdet_update_running(const double *statistics, double factor, ptrdiff_t ch
 }
 
 /* y = weight * invstd * (x - mean) + bias; weight and bias may be NULL. */
-void megdet_normalise(const float *x, const double *statistics, const float *weight, const float *bias,
+void megdet_normalize(const float *x, const double *statistics, const float *weight, const float *bias,
                       ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, int threads, float *y) {
     Shape s = {outer, channels, inner};
     const double *mean = statistics + 1, *invstd = mean + 2 * channels;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (ptrdiff_t from = 0; from < channels; from += BLOCK) {
         ptrdiff_t to = smaller(from + BLOCK, channels);
-        float centre[BLOCK], scale[BLOCK], slope[BLOCK] = {0}, shift[BLOCK];
+        float center[BLOCK], scale[BLOCK], slope[BLOCK] = {0}, shift[BLOCK];
         for (ptrdiff_t c = from; c < to; c++) {
             double a = invstd[c] * (weight ? weight[c] : 1);
-            centre[c - from] = (float)mean[c];
+            center[c - from] = (float)mean[c];
             scale[c - from] = (float)a;
-            shift[c - from] = (float)((bias ? bias[c] : 0) - a * (mean[c] - centre[c - from]));
+            shift[c - from] = (float)((bias ? bias[c] : 0) - a * (mean[c] - center[c - from]));
         }
-        map_channels(x, NULL, centre, scale, slope, shift, s, from, to, y);
+        map_channels(x, NULL, center, scale, slope, shift, s, from, to, y);
     }
 }
 
@@ -182,14 +182,14 @@ void megdet_input_gradient(const float *dy, const float *x, const double *statis
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (ptrdiff_t from = 0; from < channels; from += BLOCK) {
         ptrdiff_t to = smaller(from + BLOCK, channels);
-        float centre[BLOCK], scale[BLOCK], slope[BLOCK], shift[BLOCK];
+        float center[BLOCK], scale[BLOCK], slope[BLOCK], shift[BLOCK];
         for (ptrdiff_t c = from; c < to; c++) {
             double a = invstd[c] * (weight ? weight[c] : 1), b = -a * invstd[c] * sums[channels + c] / count;
-            centre[c - from] = (float)mean[c];
+            center[c - from] = (float)mean[c];
             scale[c - from] = (float)b;
             slope[c - from] = (float)a;
-            shift[c - from] = (float)(-a * sums[c] / count - b * (mean[c] - centre[c - from]));
+            shift[c - from] = (float)(-a * sums[c] / count - b * (mean[c] - center[c - from]));
         }
-        map_channels(x, dy, centre, scale, slope, shift, s, from, to, dx);
+        map_channels(x, dy, center, scale, slope, shift, s, from, to, dx);
     }
 }

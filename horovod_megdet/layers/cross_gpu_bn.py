@@ -9,7 +9,7 @@ where the sums run over all ranks and xhat = (x - mean) / sqrt(var + eps). The n
 
 Messages are exchanged one at a time, in the order of the layers. The autograd engine executes the nodes of a graph
 strictly in the reverse order of their creation whenever one thread does it all, so all ranks agree on the order in the
-backward pass too. Gradient messages of an optimiser may be on their way at the same time: they have other names.
+backward pass too. Gradient messages of an optimizer may be in flight at the same time: they have other names.
 """
 
 from collections.abc import Callable
@@ -22,24 +22,24 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from horovod_megdet import comm
-from horovod_megdet.layers import kernels
-from horovod_megdet.layers.kernels import Statistics
+from horovod_megdet.layers.kernels import PlainKernels, Statistics, kernels_for
 from horovod_megdet.layers.recomputation import current_tape
 
 
 class CrossGPUBatchNorm(_BatchNorm):
-    """Batch normalisation of (N, C, *) inputs over all images of a group of ranks.
+    """Batch normalization of (N, C, *) inputs over all images of a group of ranks.
 
-    Takes the place of ``nn.BatchNorm1d``, ``2d`` and ``3d``: the same arguments, parameters, buffers and state dict,
-    and the same results as one of them given the group's inputs in one tensor. Float16 and bfloat16 inputs are
-    accepted; statistics are always float64. Evaluation does not communicate, nor does a group of one rank. A forward
-    pass in training is collective within the group, and so is its backward pass; second derivatives are refused.
+    A drop-in replacement for ``nn.BatchNorm1d``, ``2d`` and ``3d``: it has their arguments, parameters, buffers and
+    state dict, and computes what one of them would compute from the whole group's input in one tensor. The input may
+    be float16, bfloat16, float32 or float64; statistics are always float64. The forward pass in training is collective
+    within the group, and so is its backward pass; evaluation does not communicate, nor does a group of one rank.
+    Second derivatives are refused.
 
-    ``group`` are the ranks that share statistics, all by default. ``algorithm`` is ``one_pass`` (one allreduce of
-    counts, sums and sums of squares) or ``two_pass`` (as in the paper: the mean, then the squared differences from
-    it). ``path`` is part of the names of the layer's messages.
+    ``group`` is the group of ranks that share statistics, all ranks by default. ``algorithm`` is ``one_pass`` (one
+    allreduce of counts, sums and sums of squares) or ``two_pass`` (as in the paper: first the mean, then the squared
+    differences from it). ``path`` becomes part of the names of the layer's messages.
 
-    Raises ``ValueError`` in training when the group has less than two values per channel.
+    Raises ``ValueError`` in training if the group has fewer than two values per channel.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class CrossGPUBatchNorm(_BatchNorm):
             raise ValueError(f"algorithm must be one_pass or two_pass, not {algorithm!r}")
         self.group = group or comm.world()
         self.algorithm = algorithm
-        # One shape for each name, even if two models of one process share their paths.
+        # A name belongs to one shape, even if two models in one process have the same paths.
         self.message_name = f"cgbn.{path}.{num_features}"
         self.replaces: type[_BatchNorm] = nn.BatchNorm2d
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalises ``input`` (N, C, *), by the group's statistics in training, else by the running ones."""
+        """Normalizes ``input`` (N, C, *): by the group's statistics in training, by the running ones otherwise."""
         if input.dim() < 2 or input.shape[1] != self.num_features:
             raise ValueError(f"expected an input of (N, {self.num_features}, *), got {tuple(input.shape)}")
         if not self.training:
@@ -75,21 +75,25 @@ class CrossGPUBatchNorm(_BatchNorm):
             )
         tape = current_tape.get()
         if self.group.size == 1:
-            return self._normalise_alone(input, update=tape is None or not tape.replaying)
+            return self._normalize_alone(input, update=tape is None or not tape.replaying)
+        kernels = kernels_for(input)
         if tape is not None and tape.replaying:
             statistics = tape.next()
         else:
-            statistics = self._group_statistics(input.detach())
-            self._update_running(statistics)
+            statistics = self._group_statistics(input.detach(), kernels)
+            if self.running_mean is not None and self.running_var is not None:
+                kernels.update_running(self.running_mean, self.running_var, statistics, self._next_factor())
             if tape is not None:
                 tape.append(statistics)
-        output: Tensor = _Normalise.apply(input, self.weight, self.bias, statistics, self.group, self.message_name)
+        output: Tensor = _Normalize.apply(
+            input, self.weight, self.bias, statistics, kernels, self.group, self.message_name
+        )
         return output
 
-    def _group_statistics(self, x: Tensor) -> Statistics:
+    def _group_statistics(self, x: Tensor, kernels: PlainKernels) -> Statistics:
         if self.algorithm == "one_pass":
             message = comm.sum_(kernels.sums(x), self.message_name, self.group)
-            statistics = Statistics.of_moments(message, self.eps)
+            statistics = kernels.statistics(message, self.eps)
         else:
             message = comm.sum_(kernels.sums(x)[: self.num_features + 1], f"{self.message_name}.mean", self.group)
             count, mean = message[0], message[1:] / message[0]
@@ -102,23 +106,19 @@ class CrossGPUBatchNorm(_BatchNorm):
             )
         return statistics
 
-    def _update_running(self, statistics: Statistics) -> None:
-        if self.running_mean is not None and self.running_var is not None:
-            statistics.update(self.running_mean, self.running_var, self._next_factor())
-
     def _next_factor(self) -> float:
-        """Counts the batch and returns its weight in the running statistics; without a momentum they are averages."""
+        """Counts the batch and returns its weight in the running statistics; without a momentum they are an average."""
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         return 1.0 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
 
-    def _normalise_alone(self, x: Tensor, update: bool) -> Tensor:
+    def _normalize_alone(self, x: Tensor, update: bool) -> Tensor:
         mean, var, factor = self.running_mean, self.running_var, 0.0
         if mean is not None and var is not None:
             if update:
                 factor = self._next_factor()
             else:
-                # Without buffers the operator would save other tensors than in the first forward pass.
+                # Checkpointing compares the saved tensors, and without buffers the operator would save others.
                 mean, var = mean.clone(), var.clone()
         return F.batch_norm(x, mean, var, self.weight, self.bias, True, factor, self.eps)
 
@@ -126,8 +126,8 @@ class CrossGPUBatchNorm(_BatchNorm):
         return f"{super().extra_repr()}, ranks={self.group.size}, algorithm={self.algorithm}"
 
 
-class _Normalise(torch.autograd.Function):
-    """Normalisation by given statistics of the group, and the gradient that knows they depend on the input."""
+class _Normalize(torch.autograd.Function):
+    """Normalization by the group's statistics; its gradient takes into account that they depend on the input."""
 
     @staticmethod
     def forward(
@@ -136,25 +136,26 @@ class _Normalise(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         statistics: Statistics,
+        kernels: PlainKernels,
         group: comm.Group,
         name: str,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, statistics.values)
-        ctx.group, ctx.name, ctx.has_bias = group, name, bias is not None
-        return kernels.normalise(x, weight, bias, statistics)
+        ctx.kernels, ctx.group, ctx.name, ctx.has_bias = kernels, group, name, bias is not None
+        return kernels.normalize(x, weight, bias, statistics)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, values = ctx.saved_tensors
         statistics = Statistics(values)
-        sums = kernels.gradient_sums(dy, x, statistics)
+        sums = ctx.kernels.gradient_sums(dy, x, statistics)
         dbias, dweight = (None, None) if weight is None else sums.to(weight.dtype, copy=True)
         dx = None
         if ctx.needs_input_grad[0]:
             total = comm.sum_(sums, f"{ctx.name}.backward", ctx.group)
-            dx = kernels.input_gradient(dy, x, weight, statistics, total)
-        return dx, dweight, dbias if ctx.has_bias else None, None, None, None
+            dx = ctx.kernels.input_gradient(dy, x, weight, statistics, total)
+        return dx, dweight, dbias if ctx.has_bias else None, None, None, None, None
 
 
 def convert_batch_norm(
@@ -162,9 +163,9 @@ def convert_batch_norm(
 ) -> nn.Module:
     """Replaces every ``BatchNorm1d``, ``2d`` and ``3d`` in ``module`` by a :class:`CrossGPUBatchNorm`.
 
-    Returns the module, or the new layer if the module itself is one. Parameters and buffers are kept
-    (the same tensors), and so are the keys of the state dict. The modules' paths, with ``path`` before them, name the
-    messages: all ranks have to convert the same model.
+    Returns the module, or the new layer if the module itself is one. Parameters and buffers stay the same tensors, and
+    the keys of the state dict stay the same. The modules' paths, prefixed by ``path``, name the messages: all ranks
+    have to convert the same model.
     """
 
     def converted(layer: _BatchNorm, path: str) -> _BatchNorm:
@@ -176,7 +177,7 @@ def convert_batch_norm(
 
 
 def revert_batch_norm(module: nn.Module) -> nn.Module:
-    """Replaces every :class:`CrossGPUBatchNorm` by the PyTorch layer that it replaced, for export.
+    """Replaces every :class:`CrossGPUBatchNorm` by the kind of PyTorch layer that it replaced, for export.
 
     Returns the module, or the new layer if the module itself is one.
     """
@@ -189,16 +190,16 @@ def revert_batch_norm(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def average_running_statistics(module: nn.Module) -> None:
-    """Makes running statistics the same on all ranks, where groups of ranks have their own. Collective.
+    """Makes the running statistics of layers whose groups have their own the same on all ranks. Collective.
 
-    The mean becomes the mean of the means, the variance the mean of the variances plus the spread of the means. Layers
-    that normalise over all ranks have nothing to average.
+    The mean becomes the mean of the groups' means, the variance the mean of their variances plus the variance of their
+    means. Layers that share statistics over all ranks already agree.
     """
     running = [
         (layer.running_mean, layer.running_var)
         for layer in module.modules()
         if isinstance(layer, _BatchNorm)
-        and _ranks_together(layer) < comm.size()
+        and _group_size(layer) < comm.size()
         and layer.running_mean is not None
         and layer.running_var is not None
     ]
@@ -215,7 +216,7 @@ def average_running_statistics(module: nn.Module) -> None:
         var.copy_(new_var)
 
 
-def _ranks_together(layer: _BatchNorm) -> int:
+def _group_size(layer: _BatchNorm) -> int:
     return layer.group.size if isinstance(layer, CrossGPUBatchNorm) else 1
 
 
@@ -231,7 +232,7 @@ def _arguments(layer: _BatchNorm) -> dict[str, Any]:
 
 
 def _take_over(new: _BatchNorm, old: _BatchNorm) -> _BatchNorm:
-    """Gives ``new`` the parameters, buffers and mode of ``old``."""
+    """Moves the parameters, buffers and mode of ``old`` to ``new``."""
     for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
         setattr(new, name, getattr(old, name))
     return new.train(old.training)
@@ -246,7 +247,7 @@ def replace_layers(
 ) -> nn.Module:
     """Replaces every layer of the given kinds in ``module`` by ``make(layer, its path)``; returns the module.
 
-    A layer that occurs at several places stays one layer. ``done`` has those replaced so far.
+    A layer that occurs in several places stays one layer. ``done`` maps the layers replaced so far to the new ones.
     """
     done = {} if done is None else done
     if isinstance(module, kinds):

@@ -1,7 +1,7 @@
-"""Activation checkpointing that neither communicates nor updates statistics a second time.
+"""Activation checkpointing that neither communicates nor updates running statistics a second time.
 
-In the forward pass of a checkpointed part the normalisation layers put their batch statistics on a tape; when the
-backward pass runs that part again, they take them from it.
+In the forward pass of a checkpointed part the normalization layers record their batch statistics on a tape; when the
+backward pass runs that part again, they read them from it.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Tape:
-    """The batch statistics of one pass through a checkpointed part, in the order of the layers."""
+    """The batch statistics of one forward pass through a checkpointed part, in the order of the layers."""
 
     def __init__(self) -> None:
         self.replaying = False
@@ -26,17 +26,17 @@ class Tape:
         self._position = 0
 
     def append(self, statistics: "Statistics") -> None:
-        """Called by a layer in the forward pass."""
+        """Records a layer's statistics in the forward pass."""
         self._statistics.append(statistics)
 
     def next(self) -> "Statistics":
-        """Called by a layer in the recomputation."""
+        """The statistics of the next layer in the recomputation."""
         self._position += 1
         return self._statistics[self._position - 1]
 
     @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        """Around the forward pass."""
+    def record(self) -> Iterator[None]:
+        """The context of the forward pass."""
         token = current_tape.set(self)
         try:
             yield
@@ -44,8 +44,8 @@ class Tape:
             current_tape.reset(token)
 
     @contextlib.contextmanager
-    def playing(self) -> Iterator[None]:
-        """Around a recomputation; there can be several of one forward pass."""
+    def replay(self) -> Iterator[None]:
+        """The context of a recomputation; one forward pass can be recomputed several times."""
         self.replaying, self._position = True, 0
         token = current_tape.set(self)
         try:
@@ -55,11 +55,11 @@ class Tape:
 
 
 current_tape: ContextVar[Tape | None] = ContextVar("current_tape", default=None)
-"""The tape of the checkpointed part that is running, if any."""
+"""The tape of the checkpointed part that is being computed, if any."""
 
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Returns ``function(x)`` and computes it again in the backward pass instead of keeping its activations.
+    """Returns ``function(x)`` and recomputes it in the backward pass instead of keeping its activations.
 
     The gradients are bit for bit those of a plain call, as long as ``function`` draws no random numbers.
     """
@@ -69,4 +69,4 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     tape = Tape()
-    return tape.recording(), tape.playing()
+    return tape.record(), tape.replay()

@@ -18,7 +18,7 @@ from horovod_megdet.printing import say
 
 @contextlib.contextmanager
 def messages() -> Iterator[list[str]]:
-    """The names of the sums that this rank takes part in, in their order."""
+    """The names of the sums that this rank takes part in, in order."""
     names: list[str] = []
     original = comm.sum_
 
@@ -31,11 +31,11 @@ def messages() -> Iterator[list[str]]:
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """Largest difference over the largest reference value; 0 where there is nothing to compare."""
+    """Largest absolute difference over the largest absolute reference value; 0 for empty tensors."""
     if reference.numel() == 0:
         return 0.0
     difference = (value.detach().double() - reference.detach().double()).abs().max()
-    # NaN has to come out as a failure, which max() over ranks would lose
+    # max() over ranks would lose a NaN, which has to fail the test
     return float((difference / reference.detach().abs().max().clamp_min(1e-30)).nan_to_num(nan=1e30))
 
 
@@ -45,7 +45,7 @@ def summed(tensor: Tensor, group: comm.Group | None = None) -> Tensor:
 
 
 def worst(values: dict[str, float]) -> dict[str, float]:
-    """The largest of the ranks' values under each key."""
+    """The largest value over all ranks, for each key."""
     ranks = comm.gather_objects(values, "test.worst")
     return {key: max(rank[key] for rank in ranks) for key in values}
 

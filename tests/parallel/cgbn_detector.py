@@ -38,7 +38,7 @@ def build(dtype: torch.dtype = torch.float32, **changes: Any) -> Detector:
 def gradients(
     detector: Detector, images: list[Tensor], targets: list[dict[str, Any]], names: tuple[str, ...] = LOSSES
 ) -> dict[str, Tensor]:
-    """The gradient of the ranks' common loss, put together as the trainer does it."""
+    """This rank's part of the gradient of the common loss, weighted as in the trainer."""
     losses = detector.forward_losses(images, targets)
     counts = torch.tensor([float(losses.counts[name]) for name in names], dtype=torch.float64)
     weights = counts / comm.sum_(counts.clone(), f"test.counts.{len(names)}")
@@ -47,7 +47,7 @@ def gradients(
 
 
 def alone(detector: Detector) -> Detector:
-    """A copy whose normalisation layers do not communicate."""
+    """A copy whose normalization layers do not communicate."""
     detector = copy.deepcopy(detector)
     for layer in detector.modules():
         if isinstance(layer, CrossGPUBatchNorm):
@@ -56,7 +56,7 @@ def alone(detector: Detector) -> Detector:
 
 
 def agreement_with_one_process(dtype: torch.dtype, names: tuple[str, ...]) -> float:
-    """Norm of the gradients' difference over the norm of the gradient."""
+    """Norm of the difference between the two gradients, relative to the gradient's."""
     images, targets = make_images([(64, 64)] * IMAGES)
     detector = build(dtype, box_head_norm="cgbn")
     reference = alone(detector)

@@ -17,7 +17,7 @@ CHANNELS = 6
 
 @dataclass
 class Case:
-    """One kind of input and layer. Shapes are without channels; the last extent grows with the rank."""
+    """One kind of input and layer. Shapes leave out the channels; the last dimension grows with the rank."""
 
     shape: tuple[int, ...] = (2, 5, 7)
     mean: float = 0.5
@@ -54,7 +54,7 @@ CASES = {
 
 
 def compare(case: Case, algorithm: str, group: comm.Group) -> dict[str, float]:
-    """The relative errors of this rank."""
+    """This rank's relative errors."""
     generator = torch.Generator().manual_seed(7)
     reference = nn.BatchNorm1d(CHANNELS, **case.layer).double()
     if reference.affine:
@@ -73,7 +73,7 @@ def compare(case: Case, algorithm: str, group: comm.Group) -> dict[str, float]:
 def _compare_step(
     case: Case, layer: CrossGPUBatchNorm, reference: nn.Module, inputs: list[Tensor], gradients: list[Tensor]
 ) -> dict[str, float]:
-    """Forward and backward pass of this rank and of one process; the inputs are those of all ranks."""
+    """Forward and backward pass of this rank, and of one process with all inputs; ``inputs`` has one per rank."""
     group, rank = layer.group, comm.rank()
     x = inputs[rank].clone(memory_format=case.layout if inputs[rank].numel() else torch.contiguous_format)
     x.requires_grad_()
@@ -102,7 +102,7 @@ def _compare_step(
 
 
 def _data(case: Case, generator: torch.Generator) -> list[Tensor]:
-    """The inputs of all ranks, of unequal extents."""
+    """The inputs of all ranks, of different sizes."""
     images, *extents = case.shape
     data = []
     for rank in range(comm.size()):
@@ -128,7 +128,7 @@ def exactness(group: comm.Group) -> dict[str, dict[str, float]]:
 
 
 def message_counts() -> dict[str, list[int]]:
-    """Messages of one layer: forward, backward, with recomputation, evaluation."""
+    """Messages of one layer: forward, backward, backward with recomputation, evaluation."""
     counts = {}
     for algorithm in ("one_pass", "two_pass"):
         layer = CrossGPUBatchNorm(CHANNELS, algorithm=algorithm)
@@ -192,14 +192,14 @@ def training() -> dict[str, float]:
     )  # fmt: skip
     whole = _trained(copy.deepcopy(start), images, labels, distributed=False)
     mine = slice(4 * comm.rank(), 4 * comm.rank() + 4)
-    synchronised = _trained(convert_batch_norm(copy.deepcopy(start)), images[mine], labels[mine], distributed=True)
+    synchronized = _trained(convert_batch_norm(copy.deepcopy(start)), images[mine], labels[mine], distributed=True)
     local = _trained(copy.deepcopy(start), images[mine], labels[mine], distributed=True)
 
     def distance(model: nn.Module) -> float:
         pairs = zip(model.state_dict().values(), whole.state_dict().values(), strict=True)
         return max(common.relative_error(ours, theirs) for ours, theirs in pairs)
 
-    return common.worst({"synchronised": distance(synchronised), "local": distance(local)})
+    return common.worst({"synchronized": distance(synchronized), "local": distance(local)})
 
 
 def _trained(model: nn.Module, images: Tensor, labels: Tensor, distributed: bool) -> nn.Module:

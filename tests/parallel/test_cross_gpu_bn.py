@@ -1,6 +1,6 @@
-"""CGBN on several ranks against one process with the whole batch (1 = 3), and without it (1 != 2).
+"""CGBN on several ranks equals one process with the whole batch; without CGBN they differ.
 
-Starting ranks takes seconds, so that each launch measures everything, and the tests look at the numbers.
+Starting ranks takes seconds, so each launch measures everything once and the tests check the numbers.
 """
 
 import json
@@ -52,7 +52,7 @@ def _measured(
 
 
 @_launches(*LAUNCHES)
-def test_outputs_gradients_and_statistics_are_those_of_one_process(layer: Measured) -> None:
+def test_outputs_gradients_and_statistics_equal_those_of_one_process(layer: Measured) -> None:
     wrong = {
         (group, case, name): error
         for group, cases in layer["exactness"].items()
@@ -64,7 +64,7 @@ def test_outputs_gradients_and_statistics_are_those_of_one_process(layer: Measur
 
 
 @_launches(*LAUNCHES)
-def test_groups_of_two_among_four_were_compared(layer: Measured) -> None:
+def test_four_ranks_compare_groups_of_two_as_well(layer: Measured) -> None:
     assert layer["exactness"].keys() == ({"world", "pairs"} if layer["ranks"] == 4 else {"world"})
 
 
@@ -81,29 +81,29 @@ def test_a_layer_can_be_used_twice(layer: Measured) -> None:
 
 @_launches(*LAUNCHES)
 def test_ten_training_steps_give_the_weights_of_one_process_only_with_cgbn(layer: Measured) -> None:
-    assert layer["training"]["synchronised"] < TOLERANCE
-    assert layer["training"]["local"] > 100 * TOLERANCE, "statistics of each rank alone must not pass"
+    assert layer["training"]["synchronized"] < TOLERANCE
+    assert layer["training"]["local"] > 100 * TOLERANCE, "a test that local statistics pass would be too weak"
 
 
 @_launches(*LAUNCHES)
-def test_averaging_running_statistics_includes_the_spread_of_the_means(layer: Measured) -> None:
+def test_averaged_running_variance_includes_the_variance_of_the_means(layer: Measured) -> None:
     errors = layer["averaged statistics"]
     assert errors.pop("between ranks") == 0
     assert max(errors.values()) < TOLERANCE
 
 
 @_detector_launches
-def test_detector_gradients_are_those_of_one_process(detector: Measured) -> None:
+def test_detector_gradients_equal_those_of_one_process(detector: Measured) -> None:
     assert detector["float32, RPN"] < TOLERANCE
     assert detector["float64"] < 1e-9
 
 
 @_detector_launches
-def test_messages_have_one_order_on_all_ranks(detector: Measured) -> None:
+def test_messages_have_the_same_order_on_all_ranks(detector: Measured) -> None:
     assert all(detector["order"].values()), detector["order"]
 
 
 @_detector_launches
 @pytest.mark.parametrize("kind", ["stages", "blocks"])
-def test_recomputation_changes_no_bit_and_sends_nothing(detector: Measured, kind: str) -> None:
+def test_recomputation_changes_no_bit_and_sends_no_message(detector: Measured, kind: str) -> None:
     assert all(detector["recomputation"][kind].values()), detector["recomputation"]

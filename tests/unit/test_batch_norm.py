@@ -1,6 +1,7 @@
-"""CrossGPUBatchNorm in one process: alone, and with the sum over two equal ranks played by doubling."""
+"""CrossGPUBatchNorm in one process: alone, and as one of two ranks with the same data."""
 
 import copy
+import importlib.util
 from collections.abc import Iterator
 from unittest import mock
 
@@ -9,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from horovod_megdet import comm
-from horovod_megdet.layers import kernels
+from horovod_megdet.errors import UserError
 from horovod_megdet.layers.cross_gpu_bn import (
     CrossGPUBatchNorm,
     average_running_statistics,
     convert_batch_norm,
     revert_batch_norm,
 )
-from horovod_megdet.layers.kernels import Statistics
+from horovod_megdet.layers.kernels import PlainKernels, Statistics, compiled, kernels_for
 
 PAIR = comm.Group((0, 1), None)
 
@@ -28,7 +29,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def twins() -> Iterator[None]:
-    """Two ranks with the same data: every sum is twice the rank's own."""
+    """This process is one of two ranks with the same data: each sum is twice its own."""
     with mock.patch.object(comm, "sum_", lambda tensor, name, group=None: tensor.mul_(2)):
         yield
 
@@ -45,7 +46,7 @@ def _network() -> nn.Module:
     )
 
 
-def test_conversion_keeps_parameters_buffers_keys_type_and_mode() -> None:
+def test_conversion_keeps_parameters_buffers_keys_dtype_and_mode() -> None:
     network = _network().double()
     network["line"].eval()
     before = dict(network.state_dict(keep_vars=True))
@@ -61,7 +62,7 @@ def test_conversion_keeps_parameters_buffers_keys_type_and_mode() -> None:
     assert network["shared"][0] is network["shared"][1]
 
 
-def test_reverting_gives_the_original_kinds_of_layers() -> None:
+def test_reverting_restores_the_original_layer_types() -> None:
     original = _network()
     network = revert_batch_norm(convert_batch_norm(copy.deepcopy(original)))
     assert [type(module) for module in network.modules()] == [type(module) for module in original.modules()]
@@ -71,7 +72,7 @@ def test_reverting_gives_the_original_kinds_of_layers() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}])
-def test_one_rank_is_plain_batch_norm_to_the_bit(options: dict[str, bool | None]) -> None:
+def test_one_rank_equals_plain_batch_norm_to_the_bit(options: dict[str, bool | None]) -> None:
     plain = nn.BatchNorm2d(3, **options)
     layer = convert_batch_norm(copy.deepcopy(plain))
     x = torch.randn(4, 3, 5, 5)
@@ -89,7 +90,9 @@ def test_one_rank_is_plain_batch_norm_to_the_bit(options: dict[str, bool | None]
 @pytest.mark.parametrize("algorithm", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("mean", [0.0, 20.0, 1e4])
-def test_two_equal_ranks_are_the_doubled_batch(algorithm: str, layout: torch.memory_format, mean: float) -> None:
+def test_two_equal_ranks_equal_one_process_with_twice_the_batch(
+    algorithm: str, layout: torch.memory_format, mean: float
+) -> None:
     plain = nn.BatchNorm2d(3).double()
     layer = convert_batch_norm(copy.deepcopy(plain).float(), group=PAIR, algorithm=algorithm)
     x, dy = (torch.randn(2, 3, 9, 8) + mean).to(memory_format=layout), torch.randn(2, 3, 9, 8)
@@ -115,7 +118,7 @@ def test_a_second_derivative_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("twins")
-def test_a_fixed_input_needs_no_message_in_the_backward_pass() -> None:
+def test_an_input_without_gradient_needs_no_message_in_the_backward_pass() -> None:
     layer = CrossGPUBatchNorm(2, group=PAIR)
     y = layer(torch.randn(3, 2, 4, 4))
     with mock.patch.object(comm, "sum_", side_effect=AssertionError):
@@ -123,7 +126,7 @@ def test_a_fixed_input_needs_no_message_in_the_backward_pass() -> None:
     assert layer.weight.grad is not None
 
 
-def test_evaluation_does_not_communicate_whatever_the_group() -> None:
+def test_evaluation_does_not_communicate() -> None:
     with mock.patch.object(comm, "sum_", side_effect=AssertionError):
         for tracks in (True, False):
             layer = CrossGPUBatchNorm(2, track_running_stats=tracks, group=PAIR).eval()
@@ -132,7 +135,7 @@ def test_evaluation_does_not_communicate_whatever_the_group() -> None:
             assert torch.equal(layer(x), plain(x))
 
 
-def test_bad_uses_are_errors() -> None:
+def test_wrong_arguments_are_errors() -> None:
     with pytest.raises(ValueError, match="one_pass or two_pass"):
         CrossGPUBatchNorm(2, algorithm="three_pass")
     with pytest.raises(ValueError, match=r"\(N, 2, \*\), got \(1, 3\)"):
@@ -144,7 +147,7 @@ def test_bad_uses_are_errors() -> None:
         CrossGPUBatchNorm(2, group=PAIR)(torch.zeros(1, 2))
 
 
-def test_averaging_over_one_rank_changes_nothing() -> None:
+def test_averaging_running_statistics_over_one_rank_changes_nothing() -> None:
     layer = nn.BatchNorm2d(2)
     layer(torch.randn(3, 2, 4, 4))
     before = layer.running_var.clone()
@@ -158,27 +161,66 @@ def test_sums(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = (torch.randn(shape, dtype=torch.float64) * 2 + 100).to(dtype)
     rows: Tensor = x.double().movedim(1, -1).reshape(-1, 3)
     expected = torch.cat([torch.tensor([len(rows)]), rows.sum(0), rows.square().sum(0)])
-    # the moments that are computed from the sums must survive the cancellation
-    torch.testing.assert_close(kernels.sums(x), expected, rtol=1e-8, atol=0)
+    # tight enough for the variance, a small difference of large numbers
+    torch.testing.assert_close(kernels_for(x).sums(x), expected, rtol=1e-8, atol=0)
 
 
-def test_sums_of_nothing() -> None:
-    assert kernels.sums(torch.zeros(0, 3, 4)).tolist() == [0.0] * 7
+def test_a_rank_without_input_adds_nothing() -> None:
+    x, weight = torch.zeros(0, 3, 4), torch.ones(3)
+    kernels = kernels_for(x)
+    assert kernels.sums(x).tolist() == [0.0] * 7
+    assert kernels.squared_differences(x, torch.ones(3, dtype=torch.float64)).tolist() == [0.0] * 3
+    statistics = kernels.statistics(torch.tensor([2.0, 2, 4, 6, 10, 10, 20], dtype=torch.float64), eps=0.0)
+    assert statistics.mean.tolist() == [1, 2, 3]
+    assert statistics.var.tolist() == [4, 1, 1]
+    total = kernels.gradient_sums(x, x, statistics)
+    assert total.tolist() == [[0.0] * 3] * 2
+    assert kernels.normalize(x, weight, None, statistics).shape == x.shape
+    assert kernels.input_gradient(x, x, weight, statistics, total).shape == x.shape
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (2, 35, 9, 8), (2, 3, 5, 6, 7)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_compiled_kernels_agree_with_plain_operators(shape: tuple[int, ...], affine: bool) -> None:
+    x, dy, channels = torch.randn(shape) * 2 + 3, torch.randn(shape), shape[1]
+    weight, bias = torch.randn(2, channels) if affine else (None, None)
+    running = torch.randn(channels), torch.rand(channels)
+    results = []
+    for kernels, dtype in ((kernels_for(x), torch.float32), (PlainKernels(), torch.float64)):
+        x, dy = x.to(dtype), dy.to(dtype)
+        statistics = kernels.statistics(kernels.sums(x), eps=1e-3)
+        mean, var = (buffer.to(dtype, copy=True) for buffer in running)
+        kernels.update_running(mean, var, statistics, factor=0.1)
+        total = kernels.gradient_sums(dy, x, statistics)
+        y, dx = kernels.normalize(x, weight, bias, statistics), kernels.input_gradient(dy, x, weight, statistics, total)
+        differences = kernels.squared_differences(x, statistics.mean)
+        results.append([each.double() for each in (statistics.values, mean, var, differences, total, y, dx)])
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkout_without_compiled_kernels_says_what_to_do_when_they_are_needed() -> None:
+    compiled.library.cache_clear()
+    with (
+        mock.patch.object(importlib.util, "find_spec", return_value=None),
+        pytest.raises(UserError, match=r"_batch_norm_cpu is not compiled.*make setup"),
+    ):
+        kernels_for(torch.ones(1)).sums(torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_number_of_threads_and_the_layout_keep_the_result(layout: torch.memory_format) -> None:
-    # 19 channels: a whole block of the compiled kernels and a part of one
+def test_the_number_of_threads_changes_no_bit_and_the_layout_is_kept(layout: torch.memory_format) -> None:
+    # 19 channels are one whole block of the compiled kernels and part of another
     x, dy = torch.randn(3, 19, 5, 7).contiguous(memory_format=layout), torch.randn(3, 19, 5, 7)
     mean, var, weight = torch.randn(19).double(), torch.rand(19).double() + 0.5, torch.randn(19)
     statistics = Statistics.of(torch.tensor(105.0).double(), mean, var, eps=0.1)
-    before = torch.get_num_threads()
+    kernels, before = kernels_for(x), torch.get_num_threads()
     results = []
     try:
         for threads in (1, 4):
             torch.set_num_threads(threads)
             total = kernels.gradient_sums(dy, x, statistics)
-            y = kernels.normalise(x, weight, None, statistics)
+            y = kernels.normalize(x, weight, None, statistics)
             dx = kernels.input_gradient(dy, x, weight, statistics, total)
             results.append((kernels.sums(x), total, y, dx))
     finally:

@@ -1,0 +1,34 @@
+"""The local arithmetic of batch normalization. Nothing in here communicates.
+
+There are three implementations of one interface: compiled functions for the CPU, PyTorch's kernels for CUDA, and plain
+operators, which define what the others compute. :func:`kernels_for` chooses.
+"""
+
+import torch
+from torch import Tensor
+
+from horovod_megdet.layers.kernels.compiled import CompiledKernels
+from horovod_megdet.layers.kernels.cuda import CUDAKernels
+from horovod_megdet.layers.kernels.empty import EmptyInputKernels
+from horovod_megdet.layers.kernels.plain import PlainKernels
+from horovod_megdet.layers.kernels.statistics import Statistics
+
+__all__ = ["PlainKernels", "Statistics", "kernels_for", "widened"]
+
+_PLAIN, _COMPILED, _CUDA = PlainKernels(), CompiledKernels(), CUDAKernels()
+_COMPILED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernels_for(x: Tensor) -> PlainKernels:
+    """The kernels for activations of the device, type and number of ``x``."""
+    kernels = _PLAIN
+    if x.is_cuda:
+        kernels = _CUDA
+    elif x.device.type == "cpu" and x.dtype in _COMPILED_TYPES:
+        kernels = _COMPILED
+    return kernels if x.numel() else EmptyInputKernels(kernels)
+
+
+def widened(x: Tensor) -> Tensor:
+    """``x`` in float32 if it is of a 16-bit type, else as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
