@@ -41,7 +41,7 @@ def failing_disk(training: Training, launcher: str = "mpirun") -> dict[str, Any]
         host.run(["mount", "-o", "remount,rw", str(folder)])
         assert job.wait() == 0, job.output
         found = checkpoint.newest(host.path(training.run_dir), report=print)
-        return {"name": found.path.name, **found.digests}
+        return {"name": found.path.name, **found.bits()}
     finally:
         job.end()
         host.run(["umount", str(folder)])

@@ -106,7 +106,7 @@ class Training:
     def result(self) -> dict[str, Any]:
         """Name and hashes of the newest checkpoint: equal only if every bit is."""
         newest = checkpoint.newest(self.run_dir, report=print)
-        return {"name": newest.path.name, **newest.digests}
+        return {"name": newest.path.name, **newest.bits()}
 
     def forget(self) -> None:
         """Starts anew."""

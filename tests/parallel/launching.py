@@ -133,7 +133,7 @@ def tiny(run_dir: Path, *settings: str, data: Path) -> list[str]:
 def final_hashes(run_dir: Path) -> dict[str, str]:
     """SHA-256 of weights and training state in the newest checkpoint: equal only if every bit is."""
     newest = checkpoint.newest(run_dir, report=print)
-    return {"name": newest.path.name, **newest.digests}
+    return {"name": newest.path.name, **newest.bits()}
 
 
 def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
