@@ -209,7 +209,8 @@ class SolverConfig(Section):
     """The factor at each milestone."""
 
     schedule: Literal["steps", "cosine"] = "steps"
-    """How the learning rate falls after the warm-up: `steps` at the milestones, or along a half `cosine` to 0."""
+    """How the learning rate falls after the warm-up: in `steps`, at the milestones, or along half a `cosine` to 0, without
+    milestones."""
 
     optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
     """`sgd` with momentum, as MegDet; `lars` (trust ratio per layer, You et al. 2017; needs the extra `lars`); or

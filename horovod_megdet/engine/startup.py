@@ -23,6 +23,7 @@ from horovod_megdet.models.norms import bn_group
 from horovod_megdet.models.weights import load_checkpoint, load_weights
 from horovod_megdet.printing import say
 from horovod_megdet.report.tables import console, two_columns
+from horovod_megdet.solver.agvm import check_agvm
 from horovod_megdet.solver.schedule import make_schedule
 
 PACKAGES = ("horovod", "torch", "torchvision", "mpi4py", "pycocotools", "numpy", "pyyaml", "pydantic")
@@ -40,6 +41,7 @@ def build_trainer(config: Config, resume: bool) -> Trainer:
     train_set, val_set = load_datasets(config)
     with comm.agreement("schedule"):
         schedule = make_schedule(config.solver, len(train_set), comm.size(), config.data.images_per_rank)
+        check_agvm(config, schedule)
     detector = start_detector(config, len(train_set.class_names), device)
     description = RunDescription(
         config=config.model_dump(mode="json"),
@@ -71,6 +73,12 @@ def resume_from(trainer: Trainer, found: checkpoint.Checkpoint | None) -> None:
             f"{saved.path}: {trainer.config.data.train_annotations} is not the training data that this checkpoint was "
             "trained on, so its position in the data means nothing. Restore the data, or start a new run with "
             "model.weights set to this checkpoint."
+        )
+    theirs, ours = saved.config.solver.optimizer, trainer.config.solver.optimizer
+    if theirs != ours:
+        raise UserError(
+            f"{saved.path}: this checkpoint has the state of solver.optimizer: {theirs}, which {ours} cannot continue. "
+            f"Use {theirs}, or start a new run with model.weights set to this checkpoint."
         )
     trainer.resume(saved)
 
@@ -165,6 +173,8 @@ def _print_start(trainer: Trainer) -> None:
     skipped = len(trainer.train_set.problems) + len(trainer.val_set.problems)
     if skipped:
         out.print(f"{skipped} bad annotations or images are skipped; `megdet check-data` lists them.")
+    if config.solver.measure_noise not in ("auto", "off") and not trainer.noise.enabled:
+        out.print("The gradient's noise is not measured: one rank with one pass per step has nothing to compare.")
     if trainer.position.step:
         epoch = trainer.schedule.epoch(trainer.position.images_seen)
         out.print(f"Resuming after step {trainer.position.step}, epoch {epoch:.2f}.")

@@ -62,8 +62,10 @@ class Trainer:
         self.device = device
         self.stop_request = stop_request
         self.description = description
+        with comm.agreement("optimizer"):
+            optimizer = build_optimizer(detector, config.solver)
         self.optimizer = comm.distributed_optimizer(
-            build_optimizer(detector, config.solver),
+            optimizer,
             detector,
             passes_per_step=schedule.accumulation,
             fp16=config.solver.compression == "fp16",
@@ -75,7 +77,7 @@ class Trainer:
         self.agvm = AGVM()
         self.averaged: AveragedModel | None = None
         if config.solver.ema is not None:
-            self.averaged = averaged_model(detector, schedule.images(config.solver.ema), schedule.mini_batch)
+            self.averaged = averaged_model(detector, config.solver.ema * schedule.dataset_images, schedule.mini_batch)
         self.position = Position()
         self.stopping = False
         self.unsaved = False
@@ -110,7 +112,7 @@ class Trainer:
         return self.finish(evaluation)
 
     def train_step(self, batches: Iterator[Batch]) -> None:
-        """One optimizer step: ``accumulation`` forward and backward passes, averaged gradients, SGD."""
+        """One optimizer step: ``accumulation`` forward and backward passes, averaged gradients."""
         started = time.perf_counter()
         progress.step = self.position.step + 1
         lr = self.schedule.lr(self.position.images_seen)
@@ -260,7 +262,7 @@ class Trainer:
             self.averaged.n_averaged.fill_(state.position.step)
         if state.weights:
             self.detector.load_state_dict(state.weights)
-        load_optimizer(self.optimizer, state.optimizer)
+        load_optimizer(self.optimizer, state.optimizer, saved.path)
         self.scaler.load_state_dict(state.scaler)
         self.position, self.noise.averages, self.agvm = state.position, state.noise, state.agvm
         if len(state.random) == comm.size():

@@ -16,16 +16,21 @@ The backbone keeps mu = 1. Where the mini-batch is far below the noise scale eve
 
 from dataclasses import dataclass, field
 
+from horovod_megdet.config import Config
+from horovod_megdet.errors import UserError
 from horovod_megdet.models.modules import MODULES
 from horovod_megdet.solver.gradient_noise import NoiseAverages
+from horovod_megdet.solver.schedule import Schedule
 
 START_EPOCHS = 0.2
 """Epochs after the warm-up before the first update. The paper waits for 100 steps of 256 of COCO's 118,000 images."""
 
 EVERY_EPOCHS = 0.02
-"""Epochs in which the factors move by 3 % towards what is measured: the paper's 10 steps."""
+"""Epochs between two updates, at least: the paper's 10 steps."""
 
 MOVE = 0.03
+"""How far the factors move in EVERY_EPOCHS."""
+
 SMALLEST_RATIO, LARGEST_RATIO, EPSILON = 0.5, 10.0, 1e-6
 
 
@@ -39,7 +44,7 @@ class AGVM:
     """Epoch of the last update."""
 
     def update(self, averages: NoiseAverages, mini_batch: int, epochs_after_warmup: float) -> None:
-        """Moves the factors, if it is time: in short runs by larger steps, so that epochs count and not steps."""
+        """Moves the factors, if it is time; by more after more epochs, so that epochs count and not steps."""
         if epochs_after_warmup < START_EPOCHS or not averages.weight:
             return
         since = EVERY_EPOCHS if self.updated_at is None else epochs_after_warmup - self.updated_at
@@ -59,3 +64,19 @@ def dissimilarity(averages: NoiseAverages, module: str, mini_batch: int) -> floa
     signal = max(averages.signal_of(module), 0.0)
     noise = 2 * max(averages.variance_of(module), 0.0) / mini_batch
     return noise / (signal + noise) if signal + noise > 0 else 1.0
+
+
+def check_agvm(config: Config, schedule: Schedule) -> None:
+    """Raises :class:`UserError` if AGVM is asked for and has nothing to compare."""
+    if config.solver.lr_modulation != "agvm":
+        return
+    if schedule.ranks * schedule.accumulation == 1:
+        raise UserError(
+            "solver.lr_modulation: agvm compares the gradients of ranks or of passes, and one rank with one pass per "
+            "step has nothing to compare. Start more ranks, set solver.accumulation, or leave lr_modulation out."
+        )
+    if config.model.trainable_stages == 0 and config.model.weights != "none":
+        raise UserError(
+            "solver.lr_modulation: agvm compares the modules with the backbone, which model.trainable_stages: 0 "
+            "freezes. Train a stage of it, or leave lr_modulation out."
+        )

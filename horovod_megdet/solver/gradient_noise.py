@@ -15,9 +15,9 @@ Their ratio is not unbiased, so both are averaged over time before it is taken. 
 detector and for its modules. It takes the norms of the local gradients, one number for each module, and one small
 message that sums them over the ranks.
 
-The estimates assume that images are independent, and that the gradient of a unit depends on its images only. Batches
-are grouped by orientation, which adds the variance between the groups; under cross-GPU BN the gradient of a unit also
-depends, a little, on the images of the other ranks in the same pass.
+The estimates assume that images are independent, and that the gradient of a unit depends on its own images only.
+Batches are grouped by orientation, so the variance between the orientations counts b times. Under cross-GPU BN the
+gradient of a unit also depends, a little, on the images of the other ranks in the same pass.
 """
 
 import math
@@ -38,7 +38,7 @@ MEMORY = 50
 """Measurements over which the estimates are averaged: older ones fade by 1 - 1 / MEMORY with each new one."""
 
 COST_LIMIT = 0.01
-"""Part of the time of training that measuring may take, where the interval is chosen automatically."""
+"""Fraction of the time of training that measuring may take, where the interval is automatic."""
 
 ALL = "all"
 """Stands beside the modules for the whole detector."""
@@ -78,7 +78,7 @@ class NoiseAverages:
                 averages[name] = averages.get(name, 0.0) * (1 - new) + value * new
 
     def variance_of(self, name: str = ALL) -> float:
-        """tr(Sigma); needs a measurement."""
+        """tr(Sigma); needs a measurement. Only the rounding of fp16 compression can make it negative."""
         return self.variance[name] / self.weight
 
     def signal_of(self, name: str = ALL) -> float:
@@ -86,10 +86,10 @@ class NoiseAverages:
         return self.signal[name] / self.weight
 
     def noise_scale(self, name: str = ALL) -> float | None:
-        """B in images; None where |g|^2 cannot be told from the noise, or nothing was measured yet."""
+        """B in images; None before the first measurement, and where |g|^2 cannot be told from the noise."""
         if not self.weight or self.signal_of(name) <= 0:
             return None
-        return self.variance_of(name) / self.signal_of(name)
+        return max(self.variance_of(name), 0.0) / self.signal_of(name)
 
     def row(self) -> dict[str, float | None]:
         """The averages for a row of metrics; empty before the first measurement."""
@@ -117,7 +117,8 @@ class GradientNoise:
         self.units = accumulation * comm.size()
         self.interval = interval
         self.averages = NoiseAverages()
-        self._squares: dict[str, Tensor] | None = None
+        self._noted: dict[str, list[Tensor]] | None = None
+        """Row norms of the gradients of this rank's passes by module, in a step that is measured."""
         self._seconds = 0.0
 
     @property
@@ -131,10 +132,10 @@ class GradientNoise:
         if not self.enabled or step < self.averages.next_step:
             yield
             return
-        self._squares = dict.fromkeys(MODULES, torch.zeros((), dtype=torch.float64))
-        # They are called before the gradient is added to those of other passes, and before Horovod takes it.
+        noted: dict[str, list[Tensor]] = {module: [] for module in MODULES}
+        # Tensor hooks run before the gradient is added to those of other passes, and before Horovod takes it.
         hooks = [
-            parameter.register_hook(partial(self._note, module))
+            parameter.register_hook(partial(self._note, noted[module]))
             for module, parameters in self.parameters.items()
             for parameter in parameters
         ]
@@ -143,11 +144,11 @@ class GradientNoise:
         finally:
             for hook in hooks:
                 hook.remove()
+        self._noted = noted
 
-    def _note(self, module: str, gradient: Tensor) -> None:
-        assert self._squares is not None
+    def _note(self, noted: list[Tensor], gradient: Tensor) -> None:
         started = time.perf_counter()
-        self._squares[module] = self._squares[module].to(gradient.device) + _square(gradient)
+        noted.append(_row_norms(gradient))
         self._seconds += time.perf_counter() - started
 
     def update(self, step: int, images: int, loss_scale: float, step_seconds: float) -> None:
@@ -157,44 +158,65 @@ class GradientNoise:
         does one whose gradients are not finite. ``loss_scale`` is the factor that the gradients have, and
         ``step_seconds`` the time that the step has taken so far.
         """
-        if self._squares is None:
+        if self._noted is None:
             return
         started = time.perf_counter()
-        local = [*self._squares.values(), *map(torch.tensor, (images, self._seconds, step_seconds))]
-        message = torch.stack([value.double().cpu() for value in local])
-        *squares, all_images, measuring_seconds, all_seconds = comm.sum_(message, "gradient_noise").tolist()
-        variance, signal = {}, {}
-        for module, square in zip(MODULES, squares, strict=True):
-            # Each pass has 1 / accumulation of the loss, so that the gradient of a unit is larger than what was noted.
-            of_units = square * self.accumulation**2 / self.units / loss_scale**2
-            of_mean = self._square_of_mean(module) / loss_scale**2
-            variance[module], signal[module] = estimates(of_units, of_mean, self.images, self.units)
-        if all_images == self.images * self.units and math.isfinite(sum((*variance.values(), *signal.values()))):
-            self.averages.add(variance, signal)
-        # From numbers that all ranks have alike, so that they measure in the same steps.
-        automatic = math.ceil(measuring_seconds / all_seconds / COST_LIMIT)
-        self.averages.next_step = step + (max(1, automatic) if self.interval == "auto" else int(self.interval))
-        # What this took is told with the next message.
-        self._squares, self._seconds = None, time.perf_counter() - started
+        # Each pass has 1 / accumulation of the loss, so that the gradient of a unit is larger than what was noted.
+        of_units = _squares(self._noted) * (self.accumulation / loss_scale) ** 2 / self.units
+        of_mean = _squares(self._averaged_gradients()) / loss_scale**2 / comm.size()
+        counts = torch.tensor([images, self._seconds, step_seconds], dtype=torch.float64)
+        # |G|^2 is the same on every rank but for rounding; from the message all have the same bits.
+        message = comm.sum_(torch.cat([of_units, of_mean, counts]), "gradient_noise")
+        all_images, measuring_seconds, all_seconds = message[-len(counts) :].tolist()
+        if all_images == self.images * self.units and bool(message.isfinite().all()):
+            self._add(*message[: -len(counts)].chunk(2))
+        automatic = max(1, math.ceil(measuring_seconds / all_seconds / COST_LIMIT))
+        self.averages.next_step = step + (automatic if self.interval == "auto" else int(self.interval))
+        # The time that this took goes into the next message.
+        self._noted, self._seconds = None, time.perf_counter() - started
 
-    def _square_of_mean(self, module: str) -> float:
-        gradients = [p.grad for p in self.parameters[module] if p.grad is not None]
-        return torch.stack([_square(gradient) for gradient in gradients]).sum().item() if gradients else 0.0
+    def _averaged_gradients(self) -> dict[str, list[Tensor]]:
+        return {
+            module: [_row_norms(parameter.grad) for parameter in parameters if parameter.grad is not None]
+            for module, parameters in self.parameters.items()
+        }
+
+    def _add(self, of_units: Tensor, of_mean: Tensor) -> None:
+        pairs = zip(of_units.tolist(), of_mean.tolist(), strict=True)
+        found = [estimates(unit, mean, self.images, self.units) for unit, mean in pairs]
+        variances, signals = zip(*found, strict=True)
+        self.averages.add(dict(zip(MODULES, variances, strict=True)), dict(zip(MODULES, signals, strict=True)))
 
 
-def _square(gradient: Tensor) -> Tensor:
-    """|gradient|^2 as a () float64 tensor on the gradient's device."""
-    return torch.linalg.vector_norm(gradient).double().square()
+def _row_norms(gradient: Tensor) -> Tensor:
+    """The L2 norms of the rows (first dimension): on CPUs a float32 sum over a whole large weight is off by 1e-3."""
+    return torch.linalg.vector_norm(gradient.reshape(len(gradient), -1), dim=1)
 
 
-def gain_table(noise_scale: float, mini_batch: int) -> list[tuple[str, str]]:
-    """What a mini-batch gains and loses by its size, as rows for people to read (McCandlish et al., section 2)."""
-    ratio = mini_batch / noise_scale
+def _squares(norms: dict[str, list[Tensor]]) -> Tensor:
+    """The sum of the squares by module, (modules,) float64 on the CPU; 0 for a module without gradients."""
+    none = torch.zeros(1)
+    return torch.stack([torch.cat(norms[module] or [none]).double().square().sum().cpu() for module in MODULES])
+
+
+def gain_table(noise_scale: float, mini_batch: int, reference: int) -> list[tuple[str, str]]:
+    """What a mini-batch gains and loses by its size, as rows for people to read (McCandlish et al., section 2).
+
+    To reach the same loss, n images per step take 1 + B / n times the fewest possible steps and 1 + n / B times the
+    fewest possible images; the best learning rate is 1 / (1 + n / B) of what the linear rule extrapolates from small n.
+    """
+    ratio, reference_ratio = mini_batch / noise_scale, reference / noise_scale
+    steps, images = 1 + 1 / ratio, 1 + ratio
     return [
         ("noise scale", f"{noise_scale:.4g} images; the mini-batch is {ratio:.3g} times as large"),
-        ("steps", f"{1 + 1 / ratio:.3g} times the fewest possible, with twice the mini-batch {1 + 0.5 / ratio:.3g}"),
-        ("images", f"{1 + ratio:.3g} times the fewest possible, with twice the mini-batch {1 + 2 * ratio:.3g}"),
-        ("learning rate", f"the best one is {1 / (1 + ratio):.3g} times what the linear rule extrapolates"),
+        ("steps", f"{steps:.3g} times the fewest possible; with twice the mini-batch {1 + 0.5 / ratio:.3g} times"),
+        ("images", f"{images:.3g} times the fewest possible; with twice the mini-batch {1 + 2 * ratio:.3g} times"),
+        (
+            f"instead of {reference} images",
+            f"{steps / (1 + 1 / reference_ratio):.3g} times the steps, {images / (1 + reference_ratio):.3g} times the "
+            "images",
+        ),
+        ("learning rate", f"the best one is {1 / images:.3g} times what the linear rule extrapolates"),
     ]
 
 

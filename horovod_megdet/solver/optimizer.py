@@ -1,6 +1,7 @@
 """The optimizers. Weight decay acts on weights only, and each module of the detector has a learning rate of its own."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from torch import nn
 from horovod_megdet.config import SolverConfig
 from horovod_megdet.errors import UserError
 from horovod_megdet.models.modules import MODULES, trainable_parameters
+
+TRUST_COEFFICIENT = 0.001
+"""Of LARS: the length of a layer's step over that of its weights, for a learning rate of 1 and without momentum."""
 
 
 def build_optimizer(detector: nn.Module, solver: SolverConfig) -> torch.optim.Optimizer:
@@ -21,7 +25,7 @@ def build_optimizer(detector: nn.Module, solver: SolverConfig) -> torch.optim.Op
     if solver.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True, lr=solver.base_lr, betas=(solver.momentum, 0.999))
     if solver.optimizer == "lars":
-        return _lars()(groups, lr=solver.base_lr, momentum=solver.momentum)
+        return _lars()(groups, lr=solver.base_lr, momentum=solver.momentum, trust_coefficient=TRUST_COEFFICIENT)
     return torch.optim.SGD(groups, fused=True, lr=solver.base_lr, momentum=solver.momentum)
 
 
@@ -42,23 +46,30 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float, factors: Mapping[str, fl
         group["lr"] = lr * factors[group["module"]]
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads a state dict into ``optimizer``, also one of version 0.1, whose groups held the parameters of all modules.
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
+    """Loads the state dict of the checkpoint ``path``, also of version 0.1, whose two groups held all modules' weights.
 
-    The order of the parameters has always been the same, and that is what the state goes by.
+    Parameters are told by their number in the order of the groups, which is the same in both. Momentum, weight decay
+    and whatever else the configuration gives are those that ``optimizer`` was made with. Raises :class:`UserError` if
+    other parameters were trained.
     """
-    current = optimizer.state_dict()["param_groups"]
-    saved = [number for group in state["param_groups"] for number in group["params"]]
-    if saved != [number for group in current for number in group["params"]]:
-        raise UserError("the optimizer's state belongs to another detector")
-    if len(current) != len(state["param_groups"]):
-        state = state | {"param_groups": current}
-    optimizer.load_state_dict(state)
+    groups, saved = optimizer.state_dict()["param_groups"], state["param_groups"]
+    ours, theirs = (sum(len(group["params"]) for group in each) for each in (groups, saved))
+    if ours != theirs:
+        raise UserError(
+            f"{path}: this checkpoint trains {theirs} parameters, and the configuration {ours}: use the configuration "
+            "it was saved with, model.trainable_stages included."
+        )
+    if len(groups) == len(saved):  # keeps what an optimizer itself notes in its groups
+        groups = [old | new for old, new in zip(saved, groups, strict=True)]
+    optimizer.load_state_dict(state | {"param_groups": groups})
 
 
 def _lars() -> Any:
     try:
-        from timm.optim import Lars
+        from pytorch_optimizer import LARS
     except ImportError:
-        raise UserError("solver.optimizer: lars needs the package timm: pip install 'horovod-megdet[lars]'.") from None
-    return Lars
+        raise UserError(
+            "solver.optimizer: lars needs the package pytorch_optimizer: pip install 'horovod-megdet[lars]'."
+        ) from None
+    return LARS

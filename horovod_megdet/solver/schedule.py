@@ -80,8 +80,8 @@ class Schedule:
     def _decay(self, images_seen: int) -> float:
         if self.solver.schedule == "cosine":
             warmup_images = self.images(self.solver.warmup_epochs)
-            part = max(0, images_seen - warmup_images) / max(1, self.total_images - warmup_images)
-            return 0.5 + 0.5 * cos(pi * min(1.0, part))
+            done = max(0, images_seen - warmup_images) / max(1, self.total_images - warmup_images)
+            return 0.5 + 0.5 * cos(pi * min(1.0, done))
         milestones = [self.images(epochs) for epochs in self.solver.milestones]
         return prod(self.solver.gammas[: bisect_right(milestones, images_seen)])
 
