@@ -209,8 +209,8 @@ class SolverConfig(Section):
     """The factor at each milestone."""
 
     schedule: Literal["steps", "cosine"] = "steps"
-    """How the learning rate falls after the warm-up: in `steps`, at the milestones, or along half a `cosine` to 0, without
-    milestones."""
+    """How the learning rate falls after the warm-up: in `steps`, at the milestones, or along half a `cosine` to 0, with
+    no milestones."""
 
     optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
     """`sgd` with momentum, as MegDet; `lars` (trust ratio per layer, You et al. 2017; needs the extra `lars`); or
@@ -228,7 +228,7 @@ class SolverConfig(Section):
     compression: Literal["none", "fp16"] = "none"
     """Send gradients as float32 or as float16."""
 
-    measure_noise: Literal["auto", "off"] | Positive = "auto"
+    measure_noise: Literal["auto", "never"] | Positive = "auto"
     """Steps between two measurements of the gradient's noise (docs/method.md); `auto` measures as often as costs less
     than 1 % of the time, and with agvm in every step. It takes two ranks, or two passes per step."""
 
@@ -241,7 +241,7 @@ class SolverConfig(Section):
     checkpoint, predict and export use. Left out, there are none."""
 
     @property
-    def noise_interval(self) -> int | Literal["auto", "off"]:
+    def noise_interval(self) -> int | Literal["auto", "never"]:
         """Steps between two measurements of the gradient's noise. AGVM needs fixed ones, not those that time allows."""
         return 1 if self.lr_modulation == "agvm" and self.measure_noise == "auto" else self.measure_noise
 
@@ -254,8 +254,8 @@ class SolverConfig(Section):
             )
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError("milestones must rise")
-        if self.lr_modulation == "agvm" and self.measure_noise == "off":
-            raise ValueError("lr_modulation: agvm follows the gradient's noise, so measure_noise cannot be off")
+        if self.lr_modulation == "agvm" and self.measure_noise == "never":
+            raise ValueError("lr_modulation: agvm follows the gradient's noise, so measure_noise cannot be never")
         if self.mini_batch is not None and self.accumulation != 1:
             raise ValueError("give mini_batch or accumulation, not both: accumulation follows from mini_batch")
         return self

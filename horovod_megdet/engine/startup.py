@@ -173,7 +173,7 @@ def _print_start(trainer: Trainer) -> None:
     skipped = len(trainer.train_set.problems) + len(trainer.val_set.problems)
     if skipped:
         out.print(f"{skipped} bad annotations or images are skipped; `megdet check-data` lists them.")
-    if config.solver.measure_noise not in ("auto", "off") and not trainer.noise.enabled:
+    if config.solver.measure_noise not in ("auto", "never") and not trainer.noise.enabled:
         out.print("The gradient's noise is not measured: one rank with one pass per step has nothing to compare.")
     if trainer.position.step:
         epoch = trainer.schedule.epoch(trainer.position.images_seen)

@@ -43,7 +43,7 @@ COST_LIMIT = 0.01
 ALL = "all"
 """Stands beside the modules for the whole detector."""
 
-Interval = int | Literal["auto", "off"]
+Interval = int | Literal["auto", "never"]
 """Steps between two measurements."""
 
 
@@ -124,7 +124,7 @@ class GradientNoise:
     @property
     def enabled(self) -> bool:
         """Whether anything is measured at all."""
-        return self.interval != "off" and self.units > 1
+        return self.interval != "never" and self.units > 1
 
     @contextmanager
     def measuring(self, step: int) -> Iterator[None]:

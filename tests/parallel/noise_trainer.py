@@ -1,0 +1,69 @@
+"""What a trainer measures of the gradient noise: messages, clipping, images that cannot be read."""
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import cgbn_common as common
+
+from horovod_megdet import comm
+from horovod_megdet.config import load_config, override
+from horovod_megdet.engine.startup import build_trainer
+from horovod_megdet.engine.trainer import Trainer
+from horovod_megdet.solver.gradient_noise import MEMORY
+
+FOLDER = Path(sys.argv[1]).parent
+STEPS = 6
+"""Of four images: one epoch."""
+
+
+def start(name: str, *settings: str) -> Trainer:
+    """A new run of the tiny configuration."""
+    folders = [f"output.run_dir={FOLDER / name}", f"data.synthetic_root={FOLDER / 'data'}"]
+    return build_trainer(override(load_config(Path(__file__).with_name("tiny.yaml")), [*folders, *settings]), False)
+
+
+def messages(trainer: Trainer) -> list[list[str]]:
+    """The names of the sums of each step."""
+    batches = iter(trainer._train_loader())
+    found = []
+    for _ in range(STEPS):
+        with common.messages() as names:
+            trainer.train_step(batches)
+        found.append(list(names))
+    return found
+
+
+def after_a_step(name: str, *settings: str) -> dict[str, Any]:
+    """The averages after the first step."""
+    trainer = start(name, *settings)
+    trainer.train_step(iter(trainer._train_loader()))
+    return vars(trainer.noise.averages)
+
+
+def steps_that_count() -> float:
+    """How many steps of an epoch count, in one of which an image cannot be read."""
+    trainer = start("unreadable", "data.bad_annotations=skip")
+    if comm.is_main():
+        image = trainer.train_set.path(3)
+        image.write_bytes(image.read_bytes()[:-2000])
+    comm.barrier()
+    messages(trainer)
+    return math.log1p(-trainer.noise.averages.weight) / math.log1p(-1 / MEMORY)
+
+
+def measure() -> dict[str, Any]:
+    """Everything, on two ranks."""
+    return {
+        "messages": {
+            interval: messages(start(interval, f"solver.measure_noise={interval}")) for interval in ("never", "3")
+        },
+        "not clipped": after_a_step("not clipped"),
+        "clipped": after_a_step("clipped", "solver.clip_gradient_norm=0.001"),
+        "steps that count": steps_that_count(),
+    }
+
+
+if __name__ == "__main__":
+    common.main(measure)
