@@ -1,4 +1,4 @@
-"""Measurements between the ranks: how far clocks are apart, and how long allreduces take. Everything is collective."""
+"""Measurements between the ranks: how far their clocks are apart, and how long allreduces take. All are collective."""
 
 import functools
 import statistics
@@ -13,54 +13,58 @@ from horovod_megdet import comm, launched
 from horovod_megdet.comm.bare_mpi import BareMPI
 
 CLOCK_ROUNDS = 15
-SIZES = tuple(4**power for power in range(2, 14))
-"""Bytes of the messages: 16 B, one normalisation layer, to 64 MiB, a fused buffer of gradients."""
+MESSAGE_BYTES = tuple(4**power for power in range(2, 14))
+"""From 16 B, less than the statistics of a normalization layer, to 64 MiB, a fusion buffer full of gradients."""
 
-SLOWEST = 1.5
-"""Seconds; messages larger than one that takes longer are left out."""
+TOO_SLOW = 1.5
+"""Seconds; if a message takes longer, larger ones are left out."""
 
-MEASURED = 0.1
-"""Seconds that are measured for each size, about."""
+TIME_PER_SIZE = 0.1
+"""Seconds to spend on each message size, about."""
 
-REPETITIONS = (3, 200)
-"""Fewest and most messages of one size."""
+FEWEST_REPETITIONS, MOST_REPETITIONS = 3, 200
 
 
 @dataclass(frozen=True)
 class Clock:
-    """A rank's clock against that of rank 0."""
+    """A rank's clock, compared with that of rank 0."""
 
     rank: int
     host: str
     offset: float
-    """Seconds that it is ahead."""
+    """Seconds that it is ahead of rank 0's."""
     uncertainty: float
-    """Half of the time that a message there and back took."""
+    """Half the round-trip time of the messages that compared them, in seconds."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How long an allreduce of so many bytes takes: the median of several, on the slowest rank, in seconds."""
+    """The time of an allreduce in seconds: the median of several, on the slowest rank."""
 
     bytes: int
     horovod: float
     mpi: float | None
-    """Without Horovod, before it was started; None under Gloo."""
+    """Of MPI's own allreduce, before Horovod was started; None under Gloo."""
 
     def bandwidth(self, ranks: int) -> float:
-        """Gbit/s that each rank sends, as the best algorithm has it: 2 (n - 1) / n of the message."""
-        return self.bytes * 8 * 2 * (ranks - 1) / ranks / self.horovod / 1e9
+        """Horovod's :func:`bus_bandwidth` for this message."""
+        return bus_bandwidth(self.bytes, self.horovod, ranks)
 
 
-def clocks() -> list[Clock]:
-    """Measures all clocks at once, by messages from rank 0 to all and back; the quickest round counts.
+def bus_bandwidth(size: int, seconds: float, ranks: int) -> float:
+    """Gbit/s that each of n ranks sends in an allreduce: 2 (n - 1) / n of the message, as nccl-tests defines it."""
+    return size * 8 * 2 * (ranks - 1) / ranks / seconds / 1e9
 
-    A rank notes the time when it gets rank 0's message, which was sent between ``before`` and ``after`` by rank 0's
-    clock. So the middle of the two is at most half of the round trip off.
+
+def compare_clocks() -> list[Clock]:
+    """Compares all clocks at once, by messages from rank 0 to all ranks and back; the fastest round counts.
+
+    Every rank notes the time at which rank 0's message arrives, which is between ``before`` and ``after`` by rank 0's
+    clock. The middle of the two is therefore wrong by at most half the round-trip time.
     """
     best: list[tuple[float, float]] = [(0.0, float("inf"))] * comm.size()
     empty = torch.zeros(1, dtype=torch.float64)
-    hosts = comm.gather_objects(launched.host(), "doctor.hosts_of_clocks")
+    hosts = comm.gather_objects(launched.host(), "doctor.clock_hosts")
     for _ in range(CLOCK_ROUNDS):
         comm.barrier()
         before = time.time()
@@ -77,27 +81,30 @@ def clocks() -> list[Clock]:
     ]
 
 
-def bare_mpi_times() -> dict[int, float]:
-    """Seconds of an MPI allreduce without Horovod, by bytes; nothing where ranks do not use MPI, or there is one only.
+def time_bare_mpi() -> dict[int, float]:
+    """Seconds of MPI's own allreduce by message size in bytes; empty without MPI or mpi4py, and for a single rank.
 
-    Has to be called before Horovod is started.
+    Must be called before Horovod is started.
     """
     if not launched.by_mpi():
         return {}
-    mpi = BareMPI()
+    try:
+        mpi = BareMPI()
+    except ModuleNotFoundError:  # mpi4py: Horovod may have been built for Gloo only
+        return {}
     if mpi.size == 1:
         return {}
-    messages = {size: functools.partial(mpi.sum_, np.zeros(size // 4, np.float32)) for size in SIZES}
-    return _times(messages, mpi.largest)
+    messages = {size: functools.partial(mpi.sum_, np.zeros(size // 4, np.float32)) for size in MESSAGE_BYTES}
+    return _time_all(messages, mpi.largest)
 
 
-def allreduce_times(device: torch.device) -> dict[int, float]:
-    """Seconds of Horovod's allreduce of a float32 tensor on ``device``, by bytes; nothing where there is one rank."""
+def time_horovod(device: torch.device) -> dict[int, float]:
+    """Seconds of Horovod's allreduce of a float32 tensor on ``device``, by size in bytes; empty for a single rank."""
     if comm.size() == 1:
         return {}
-    tensors = {size: torch.zeros(size // 4, device=device) for size in SIZES}
+    tensors = {size: torch.zeros(size // 4, device=device) for size in MESSAGE_BYTES}
     messages = {size: functools.partial(_sum, tensor, f"doctor.{size}") for size, tensor in tensors.items()}
-    return _times(messages, _slowest)
+    return _time_all(messages, _slowest)
 
 
 def _sum(tensor: torch.Tensor, name: str) -> None:
@@ -106,19 +113,19 @@ def _sum(tensor: torch.Tensor, name: str) -> None:
         torch.cuda.synchronize(tensor.device)
 
 
-def _times(messages: Mapping[int, Callable[[], None]], slowest: Callable[[float], float]) -> dict[int, float]:
-    """The seconds that each message takes, from small to large; the same on all ranks."""
-    fewest, most = REPETITIONS
-    found: dict[int, float] = {}
+def _time_all(messages: Mapping[int, Callable[[], None]], slowest: Callable[[float], float]) -> dict[int, float]:
+    """Times the messages from small to large. ``slowest`` gives all ranks the same times, so that all stop together."""
+    times: dict[int, float] = {}
     for size, message in messages.items():
-        trial = slowest(_median(message, 2))
-        found[size] = slowest(_median(message, min(most, max(fewest, int(MEASURED / max(trial, 1e-6))))))
-        if found[size] > SLOWEST:
+        trial = slowest(_median_time(message, 2))
+        repetitions = int(TIME_PER_SIZE / max(trial, 1e-6))
+        times[size] = slowest(_median_time(message, min(MOST_REPETITIONS, max(FEWEST_REPETITIONS, repetitions))))
+        if times[size] > TOO_SLOW:
             break
-    return found
+    return times
 
 
-def _median(message: Callable[[], None], repetitions: int) -> float:
+def _median_time(message: Callable[[], None], repetitions: int) -> float:
     seconds = []
     for _ in range(repetitions):
         start = time.perf_counter()

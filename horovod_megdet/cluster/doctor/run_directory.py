@@ -1,4 +1,4 @@
-"""Whether all hosts see one and the same run directory: rank 0 writes what the others read, and the other way round."""
+"""Whether all hosts see the same run directory: rank 0 writes files that the others read, and vice versa."""
 
 import shutil
 import time
@@ -9,80 +9,72 @@ from pathlib import Path
 
 from horovod_megdet import comm, launched
 
-PATIENCE = 8.0
-"""Seconds that a file may take to appear on another host: network file systems keep folders' contents for a while."""
+DELAY = 8.0
+"""Seconds that a file may take to appear on another host: network file systems cache the contents of folders."""
 
-TOKEN = "token"
+TOKEN_FILE = "token"
 
 
 @dataclass(frozen=True)
-class Shared:
-    """What one host found out about the run directory."""
+class RunDirectory:
+    """The run directory as one host sees it."""
 
     rank: int
     host: str
     folder: str
     unseen: str = ""
-    """Why rank 0's file cannot be read there."""
+    """Why the host cannot read rank 0's file."""
     unwritable: str = ""
-    """Why no file can be written there."""
+    """Why the host cannot write a file."""
     arrived: bool = True
-    """Whether rank 0 sees the file that was written there."""
+    """Whether rank 0 sees the file that the host wrote."""
 
 
-def try_run_directory(run_dir: Path | None, patience: float = PATIENCE) -> list[Shared]:
-    """Tries the run directory from every host; returns what each found, on every rank. Leaves nothing behind.
+def try_run_directory(run_dir: Path | None, delay: float = DELAY) -> list[RunDirectory]:
+    """Reads and writes in the run directory from every host; returns what each one saw, on every rank.
 
-    ``run_dir`` is None where the configuration is not known. Collective.
+    Leaves nothing behind. ``run_dir`` is None if the configuration is not known. Collective.
     """
-    made: list[Path] = []
-    token, failure = uuid.uuid4().hex, ""
-    if comm.is_main() and run_dir:
-        failure = _why_not(lambda: _write_token(run_dir, token, made))
-    token, failure = comm.broadcast_object((token, failure), "doctor.token")
+    token = comm.broadcast_object(uuid.uuid4().hex, "doctor.token")
+    trial = run_dir.absolute() / f".doctor-{token}" if run_dir else None
+    created: list[Path] = []
     try:
-        mine = None
-        if comm.local_rank() == 0 and run_dir:
-            mine = _try_here(_trial(run_dir, token), token, failure, patience)
-        found = [entry for entry in comm.gather_objects(mine, "doctor.seen") if entry]
-        if comm.is_main() and run_dir:
-            found = _look_for_files(_trial(run_dir, token), found, patience)
-        return comm.broadcast_object(found, "doctor.arrived")
+        failure = _failure_of(lambda: _write_token(trial, token, created)) if trial and comm.is_main() else ""
+        failure = comm.broadcast_object(failure, "doctor.token_failure")
+        mine = _try_from_this_host(trial, token, failure, delay) if trial and comm.local_rank() == 0 else None
+        views = [view for view in comm.gather_objects(mine, "doctor.views") if view]
+        if trial and comm.is_main():
+            views = _look_for_files(trial, views, delay)
+        return comm.broadcast_object(views, "doctor.arrived")
     finally:
-        for folder in made:
+        for folder in created:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_token(run_dir: Path, token: str, made: list[Path]) -> None:
-    """Makes the folder of the trial with rank 0's file in it; appends the topmost folder that was made to ``made``."""
-    trial = _trial(run_dir, token)
+def _write_token(trial: Path, token: str, created: list[Path]) -> None:
+    """Creates the trial folder with rank 0's file; appends the topmost folder that this creates to ``created``."""
     missing = [path for path in (trial, *trial.parents) if not path.exists()]
     trial.mkdir(parents=True)
-    made.append(missing[-1])
-    (trial / TOKEN).write_text(token)
+    created.append(missing[-1])
+    (trial / TOKEN_FILE).write_text(token)
 
 
-def _try_here(trial: Path, token: str, failure: str, patience: float) -> Shared:
-    mine = Shared(comm.rank(), launched.host(), str(trial.parent))
+def _try_from_this_host(trial: Path, token: str, failure: str, delay: float) -> RunDirectory:
+    mine = RunDirectory(comm.rank(), launched.host(), str(trial.parent))
     if failure:
-        # Rank 0 could not write, so that there is nothing to see for the others.
+        # Rank 0 could not write, so there is nothing for the others to see.
         return replace(mine, unwritable=failure if comm.is_main() else "")
-    if not _wait(lambda: _read(trial / TOKEN) == token, patience):
-        return replace(mine, unseen="its file is not there" if trial.parent.is_dir() else "there is no such folder")
-    return replace(mine, unwritable=_why_not(lambda: _file_of(trial, mine.rank).write_text(token)))
+    if not _wait_until(lambda: _read(trial / TOKEN_FILE) == token, delay):
+        return replace(mine, unseen="the file does not appear" if trial.parent.is_dir() else "there is no such folder")
+    return replace(mine, unwritable=_failure_of(lambda: _file_of(trial, mine.rank).write_text(token)))
 
 
-def _look_for_files(trial: Path, found: list[Shared], patience: float) -> list[Shared]:
-    wrote = {entry.rank for entry in found if not entry.unseen and not entry.unwritable}
-    _wait(lambda: all(_file_of(trial, rank).name in _names(trial) for rank in wrote), patience)
+def _look_for_files(trial: Path, views: list[RunDirectory], delay: float) -> list[RunDirectory]:
+    """Waits for the files that the other hosts wrote, and notes which of them have arrived."""
+    wrote = {view.rank for view in views if not view.unseen and not view.unwritable}
+    _wait_until(lambda: all(_file_of(trial, rank).name in _names(trial) for rank in wrote), delay)
     names = _names(trial)
-    return [
-        replace(entry, arrived=entry.rank not in wrote or _file_of(trial, entry.rank).name in names) for entry in found
-    ]
-
-
-def _trial(run_dir: Path, token: str) -> Path:
-    return run_dir.absolute() / f".doctor-{token}"
+    return [replace(view, arrived=view.rank not in wrote or _file_of(trial, view.rank).name in names) for view in views]
 
 
 def _file_of(trial: Path, rank: int) -> Path:
@@ -91,7 +83,7 @@ def _file_of(trial: Path, rank: int) -> Path:
 
 def _read(path: Path) -> str:
     try:
-        # Listing the folder makes network file systems look at it again.
+        # Listing the folder makes a network file system look at it again.
         return path.read_text() if path.name in _names(path.parent) else ""
     except OSError:
         return ""
@@ -104,8 +96,8 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
-def _wait(condition: Callable[[], bool], patience: float) -> bool:
-    deadline = time.monotonic() + patience
+def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             return False
@@ -113,7 +105,8 @@ def _wait(condition: Callable[[], bool], patience: float) -> bool:
     return True
 
 
-def _why_not(action: Callable[[], object]) -> str:
+def _failure_of(action: Callable[[], object]) -> str:
+    """Why ``action`` fails; empty if it succeeds."""
     try:
         action()
     except OSError as error:

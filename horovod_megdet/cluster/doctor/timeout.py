@@ -1,4 +1,4 @@
-"""Ends a rank that waits for another one for too long: ranks that cannot reach each other wait for ever."""
+"""Ends a rank that waits too long for another one: ranks that cannot reach each other wait forever."""
 
 import contextlib
 import os
@@ -9,20 +9,20 @@ from collections.abc import Callable, Iterator
 from horovod_megdet.errors import EXIT_CRASHED
 
 GRACE = 5.0
-"""Seconds between what a rank says when it gives up and its end."""
+"""Seconds between a rank's last message and its exit."""
 
 
 @contextlib.contextmanager
-def patience(seconds: float, give_up: Callable[[], None]) -> Iterator[None]:
-    """Runs the block; if it takes longer than ``seconds``, calls ``give_up`` and ends the process, with exit code 1."""
+def time_limit(seconds: float, on_timeout: Callable[[], None]) -> Iterator[None]:
+    """Runs the block; after ``seconds``, calls ``on_timeout`` from another thread and exits the process with code 1."""
 
     def end() -> None:
         try:
-            give_up()
-            # The launcher ends the other ranks as soon as this one has gone, and they may have something to say.
+            on_timeout()
+            # The launcher ends the other ranks as soon as this one exits, and they may have something to say.
             time.sleep(GRACE)
         finally:
-            # The main thread is inside MPI, from where no exception brings it back.
+            # The main thread is inside MPI, and no exception gets it out of there.
             os._exit(EXIT_CRASHED)
 
     timer = threading.Timer(seconds, end)
