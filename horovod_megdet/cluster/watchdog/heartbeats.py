@@ -124,7 +124,7 @@ class Heartbeats:
         return max(reports, default="", key=len)
 
     def remove(self, rank: int) -> None:
-        """Removes the file of a rank that ends normally; the last one removes the folder, and an empty run directory."""
+        """Removes the file of a rank that ends normally; the last one removes the folder and an empty run directory."""
         # The folder may not be empty or not exist, or the disk may fail: then it stays, and nothing depends on it.
         with contextlib.suppress(OSError):
             self._path(rank).unlink(missing_ok=True)
