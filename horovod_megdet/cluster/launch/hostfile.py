@@ -7,7 +7,7 @@ One host per line, or several that differ in a number:
     10.0.0.7        slots=4
 
 The ranges are those of Slurm and ClusterShell; launchers do not understand them, see :func:`write_hostfile`. They are
-expanded here and not by ClusterShell's ``NodeSet``, which is a set: it sorts the hosts, so that rank 0 would not be on
+expanded here and not by ClusterShell's ``NodeSet``, which is a set: it sorts the hosts, so that rank 0 may not be on
 the first one listed, silently merges a host that is listed twice, and expands the typo ``node[1-16000000]`` before
 anyone can count.
 """
