@@ -128,7 +128,7 @@ end_job() {
         "$EXIT_LOST_NODE" | "$EXIT_STALLED")
             # A job that was over the limit at its start has not trained, and ends here.
             if [[ $over_limit ]] || ! count_lost_node; then
-                say "giving up after too many lost nodes; to continue, submit it again with MEGDET_RUN_DIR=$MEGDET_RUN_DIR"
+                say "giving up after too many lost nodes; to continue, submit it with MEGDET_RUN_DIR=$MEGDET_RUN_DIR"
             else
                 requeue
             fi
@@ -142,7 +142,7 @@ requeue() {
     if scontrol requeue "$SLURM_JOB_ID"; then
         say "requeued"
     else
-        say "cannot be requeued; submit it again with MEGDET_RUN_DIR=$MEGDET_RUN_DIR, and it resumes"
+        say "cannot be requeued; submit it with MEGDET_RUN_DIR=$MEGDET_RUN_DIR, and it resumes"
     fi
 }
 

@@ -66,7 +66,7 @@ def shared(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, Any]:
-    """The result of two ranks on two hosts when nothing happens to them."""
+    """The result of two ranks on two hosts that nothing disturbs."""
     folder = tmp_path_factory.mktemp("undisturbed")
     training = Training(hosts, folder / "run", data, settings=ONLY_WHEN_STOPPED)
     job = training.start("mpirun")

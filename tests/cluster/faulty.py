@@ -61,4 +61,4 @@ train = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train)
 
 if __name__ == "__main__":
-    sys.exit(train.main.train(train.parse_arguments()))
+    sys.exit(train.main())

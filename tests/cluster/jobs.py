@@ -99,8 +99,8 @@ class Training:
             (int(path.name.removeprefix("step_")) for path in self.run_dir.glob("checkpoints/step_*")), default=0
         )
 
-    def told(self) -> str:
-        """What the job that ended keeps for the next start to say, should its launcher have lost it."""
+    def kept_report(self) -> str:
+        """What the ended job keeps for the next start to report, since its launcher may have lost it."""
         return "\n".join(path.read_text() for path in self.run_dir.glob("heartbeats/reported*"))
 
     def result(self) -> dict[str, Any]:
