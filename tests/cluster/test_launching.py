@@ -24,7 +24,7 @@ def test_train_on_four_hosts(hosts: Hosts, shared: Path, data: Path) -> None:
 
 
 def probe(hosts: Hosts, launcher: str, ranks_per_host: int, among: list[Host]) -> list[dict[str, Any]]:
-    """What the ranks of probe.py say, by rank."""
+    """What the ranks of probe.py print, by rank."""
     program = ["python", str(Path(__file__).with_name("probe.py"))]
     output = hosts[0].run(launch(launcher, hosts, ranks_per_host, program, among), env=QUICK_START).stdout
     lines = [line[line.index("{") :] for line in output.splitlines() if '{"rank"' in line]
