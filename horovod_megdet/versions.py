@@ -1,7 +1,21 @@
-"""The packages that a run needs: every rank must have the same versions, and checkpoints record them."""
+"""The packages that a run needs, and their versions."""
 
 import platform
 from importlib import metadata
+
+NUMERICAL = (
+    "horovod",
+    "torch",
+    "torchvision",
+    "numpy",
+    "pillow",
+    "pycocotools",
+    "mpi4py",
+    "pyyaml",
+    "pydantic",
+    "timm",
+)
+"""What could change the numbers of a run."""
 
 REQUIRED = (
     *("horovod", "torch", "torchvision", "numpy", "pillow", "pycocotools", "pyyaml", "pydantic", "safetensors"),
@@ -15,9 +29,9 @@ MISSING = "missing"
 """The version of a package that is not installed."""
 
 
-def versions() -> dict[str, str]:
-    """The versions of Python and of all packages above: all that could change the numbers of a run."""
-    return {"Python": platform.python_version()} | {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
+def versions(packages: tuple[str, ...] = (*REQUIRED, *OPTIONAL)) -> dict[str, str]:
+    """The versions of Python and of the packages, by name; all of those above by default."""
+    return {"Python": platform.python_version()} | {name: _version(name) for name in packages}
 
 
 def _version(package: str) -> str:

@@ -96,6 +96,10 @@ class Checkpoint:
         kinds = {"position": Position, "noise": NoiseAverages, "agvm": AGVM}
         return TrainingState(**(state | {key: kind(**state[key]) for key, kind in kinds.items() if key in state}))
 
+    def bits(self) -> dict[str, str]:
+        """SHA-256 of the weights and of the state: equal for two runs only if every bit of them is."""
+        return {file: self.digests[file] for file in (MODEL_FILE, STATE_FILE)}
+
     @property
     def config(self) -> Config:
         """The configuration of the run that wrote it."""
