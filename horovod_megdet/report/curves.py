@@ -9,12 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from horovod_megdet.errors import UserError
+from horovod_megdet.evaluation.metrics import DRAWN_METRICS
 from horovod_megdet.files import atomic_write
 from horovod_megdet.report.rows import METRICS_FILE, read_metrics
 
 CURVES_FILE = "curves.png"
 
-# The colours of Okabe and Ito, which colour-blind readers can tell apart.
+# Colors of Okabe and Ito, which color-blind readers can tell apart.
 INK, BLUE, ORANGE, GREEN, PURPLE = "#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
 LOSSES = {
@@ -24,20 +25,23 @@ LOSSES = {
     "loss_objectness": ("objectness", GREEN),
     "loss_rpn_box_reg": ("proposal box", PURPLE),
 }
-"""Key in metrics.jsonl: name in the picture and colour."""
+"""Key in metrics.jsonl: its name in the picture and its color."""
+
+METRIC_COLORS = dict(zip(DRAWN_METRICS, (BLUE, ORANGE, GREEN, PURPLE), strict=False))
+"""Key in metrics.jsonl: its color."""
 
 Rows = list[dict[str, Any]]
 
 
 def write_curves(run_dir: str | Path) -> Path:
-    """Draws losses, AP, learning rate and images/s of ``run_dir/metrics.jsonl`` over epochs into ``curves.png``.
+    """Draws losses, AP, learning rate and throughput of ``run_dir/metrics.jsonl`` over epochs into ``curves.png``.
 
-    Returns the picture's path. Raises :class:`UserError` when there are no metrics (yet) or they are damaged.
+    Returns the path of the picture. Raises :class:`UserError` if there are no metrics (yet) or they are damaged.
     """
     run_dir = Path(run_dir)
     rows = read_metrics(run_dir / METRICS_FILE)
     if not rows:
-        raise UserError(f"{run_dir / METRICS_FILE}: there are no metrics to draw yet.")
+        raise UserError(f"{run_dir / METRICS_FILE}: it has no rows to draw yet.")
     figure = draw_curves(rows, run_dir.resolve().name)
     with atomic_write(run_dir / CURVES_FILE) as file:
         figure.savefig(file, format="png", dpi=120)
@@ -74,13 +78,13 @@ def _draw_losses(panel: Axes, train: Rows) -> None:
         smooth = running_mean(values, _window(len(values)))
         panel.plot(epochs, values, color=color, alpha=0.2, linewidth=0.8)
         panel.plot(epochs, smooth, color=color, label=name, linewidth=1.8, marker=_marker(smooth))
-        # The spikes of the first steps would press everything after them flat.
+        # Without a limit, spikes in the first steps would flatten everything after them.
         top = max(top, float(np.nanpercentile(values, 99)))
     if top:
         panel.set_ylim(0, 1.1 * top)
         panel.legend(frameon=False, ncols=2, fontsize=9)
     else:
-        _say(panel, "no training steps yet")
+        _write_note(panel, "no training steps yet")
 
 
 def _draw_precision(panel: Axes, evaluations: Rows) -> None:
@@ -88,7 +92,7 @@ def _draw_precision(panel: Axes, evaluations: Rows) -> None:
     panel.set_ylabel("%")
     epochs = _column(evaluations, "epoch")
     highest = 0.0
-    for key, color in (("AP50", ORANGE), ("AP", BLUE)):
+    for key, color in METRIC_COLORS.items():
         values = 100 * _column(evaluations, key)
         if not np.isfinite(values).any():
             continue
@@ -105,9 +109,9 @@ def _draw_precision(panel: Axes, evaluations: Rows) -> None:
         highest = max(highest, float(values[best]))
     if panel.lines:
         panel.set_ylim(0, min(110, max(10.0, 1.2 * highest)))
-        panel.legend(frameon=False, loc="upper left", fontsize=9)  # where a rising curve is not
+        panel.legend(frameon=False, loc="upper left", fontsize=9)  # rising curves leave that corner free
     else:
-        _say(panel, "no evaluation yet")
+        _write_note(panel, "no evaluation yet")
 
 
 def _draw_learning_rate(panel: Axes, train: Rows) -> None:
@@ -138,17 +142,17 @@ def _style(panel: Axes) -> None:
     panel.tick_params(colors="#444444", labelsize=9)
 
 
-def _say(panel: Axes, text: str) -> None:
+def _write_note(panel: Axes, text: str) -> None:
     panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", va="center", color="#888888")
 
 
 def _marker(values: np.ndarray) -> str:
-    """A dot where there are too few points to see a line."""
+    """Dots if there are too few points for a visible line."""
     return "o" if len(values) < 3 else ""
 
 
 def _column(rows: Rows, key: str) -> np.ndarray:
-    """The values of a key, NaN where a row has none."""
+    """The values of a key as float64 (rows,), NaN if a row has none."""
     return np.array([np.nan if row.get(key) is None else row[key] for row in rows], np.float64)
 
 
@@ -157,11 +161,12 @@ def _window(count: int) -> int:
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of each value with its up to ``window - 1`` neighbours on either side, NaNs left out; same length."""
+    """The mean of each value and up to ``window - 1`` neighbors on either side, leaving out NaNs; same length."""
+    if not len(values):
+        return values
     finite = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(finite)])
-    position = np.arange(len(values))
-    first, last = np.maximum(position - window + 1, 0), np.minimum(position + window, len(values))
-    number = counts[last] - counts[first]
-    return np.divide(sums[last] - sums[first], number, out=np.full(len(values), np.nan), where=number > 0)
+    kernel = np.ones(2 * window - 1)
+    sums, counts = (
+        np.convolve(terms, kernel)[window - 1 :][: len(values)] for terms in (np.where(finite, values, 0.0), finite)
+    )
+    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)

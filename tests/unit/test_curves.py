@@ -47,13 +47,13 @@ LINE = json.dumps(train_row(31)).encode() + "é\n".encode()
 
 
 @pytest.mark.parametrize("length", range(0, len(LINE), 7))
-def test_a_last_line_cut_anywhere_is_passed_over(tmp_path: Path, length: int) -> None:
+def test_a_last_line_cut_anywhere_is_ignored(tmp_path: Path, length: int) -> None:
     path = write(tmp_path, ROWS)
     path.write_bytes(path.read_bytes() + LINE[:length])
     assert read_metrics(path) == ROWS
 
 
-def test_a_last_line_cut_within_a_letter_is_passed_over(tmp_path: Path) -> None:
+def test_a_last_line_cut_within_a_letter_is_ignored(tmp_path: Path) -> None:
     path = write(tmp_path, ROWS)
     path.write_bytes(path.read_bytes() + LINE[:-2])
     assert read_metrics(path) == ROWS
@@ -70,7 +70,7 @@ def test_a_missing_file_and_an_empty_one_are_sentences(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read: No such file"):
         write_curves(tmp_path)
     write(tmp_path, [], end='{"kind"')
-    with pytest.raises(UserError, match="no metrics to draw yet"):
+    with pytest.raises(UserError, match="no rows to draw yet"):
         write_curves(tmp_path)
 
 
@@ -122,7 +122,7 @@ def test_rows_of_a_run_that_only_began_or_went_wrong_are_drawn(
 
 @settings(deadline=None)
 @given(st.lists(st.floats(-1e3, 1e3) | st.just(math.nan), max_size=30), st.integers(1, 10))
-def test_the_running_mean_is_the_mean_of_the_neighbours(values: list[float], window: int) -> None:
+def test_the_running_mean_is_the_mean_of_the_neighbors(values: list[float], window: int) -> None:
     array = np.array(values, np.float64)
     smooth = running_mean(array, window)
     assert len(smooth) == len(array)
