@@ -157,8 +157,12 @@ def _report(examination: Examination, arguments: argparse.Namespace) -> int:
     # Ranks that have not found each other are all rank 0 to Horovod.
     if comm.is_main() and probes.place_by_launcher().rank == 0:
         out = Console(stderr=True, width=120, highlight=False) if arguments.json == "-" else console()
-        if arguments.json:
-            _write_json(json.dumps(report.as_json(examination, findings), indent=1), arguments.json)
+        data = json.dumps(report.as_json(examination, findings), indent=1) if arguments.json else ""
+        if arguments.json == "-":
+            print(data, flush=True)
+        elif arguments.json:
+            with atomic_write(arguments.json) as file:
+                file.write(data.encode() + b"\n")
         report.print_report(examination, findings, out)
         if arguments.plot and examination.timings:
             title = f"{examination.ranks_on_hosts}, controller {comm.controller()}"
@@ -168,14 +172,6 @@ def _report(examination: Examination, arguments: argparse.Namespace) -> int:
             out.print("There is no plot: a single rank sends no messages.")
     sys.stdout.flush()
     return EXIT_CRASHED if report.would_fail(findings) else 0
-
-
-def _write_json(text: str, target: str) -> None:
-    if target == "-":
-        print(text, flush=True)
-        return
-    with atomic_write(target) as file:
-        file.write(text.encode() + b"\n")
 
 
 def _give_up(examination: Examination, reason: str) -> None:

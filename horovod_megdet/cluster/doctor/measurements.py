@@ -62,22 +62,20 @@ def compare_clocks() -> list[Clock]:
     Every rank notes the time at which rank 0's message arrives, which is between ``before`` and ``after`` by rank 0's
     clock. The middle of the two is therefore wrong by at most half the round-trip time.
     """
-    best: list[tuple[float, float]] = [(0.0, float("inf"))] * comm.size()
     empty = torch.zeros(1, dtype=torch.float64)
     hosts = comm.gather_objects(launched.host(), "doctor.clock_hosts")
+    rounds = []
     for _ in range(CLOCK_ROUNDS):
         comm.barrier()
         before = time.time()
         comm.broadcast_(empty, "doctor.ping")
         noted = comm.gather(torch.tensor([time.time()], dtype=torch.float64), "doctor.pong")[:, 0].tolist()
         after = time.time()
-        for rank, stamp in enumerate(noted):
-            offset, uncertainty = stamp - (before + after) / 2, (after - before) / 2
-            best[rank] = min(best[rank], (offset, uncertainty), key=lambda pair: pair[1])
-    best = comm.broadcast_object(best, "doctor.clocks")
+        rounds.append((after - before, (before + after) / 2, noted))
+    round_trip, middle, noted = comm.broadcast_object(min(rounds), "doctor.clocks")
     return [
-        Clock(rank, host, 0.0 if rank == 0 else offset, uncertainty)
-        for rank, (host, (offset, uncertainty)) in enumerate(zip(hosts, best, strict=True))
+        Clock(rank, host, stamp - middle if rank else 0.0, round_trip / 2)
+        for rank, (host, stamp) in enumerate(zip(hosts, noted, strict=True))
     ]
 
 

@@ -32,15 +32,14 @@ def check_gpus(examination: Examination) -> list[Finding]:
     without = [facts for facts in known if not facts.gpus]
     must_have = [facts for facts in without if facts.config and facts.config.device == "cuda"]
     names = [(facts, facts.gpus[0]) for facts in known if facts.gpus]
+    look = "Check nvidia-smi, the driver and CUDA_VISIBLE_DEVICES there"
     findings = []
     if must_have:
         sentence = f"there is no GPU on {where(must_have, ranks)}, but runtime.device is cuda"
-        remedy = "Check nvidia-smi, the driver and CUDA_VISIBLE_DEVICES there, or set runtime.device: auto."
-        findings.append(error(sentence, remedy))
+        findings.append(error(sentence, f"{look}, or set runtime.device: auto."))
     elif without and names:
         sentence = f"there is no GPU on {where(without, ranks)}, while other ranks have one"
-        remedy = "Check nvidia-smi, the driver and CUDA_VISIBLE_DEVICES there: training would run on the CPU."
-        findings.append(error(sentence, remedy))
+        findings.append(error(sentence, f"{look}: training would run on the CPU."))
     if short := [facts for facts in known if facts.gpus and facts.place.local_rank >= len(facts.gpus)]:
         sentence = f"there are more ranks than GPUs: none is left for {where(short, ranks)}"
         remedy = "Start one rank per GPU (slots= in the host file), or set runtime.device: cpu."
@@ -154,16 +153,18 @@ def _isolated_ranks(ranks: list[Facts]) -> list[Finding]:
 
 
 def _hosts_of_one_name(ranks: list[Facts]) -> list[Finding]:
+    machines: dict[str, set[tuple[str, ...]]] = {}
+    for facts in ranks:
+        if facts.machine:
+            machines.setdefault(facts.place.host, set()).add((facts.machine.boot_id, *facts.machine.addresses))
+    remedy = (
+        "Give each host its own name (hostnamectl set-hostname, or --hostname of a container): launchers and Horovod "
+        "tell hosts apart by name."
+    )
     findings = []
-    machines = [(facts, (facts.machine.boot_id, *facts.machine.addresses)) for facts in ranks if facts.machine]
-    for host, who in grouped((facts, facts.place.host) for facts, _ in machines).items():
-        different = {machine for facts, machine in machines if facts in who}
+    for host, different in machines.items():
         if len(different) > 1:
             addresses = some(" ".join(addresses) or "no address" for _, *addresses in sorted(different))
-            remedy = (
-                "Give each host its own name (hostnamectl set-hostname, or --hostname of a container): launchers and "
-                "Horovod tell hosts apart by name."
-            )
             findings.append(error(f"{len(different)} hosts have the name {host}: {addresses}", remedy))
     return findings
 

@@ -20,10 +20,8 @@ SLOW_BANDWIDTH = 1.2
 VIRTUAL = ("docker", "br-", "virbr", "podman", "cni", "veth", "lxc", "lxd")
 """How the names of interfaces begin that lead to containers and virtual machines on the same host."""
 
-SELECT_INTERFACE = (
-    "Select the interface that leads to the other hosts with `megdet launch --interface`: otherwise the start may hang."
-)
-"""The remedy where MPI may choose a wrong one."""
+SELECTING = {"OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl_tcp_if_exclude", "HOROVOD_GLOO_IFACE"}
+"""The environment variables that keep MPI and Gloo from trying every interface."""
 
 
 def check_interfaces(examination: Examination) -> list[Finding]:
@@ -35,7 +33,7 @@ def check_interfaces(examination: Examination) -> list[Finding]:
     several_hosts = any(facts.place.size > facts.place.local_size for facts in hosts)
     findings = _unusable_interfaces(hosts, several_hosts)
     if several_hosts:
-        findings += _interfaces_within_hosts(hosts) + _repeated_addresses(hosts)
+        findings += _misleading_interfaces(hosts)
     facts, network = known[0]
     names = some(interface.name for interface in usable_interfaces(network.interfaces)) or "only loopback"
     selected = ", ".join(f"{variable}={value}" for variable, value in network.selected.items())
@@ -176,42 +174,25 @@ def _selects(word: str, interface: Interface, by_prefix: bool) -> bool:
     return interface.name.startswith(word) if by_prefix else interface.name == word
 
 
-def _interfaces_within_hosts(hosts: list[Facts]) -> list[Finding]:
-    """Interfaces that lead to no other host, such as docker0, and that MPI would use unless others are selected."""
-    internal = [
-        (facts, f"{interface.name} ({some(interface.addresses)})")
-        for facts, interface in _candidates(hosts)
-        if interface.name.startswith(VIRTUAL)
-    ]
+def _misleading_interfaces(hosts: list[Facts]) -> list[Finding]:
+    """Interfaces that lead to no other host, such as docker0, and that MPI or Gloo may try where none is selected."""
+    internal, addresses = [], []
+    for facts in hosts:
+        if not facts.network or SELECTING & facts.network.selected.keys():
+            continue
+        for interface in usable_interfaces(facts.network.interfaces):
+            if interface.name.startswith(VIRTUAL):
+                internal.append((facts, f"{interface.name} ({some(interface.addresses)})"))
+            else:
+                addresses += [(facts, f"{address} ({interface.name})") for address in interface.addresses]
+    remedy = "Select the interface between the hosts with `megdet launch --interface`: otherwise the start may hang."
     return [
-        warning(f"MPI may try {name} on {where(who, hosts)}, which does not lead to other hosts", SELECT_INTERFACE)
+        warning(f"MPI may try {name} on {where(who, hosts)}, which does not lead to other hosts", remedy)
         for name, who in grouped(internal).items()
-    ]
-
-
-def _repeated_addresses(hosts: list[Facts]) -> list[Finding]:
-    """Addresses that several hosts have, as networks within each of them do."""
-    addresses = [
-        (facts, f"{address} ({interface.name})")
-        for facts, interface in _candidates(hosts)
-        if not interface.name.startswith(VIRTUAL)
-        for address in interface.addresses
-    ]
-    return [
-        warning(f"{where(who, hosts)} have the same address {address}", SELECT_INTERFACE)
+    ] + [
+        warning(f"{where(who, hosts)} have the same address {address}", remedy)
         for address, who in grouped(addresses).items()
         if len(who) > 1
-    ]
-
-
-def _candidates(hosts: list[Facts]) -> list[tuple[Facts, Interface]]:
-    """The interfaces that MPI or Gloo may try where none is selected."""
-    selecting = {"OMPI_MCA_btl_tcp_if_include", "HOROVOD_GLOO_IFACE", "OMPI_MCA_btl_tcp_if_exclude"}
-    return [
-        (facts, interface)
-        for facts in hosts
-        if facts.network and not selecting & facts.network.selected.keys()
-        for interface in usable_interfaces(facts.network.interfaces)
     ]
 
 
