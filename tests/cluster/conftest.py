@@ -8,7 +8,7 @@ A test asks for ``hosts`` (four of them, see hosts.py) or ``slurm`` (the same wi
         done = hosts[0].run(command, cwd=shared, check=False)         # .returncode, .stdout
 
 ``launch`` (jobs.py) makes the command line for mpirun, horovodrun and megdet launch. Faults are planted on one host: in
-its mounts (``hosts[1].run(["mount", ...])``; each host has its own /tmp, /run and /dev/shm), in its network (``unplug``,
+its mounts (``hosts[1].run(["mount", ...])``; each has its own /tmp, /run and /dev/shm), in its network (``unplug``,
 ``limit_rate``), or in its environment (``hosts[1].run(["ssh", ...])`` has the one that sshd sets). A test that changes
 a host ends with ``hosts[1].kill()`` and ``hosts[1].boot()``, or with ``slurm.boot_node`` where Slurm is used.
 
