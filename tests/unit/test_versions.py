@@ -1,0 +1,27 @@
+"""The list of packages is that of the project's requirements."""
+
+import configparser
+import re
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from horovod_megdet import versions
+from horovod_megdet.versions import MISSING, OPTIONAL, REQUIRED
+
+SETUP = Path(__file__).resolve().parents[2] / "setup.cfg"
+
+
+def test_every_requirement_is_listed() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(SETUP)
+    lines = setup["options"]["install_requires"].splitlines()
+    required = {match[0].lower() for line in lines if (match := re.match(r"[A-Za-z][\w.-]*", line.strip()))}
+    assert set(REQUIRED) <= required <= {*REQUIRED, *OPTIONAL}
+
+
+def test_what_is_not_installed_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert versions.versions()["torch"] == metadata.version("torch")
+    monkeypatch.setattr(versions, "OPTIONAL", ("no-such-package",))
+    assert versions.versions()["no-such-package"] == MISSING
