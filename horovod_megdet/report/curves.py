@@ -1,7 +1,6 @@
 """A run's curves as one picture."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,7 +10,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from horovod_megdet.errors import UserError
 from horovod_megdet.evaluation.metrics import DRAWN_METRICS
 from horovod_megdet.files import atomic_write
-from horovod_megdet.report.rows import METRICS_FILE, read_metrics
+from horovod_megdet.report.rows import METRICS_FILE, Rows, column, read_metrics, smoothed
 
 CURVES_FILE = "curves.png"
 
@@ -30,8 +29,6 @@ LOSSES = {
 METRIC_COLORS = dict(zip(DRAWN_METRICS, (BLUE, ORANGE, GREEN, PURPLE), strict=False))
 """Key in metrics.jsonl: its color."""
 
-Rows = list[dict[str, Any]]
-
 
 def write_curves(run_dir: str | Path) -> Path:
     """Draws losses, AP, learning rate and throughput of ``run_dir/metrics.jsonl`` over epochs into ``curves.png``.
@@ -49,19 +46,22 @@ def write_curves(run_dir: str | Path) -> Path:
 
 
 def draw_curves(rows: Rows, title: str) -> Figure:
-    """Four panels over epochs: losses, AP and AP50, learning rate, images per second."""
+    """Panels over epochs: losses, metrics, learning rate, images per second and, if measured, the noise scale."""
     train = [row for row in rows if row["kind"] == "train"]
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
+    noise_is_measured = bool(np.isfinite(column(train, "noise_scale")).any())
     layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12)
-    figure = Figure(figsize=(12, 7.5), layout=layout, facecolor="white")
+    figure = Figure(figsize=(15 if noise_is_measured else 12, 7.5), layout=layout, facecolor="white")
     figure.suptitle(title, fontsize=13, fontweight="bold", color=INK)
-    panels = figure.subplots(2, 2)
-    _draw_losses(panels[0, 0], train)
-    _draw_precision(panels[0, 1], evaluations)
-    _draw_learning_rate(panels[1, 0], train)
-    _draw_throughput(panels[1, 1], train)
+    panels = figure.subplot_mosaic("LLM;RSN" if noise_is_measured else "LM;RS")
+    _draw_losses(panels["L"], train)
+    _draw_metrics(panels["M"], evaluations)
+    _draw_learning_rate(panels["R"], train)
+    _draw_throughput(panels["S"], train)
+    if noise_is_measured:
+        _draw_noise_scale(panels["N"], train)
     end = max([row["epoch"] for row in rows])
-    for panel in panels.flat:
+    for panel in panels.values():
         panel.set_xlim(0, end * 1.02 or 1)
         _style(panel)
     return figure
@@ -69,13 +69,13 @@ def draw_curves(rows: Rows, title: str) -> Figure:
 
 def _draw_losses(panel: Axes, train: Rows) -> None:
     panel.set_title("Loss")
-    epochs = _column(train, "epoch")
+    epochs = column(train, "epoch")
     top = 0.0
     for key, (name, color) in LOSSES.items():
-        values = _column(train, key)
+        values = column(train, key)
         if not np.isfinite(values).any():
             continue
-        smooth = running_mean(values, _window(len(values)))
+        smooth = smoothed(values)
         panel.plot(epochs, values, color=color, alpha=0.2, linewidth=0.8)
         panel.plot(epochs, smooth, color=color, label=name, linewidth=1.8, marker=_marker(smooth))
         # Without a limit, spikes in the first steps would flatten everything after them.
@@ -87,13 +87,13 @@ def _draw_losses(panel: Axes, train: Rows) -> None:
         _write_note(panel, "no training steps yet")
 
 
-def _draw_precision(panel: Axes, evaluations: Rows) -> None:
+def _draw_metrics(panel: Axes, evaluations: Rows) -> None:
     panel.set_title("Average precision on the validation images")
     panel.set_ylabel("%")
-    epochs = _column(evaluations, "epoch")
+    epochs = column(evaluations, "epoch")
     highest = 0.0
     for key, color in METRIC_COLORS.items():
-        values = 100 * _column(evaluations, key)
+        values = 100 * column(evaluations, key)
         if not np.isfinite(values).any():
             continue
         panel.plot(epochs, values, color=color, label=key, linewidth=1.8, marker="o", markersize=4)
@@ -116,20 +116,29 @@ def _draw_precision(panel: Axes, evaluations: Rows) -> None:
 
 def _draw_learning_rate(panel: Axes, train: Rows) -> None:
     panel.set_title("Learning rate")
-    rates = _column(train, "lr")
-    panel.plot(_column(train, "epoch"), rates, color=BLUE, linewidth=1.8, marker=_marker(rates))
+    rates = column(train, "lr")
+    panel.plot(column(train, "epoch"), rates, color=BLUE, linewidth=1.8, marker=_marker(rates))
     panel.set_ylim(bottom=0)
 
 
 def _draw_throughput(panel: Axes, train: Rows) -> None:
     panel.set_title("Images per second, all ranks")
-    speeds = _column(train, "images_per_second")
-    panel.plot(_column(train, "epoch"), speeds, color=GREEN, linewidth=1.2, marker=_marker(speeds))
+    speeds = column(train, "images_per_second")
+    panel.plot(column(train, "epoch"), speeds, color=GREEN, linewidth=1.2, marker=_marker(speeds))
     if np.isfinite(speeds).any():
         median = float(np.nanmedian(speeds))
         panel.axhline(median, color=INK, linewidth=1, linestyle="--", label=f"median {median:.3g}")
         panel.legend(frameon=False, loc="lower right", fontsize=9)
     panel.set_ylim(bottom=0)
+
+
+def _draw_noise_scale(panel: Axes, train: Rows) -> None:
+    panel.set_title("Noise scale of the gradient, in images")
+    epochs, scales, mini_batch = (column(train, key) for key in ("epoch", "noise_scale", "mini_batch"))
+    panel.plot(epochs, scales, color=PURPLE, linewidth=1.8, marker=_marker(scales), label="noise scale")
+    panel.plot(epochs, mini_batch, color=INK, linewidth=1, linestyle="--", label="mini-batch")
+    panel.set_yscale("log")
+    panel.legend(frameon=False, loc="upper left", fontsize=9)
 
 
 def _style(panel: Axes) -> None:
@@ -149,24 +158,3 @@ def _write_note(panel: Axes, text: str) -> None:
 def _marker(values: np.ndarray) -> str:
     """Dots if there are too few points for a visible line."""
     return "o" if len(values) < 3 else ""
-
-
-def _column(rows: Rows, key: str) -> np.ndarray:
-    """The values of a key as float64 (rows,), NaN if a row has none."""
-    return np.array([np.nan if row.get(key) is None else row[key] for row in rows], np.float64)
-
-
-def _window(count: int) -> int:
-    return max(1, count // 40)
-
-
-def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of each value and up to ``window - 1`` neighbors on either side, leaving out NaNs; same length."""
-    if not len(values):
-        return values
-    finite = np.isfinite(values)
-    kernel = np.ones(2 * window - 1)
-    sums, counts = (
-        np.convolve(terms, kernel)[window - 1 :][: len(values)] for terms in (np.where(finite, values, 0.0), finite)
-    )
-    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)

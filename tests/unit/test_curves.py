@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from horovod_megdet.errors import UserError
-from horovod_megdet.report.curves import LOSSES, draw_curves, running_mean, write_curves
-from horovod_megdet.report.rows import METRICS_FILE, read_metrics
+from horovod_megdet.report.curves import LOSSES, draw_curves, write_curves
+from horovod_megdet.report.rows import METRICS_FILE, read_metrics, running_mean
 
 
 def train_row(step: int, **values: Any) -> dict[str, Any]:
@@ -99,6 +99,13 @@ def test_each_panel_shows_the_numbers_of_the_rows() -> None:
     np.testing.assert_allclose(speed.lines[0].get_ydata(), [row["images_per_second"] for row in train])
 
 
+def test_the_noise_scale_is_drawn_beside_the_mini_batch_if_measured() -> None:
+    rows = [train_row(step, mini_batch=16, noise_scale=None if step < 3 else 10.0 * step) for step in range(1, 6)]
+    noise, mini_batch = draw_curves(rows, "run").axes[-1].lines
+    np.testing.assert_allclose(noise.get_ydata(), [math.nan, math.nan, 30, 40, 50])
+    np.testing.assert_allclose(mini_batch.get_ydata(), [16] * 5)
+
+
 @pytest.mark.parametrize(
     "rows",
     [
@@ -110,6 +117,8 @@ def test_each_panel_shows_the_numbers_of_the_rows() -> None:
         [train_row(1), evaluation_row(1, AP=None, AP50=None)],
         [train_row(1), evaluation_row(1, AP=0.0, AP50=0.0), evaluation_row(2, AP=None, AP50=None)],
         [train_row(1), evaluation_row(1, AP=1.0, AP50=1.0)],
+        [train_row(step, noise_scale=None) for step in range(1, 9)],
+        [train_row(1, noise_scale=0.7, mini_batch=2)],
     ],
 )
 def test_rows_of_a_run_that_only_began_or_went_wrong_are_drawn(
