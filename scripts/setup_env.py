@@ -52,7 +52,7 @@ from types import FrameType
 from typing import Any
 
 from environment import horovod_wheel, machine
-from environment.commands import Runner, SetupError, locked, say
+from environment.commands import STOP_SIGNALS, Runner, SetupError, locked, say
 from environment.horovod_wheel import short_hash
 from environment.options import BUILD_OPTIONS, choose_options, command_environ, path_without, requirements
 
@@ -209,35 +209,32 @@ class Setup:
         except SetupError:
             if "OFFLINE" not in self.options:
                 raise
-            self.install("packages", "installing what the folder has", *project, *self.tools_in_folder(project, tools))
+            lacking = self.folder_lacks([*project, f"horovod=={horovod_wheel.VERSION}", *tools])
+            if not lacking:
+                raise
+            sentence = f"{self.options['OFFLINE']} has nothing that fits Python {self.version} for"
+            if not lacking <= set(tools):
+                raise SetupError(
+                    f"{sentence} {', '.join(sorted(lacking))}: add it (see setup_env.py --help)."
+                ) from None
+            say(f"{sentence} {', '.join(sorted(lacking))}: tests or 'make lint' will miss that")
+            there = [name for name in tools if name not in lacking]
+            self.install("packages", "installing the packages that are there", *project, *there)
         if self.options["MPI"] == "system":
             own_build = ("--no-cache-dir", "--no-binary=mpi4py", "--no-deps", "mpi4py")
             constraint = () if "OFFLINE" in self.options else ("-c", self.checkout / "requirements.lock")
             mpicc = self.mpi.splitlines()[0]
             self.install("mpi4py", "compiling mpi4py for the system's MPI", *own_build, *constraint, MPICC=mpicc)
 
-    def tools_in_folder(self, project: Sequence[str], tools: Sequence[str]) -> list[str]:
-        """Those of the ``tools`` that the folder OFFLINE or the Python has.
+    def folder_lacks(self, names: Sequence[str]) -> set[str]:
+        """Those packages for which neither the folder OFFLINE nor the venv's Python has anything, according to pip."""
 
-        Raises:
-            SetupError: something that the project itself needs is not there.
-        """
-
-        def available(name: str) -> bool:
+        def lacks(name: str) -> bool:
             command = [str(self.python), "-m", "pip", "install", "--dry-run", "--no-deps", name]
-            return subprocess.run(command, capture_output=True, env=self.runner.environ).returncode == 0
+            return subprocess.run(command, capture_output=True, env=self.runner.environ).returncode != 0
 
-        names = [*project, f"horovod=={horovod_wheel.VERSION}", *tools]
         with ThreadPoolExecutor() as pool:
-            lacking = [name for name, found in zip(names, pool.map(available, names), strict=True) if not found]
-        needed = [name for name in lacking if name not in tools]
-        sentence = f"{self.options['OFFLINE']} has nothing that fits Python {self.version} for"
-        if needed or not lacking:
-            raise SetupError(
-                f"{sentence} {', '.join(needed) or 'what these need'}: see {self.runner.logs}/packages.log."
-            )
-        say(f"{sentence} {', '.join(lacking)}: tests or 'make lint' will miss that")
-        return [name for name in tools if name not in lacking]
+            return {name for name, lacking in zip(names, pool.map(lacks, names), strict=True) if lacking}
 
     def install_horovod(self) -> None:
         """Horovod, from the cache of built wheels or built into it, and an import of all that was compiled."""
@@ -295,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the set-up and return the exit code."""
     formatter = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(prog="setup_env.py", description=__doc__, formatter_class=formatter).parse_args(arguments)
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in STOP_SIGNALS:
         signal.signal(signum, stop)
     try:
         set_up(os.environ)
