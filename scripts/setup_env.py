@@ -47,6 +47,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import dropwhile
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -141,11 +142,8 @@ class Setup:
             self.state.pop("venv", None)
         if not any((self.checkout / "horovod_megdet" / "layers").glob("_batch_norm_cpu*.so")):
             self.state.pop("project", None)
-        names = list(self.stamps())
-        first = next(
-            (n for n, (name, stamp) in enumerate(self.stamps().items()) if self.state.get(name) != stamp), None
-        )
-        return [] if first is None else names[first:]
+        stamps = self.stamps()
+        return list(dropwhile(lambda step: self.state.get(step) == stamps[step], stamps))
 
     def complete(self) -> None:
         """Do the steps that are due."""
@@ -155,9 +153,11 @@ class Setup:
             "horovod": self.install_horovod,
             "project": self.install_project,
         }
-        for name in self.due():
-            steps[name]()
-            self.record(**{name: self.stamps()[name]})
+        due = self.due()
+        self.record(options=self.options)
+        for step in due:
+            steps[step]()
+            self.record(**{step: self.stamps()[step]})
 
     # The steps.
 
@@ -167,9 +167,8 @@ class Setup:
         for entry in self.venv.iterdir():
             if entry != self.folder:
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        self.state = {}
-        self.version = RUNNING
-        self.record(options=self.options, version=RUNNING)
+        self.state, self.version = {"options": self.options}, RUNNING
+        self.record(version=RUNNING)
         base = getattr(sys, "_base_executable", None) or sys.executable
         self.runner.run("venv", f"making {self.venv} with Python {RUNNING}", [base, "-m", "venv", str(self.venv)])
         if self.options.get("TORCH") == "installed":
@@ -181,17 +180,10 @@ class Setup:
 
     def install(self, step: str, message: str, *arguments: str | Path, **variables: str) -> None:
         """Run ``pip install`` in the venv."""
-        self.record(venv=None, options=self.options)
-        command = [
-            str(self.python),
-            "-m",
-            "pip",
-            "install",
-            "--no-compile",
-            *map(str, arguments),
-        ]  # Python compiles what is used
+        self.record(venv=None)
+        pip = [str(self.python), "-m", "pip", "install", "--no-compile"]  # Python compiles what is used, later
         try:
-            self.runner.run(step, message, command, **variables)
+            self.runner.run(step, message, [*pip, *map(str, arguments)], **variables)
         except SetupError:
             log = (self.runner.logs / f"{step}.log").read_text(encoding="utf-8")
             if "Installing collected packages" not in log:  # nothing was written yet
@@ -213,11 +205,10 @@ class Setup:
             if not lacking:
                 raise
             sentence = f"{self.options['OFFLINE']} has nothing that fits Python {self.version} for"
+            names = ", ".join(sorted(lacking))
             if not lacking <= set(tools):
-                raise SetupError(
-                    f"{sentence} {', '.join(sorted(lacking))}: add it (see setup_env.py --help)."
-                ) from None
-            say(f"{sentence} {', '.join(sorted(lacking))}: tests or 'make lint' will miss that")
+                raise SetupError(f"{sentence} {names}: add it (see setup_env.py --help).") from None
+            say(f"{sentence} {names}: tests or 'make lint' will miss that")
             there = [name for name in tools if name not in lacking]
             self.install("packages", "installing the packages that are there", *project, *there)
         if self.options["MPI"] == "system":
@@ -247,10 +238,11 @@ class Setup:
             wheel = next(cache.glob("*.whl"), None) or self.build_horovod(found, cache)
             self.install("horovod", f"installing {wheel.name}", "--no-deps", "--force-reinstall", wheel)
         shutil.rmtree(self.folder / "build", ignore_errors=True)
-        built = (
-            f"hvd.gloo_built(), hvd.mpi_built(), bool(hvd.nccl_built())) == (True, {self.mpi != 'none'}, {self.gpu})"
+        wanted = (True, self.mpi != "none", self.gpu)
+        program = (
+            "import torchvision, horovod.torch as hvd\n"
+            f"assert (hvd.gloo_built(), hvd.mpi_built(), bool(hvd.nccl_built())) == {wanted}, 'another build'"
         )
-        program = f"import torchvision, horovod.torch as hvd; assert ({built}"
         self.runner.run("import", "importing torchvision and Horovod", [str(self.python), "-c", program])
 
     def build_horovod(self, found: horovod_wheel.Found, cache: Path) -> Path:
