@@ -18,6 +18,7 @@ MOST_POINTS = 400
 """Points of a line; more are not visible."""
 
 LABEL_HEIGHT = 11.0
+FAR = 9999.0
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ class Axis:
     logarithmic: bool = False
 
     def places(self, values: np.ndarray) -> np.ndarray:
-        """Where values are drawn."""
+        """Where values are drawn; those far outside at a distance that renderers of single precision can handle."""
         low, high = self.low, self.high
         if self.logarithmic:
             values, low, high = np.log(values), float(np.log(low)), float(np.log(high))
-        return self.start + (values - low) / (high - low) * (self.end - self.start)
+        return np.clip(self.start + (values - low) / (high - low) * (self.end - self.start), -FAR, FAR)
 
     def ticks(self) -> list[tuple[float, str]]:
         """Places and texts of three to seven round values."""

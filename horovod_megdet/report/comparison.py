@@ -61,8 +61,8 @@ def write_comparison(run_dirs: Sequence[Path], output: Path) -> Path:
         names=names,
         notes=notes(runs),
         overview=overview_table(runs, output.resolve().parent),
-        metric_charts=[chart for chart in metric_charts(runs, names) if chart],
-        training_charts=[chart for chart in training_charts(runs, names) if chart],
+        metric_charts=metric_charts(runs),
+        training_charts=training_charts(runs),
         metrics=metrics_table(runs),
         differing=[row for row in settings if len({cell.text for cell in row[1]}) > 1],
         common=[row for row in settings if len({cell.text for cell in row[1]}) == 1],
@@ -170,8 +170,9 @@ def _file(path: Path, base: Path) -> Cell:
     return Cell(path.name, quote(os.path.relpath(path, base))) if path.exists() else Cell(NONE)
 
 
-def metric_charts(runs: Sequence[Run], names: Sequence[str]) -> list[Chart | None]:
-    """The main metric over epochs, images and time."""
+def metric_charts(runs: Sequence[Run]) -> list[Chart]:
+    """The main metric over epochs, images and time; empty before the first evaluation."""
+    names = [run.name for run in runs]
     hours = [run.hours(run.evaluations) for run in runs]
     known = [values[np.isfinite(values)].max() for values in hours if np.isfinite(values).any()]
     unit, factor = ("minutes", 60) if known and max(known) < 2 else ("hours", 1)
@@ -181,7 +182,7 @@ def metric_charts(runs: Sequence[Run], names: Sequence[str]) -> list[Chart | Non
         f"{unit} of training": [factor * values for values in hours],
     }
     values = [100 * column(run.evaluations, MAIN_METRIC) for run in runs]
-    return [
+    charts = [
         chart(
             f"{MAIN_METRIC} in % by {title}",
             title,
@@ -191,10 +192,12 @@ def metric_charts(runs: Sequence[Run], names: Sequence[str]) -> list[Chart | Non
         )
         for title, x in scales.items()
     ]
+    return [drawn for drawn in charts if drawn]
 
 
-def training_charts(runs: Sequence[Run], names: Sequence[str]) -> list[Chart | None]:
-    """Loss, learning rate, noise scale and throughput over epochs."""
+def training_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Loss, learning rate, noise scale and throughput over epochs, as far as there are values."""
+    names = [run.name for run in runs]
     epochs = [column(run.train, "epoch") for run in runs]
 
     def lines(key: str, smooth: bool = False, style: str = "main") -> list[Line]:
@@ -207,12 +210,13 @@ def training_charts(runs: Sequence[Run], names: Sequence[str]) -> list[Chart | N
     raw = lines("loss", style="faint") if len(runs) == 1 else []
     noise = lines("noise_scale")
     mini_batches = lines("mini_batch", style="reference")
-    return [
+    charts = [
         chart("Loss", "epoch", [*raw, *loss], names, top=_top(loss)),
         chart("Learning rate", "epoch", lines("lr"), names),
         chart("Noise scale in images", "epoch", [*noise, *mini_batches], names, logarithmic=True),
         chart("Images per second", "epoch", lines("images_per_second", smooth=True), names),
     ]
+    return [drawn for drawn in charts if drawn]
 
 
 def _top(losses: Sequence[Line]) -> float:
