@@ -4,23 +4,12 @@ import platform
 from importlib import metadata
 
 NUMERICAL = (
-    "horovod",
-    "torch",
-    "torchvision",
-    "numpy",
-    "pillow",
-    "pycocotools",
-    "mpi4py",
-    "pyyaml",
-    "pydantic",
-    "timm",
+    *("horovod", "mpi4py", "torch", "torchvision", "timm", "numpy", "pillow", "pycocotools"),
+    *("pyyaml", "pydantic"),
 )
 """What could change the numbers of a run."""
 
-REQUIRED = (
-    *("horovod", "torch", "torchvision", "numpy", "pillow", "pycocotools", "pyyaml", "pydantic", "safetensors"),
-    *("psutil", "rich", "matplotlib", "tensorboard"),
-)
+PACKAGES = (*NUMERICAL, "safetensors", "psutil", "rich", "matplotlib", "tensorboard", "jinja2")
 
 OPTIONAL = ("mpi4py", "timm")
 """mpi4py serves Horovod's MPI controller only, timm only the LARS optimizer."""
@@ -29,8 +18,8 @@ MISSING = "missing"
 """The version of a package that is not installed."""
 
 
-def versions(packages: tuple[str, ...] = (*REQUIRED, *OPTIONAL)) -> dict[str, str]:
-    """The versions of Python and of the packages, by name; all of those above by default."""
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """The versions of Python and of the packages, by name."""
     return {"Python": platform.python_version()} | {name: _version(name) for name in packages}
 
 

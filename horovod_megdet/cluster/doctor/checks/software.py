@@ -3,7 +3,7 @@
 from horovod_megdet.cluster.doctor.examination import Examination, Finding, error, ok, warning
 from horovod_megdet.cluster.doctor.facts import Facts, InputSummary
 from horovod_megdet.cluster.doctor.naming import differing, grouped, where
-from horovod_megdet.versions import MISSING, REQUIRED
+from horovod_megdet.versions import MISSING, OPTIONAL
 
 
 def check_config(examination: Examination) -> list[Finding]:
@@ -85,7 +85,7 @@ def _is_needed(package: str, ranks: list[Facts]) -> bool:
     """Whether training needs the package; a missing optimizer is an error of the configuration that asks for it."""
     if package == "mpi4py":
         return any(facts.build and facts.build.features["mpi"] for facts in ranks)
-    return package in REQUIRED
+    return package not in OPTIONAL
 
 
 def _lacking_for_gpus(ranks: list[Facts]) -> list[Finding]:
