@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draws the picture at the top of the README: what the detector of a finished `make demo` finds on validation images.
 
-    .venv/bin/python scripts/demo_picture.py runs/demo docs/figures/demo.jpg
+.venv/bin/python scripts/demo_picture.py runs/demo docs/figures/demo.jpg
 """
 
 import sys
