@@ -35,7 +35,7 @@ def test_dissimilarity_at_the_limits(variance: float, signal: float, expected: f
 
 
 def test_one_update_is_the_formula_of_the_paper() -> None:
-    measured = averages({"backbone": 2.0, "fpn": 6.0}, {"rpn": 3.0, "box_head": 0.5})
+    measured = averages({"backbone": 2.0, "fpn": 3.0}, {"rpn": 3.0, "box_head": 0.5})
     phi = {module: dissimilarity(measured, module, 64) for module in MODULES}
     agvm = AGVM()
     agvm.update(measured, 64, epochs_after_warmup=0.3)

@@ -2,7 +2,6 @@
 
 import math
 
-import pytest
 import torch
 from torch import nn
 
@@ -42,7 +41,7 @@ def test_weights_and_statistics_are_averaged() -> None:
     assert found.keys() == expected.keys()
     assert found["1.num_batches_tracked"] == 40
     for name, value in expected.items():
-        assert found[name].double() == pytest.approx(value.double(), rel=1e-5, abs=1e-5)
+        torch.testing.assert_close(found[name].to(value), value, rtol=1e-5, atol=1e-5)
     assert not torch.equal(found["1.running_mean"], module[1].running_mean)
 
 

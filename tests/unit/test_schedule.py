@@ -97,3 +97,35 @@ def test_the_table_says_what_will_happen() -> None:
     assert (
         table["total"] == f"{math.ceil(11 * COCO_IMAGES / 256)} steps = {11 * COCO_IMAGES} images = 11 epochs of 117266"
     )
+
+
+@given(
+    ranks=st.integers(1, 64),
+    images=st.integers(10, 10_000),
+    epochs=st.floats(0.5, 20),
+    warmup=st.floats(0, 0.4),
+    positions=st.lists(st.floats(0, 1.2), min_size=2, max_size=20),
+)
+def test_cosine(ranks: int, images: int, epochs: float, warmup: float, positions: list[float]) -> None:
+    """From the peak at the end of the warm-up to 0, without rising, half of it in the middle; the same warm-up."""
+    settings = {"epochs": epochs, "warmup_epochs": warmup}
+    cosine = schedule_of(ranks, 2, images, schedule="cosine", **settings)
+    steps = schedule_of(ranks, 2, images, milestones=[], gammas=[], **settings)
+    start, end = cosine.images(warmup), cosine.total_images
+    seen = sorted(round(part * end) for part in positions)
+    rates = [cosine.lr(position) for position in seen]
+    for position, rate in zip(seen, rates, strict=True):
+        if position <= start:
+            assert rate == steps.lr(position)
+    falling = [rate for position, rate in zip(seen, rates, strict=True) if position >= start]
+    assert all(after <= before for before, after in itertools.pairwise(falling))
+    assert cosine.lr(start) == cosine.peak_lr
+    assert cosine.lr(end) == pytest.approx(0, abs=1e-12)
+    assert cosine.lr((start + end) // 2) == pytest.approx(cosine.peak_lr / 2, rel=4 / (end - start))
+    assert cosine.lr(start + (end - start) // 3) == pytest.approx(0.75 * cosine.peak_lr, rel=4 / (end - start))
+
+
+def test_the_table_of_a_cosine_has_no_milestones() -> None:
+    table = dict(schedule_of(schedule="cosine").table())
+    assert table["then"] == "half a cosine to 0"
+    assert not any(name.startswith("epoch") for name in table)
