@@ -265,7 +265,9 @@ class Trainer:
             self.detector.load_state_dict(state.weights)
         load_optimizer(self.optimizer, state.optimizer, saved.path)
         self.scaler.load_state_dict(state.scaler)
-        self.position, self.noise.averages, self.agvm = state.position, state.noise, state.agvm
+        self.position, self.noise.averages = state.position, state.noise
+        if self.config.solver.lr_modulation == "agvm":
+            self.agvm = state.agvm
         if len(state.random) == comm.size():
             random_state.restore(state.random[comm.rank()])
         else:

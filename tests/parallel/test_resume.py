@@ -24,6 +24,8 @@ SETTINGS = [
     "solver.milestones=[3]",
     "output.evaluate_every_epochs=2",
     "output.checkpoint_every_epochs=0.17",
+    "solver.lr_modulation=agvm",
+    "solver.ema=0.5",
 ]
 
 
@@ -33,6 +35,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     code, output = launching.run("mpirun", 2, launching.tiny(folder / "run", *SETTINGS, data=data), folder)
     assert code == 0, output
+    state = checkpoint.newest(folder / "run", report=pytest.fail).state()
+    assert min(abs(factor - 1) for module, factor in state.agvm.factors.items() if module != "backbone") > 0.001
+    assert state.weights is not None
+    averages = launching.final_weights(folder / "run")
+    assert all(not torch.equal(averages[name], state.weights[name]) for name in averages if "bn1" in name)
     return folder / "run"
 
 
@@ -111,7 +118,8 @@ def test_resuming_on_another_number_of_ranks_goes_on_at_the_same_image(
     shutil.copytree(undisturbed, run_dir)
     start = checkpoint.newest(run_dir, report=pytest.fail)
     launcher = "python" if ranks == 1 else "mpirun"
-    arguments = [*launching.tiny(run_dir, *SETTINGS, data=data), "--resume", "--set", "solver.epochs=5"]
+    settings = [*SETTINGS, "solver.epochs=5", "solver.lr_modulation=none"]
+    arguments = [*launching.tiny(run_dir, *settings, data=data), "--resume"]
     code, output = launching.run(launcher, ranks, arguments, tmp_path)
     assert code == 0, output
     rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["step"] > start.step]
@@ -120,6 +128,26 @@ def test_resuming_on_another_number_of_ranks_goes_on_at_the_same_image(
     assert rows[-2]["lr"] == pytest.approx(0.01 * 2 * ranks / 4 * 0.1)
     end = checkpoint.newest(run_dir, report=pytest.fail)
     assert (end.images_seen - start.images_seen) % (2 * ranks) == 0
+    groups = end.state().optimizer["param_groups"]
+    assert {group["lr"] for group in groups} == {rows[-2]["lr"]}, "without AGVM its factors are gone"
+
+
+def test_factors_of_agvm_are_those_saved_on_another_number_of_ranks(
+    undisturbed: Path, data: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    saved = checkpoint.newest(run_dir, report=pytest.fail).state().agvm
+    # In the warm-up factors do not change.
+    settings = [*SETTINGS, "solver.epochs=4.5", "solver.warmup_epochs=10"]
+    code, output = launching.run("mpirun", 3, [*launching.tiny(run_dir, *settings, data=data), "--resume"], tmp_path)
+    assert code == 0, output
+    state = checkpoint.newest(run_dir, report=pytest.fail).state()
+    assert state.agvm == saved
+    row = next(row for row in reversed(read_metrics(run_dir / "metrics.jsonl")) if row["kind"] == "train")
+    assert {module: row[f"lr_factor_{module}"] for module in saved.factors} == saved.factors
+    for group in state.optimizer["param_groups"]:
+        assert group["lr"] == row["lr"] * saved.factors[group["module"]]
 
 
 def test_a_broken_checkpoint_is_passed_over(undisturbed: Path, data: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The noise of the gradient on several ranks, against the gradients of single images and against a known covariance.
+"""The solver on several ranks: gradient noise against single images and a known covariance, and other optimizers.
 
 Starting ranks takes seconds, so that each launch measures everything, and the tests look at the numbers.
 """
@@ -18,17 +18,17 @@ Measured = dict[str, Any]
 def measured(
     request: pytest.FixtureRequest, run_ranks: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Measured:
-    """The numbers of noise_ranks.py."""
+    """The numbers of solver_noise.py."""
     result = tmp_path_factory.mktemp("measured") / "result.json"
-    run_ranks("noise_ranks.py", request.param, str(result), timeout=240)
+    run_ranks("solver_noise.py", request.param, str(result), timeout=240)
     return json.loads(result.read_text())
 
 
 @pytest.fixture(scope="module")
 def trained(run_ranks: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Measured:
-    """The numbers of noise_trainer.py on two ranks."""
+    """The numbers of solver_trainer.py on two ranks."""
     result = tmp_path_factory.mktemp("trained") / "result.json"
-    run_ranks("noise_trainer.py", 2, str(result))
+    run_ranks("solver_trainer.py", 2, str(result))
     return json.loads(result.read_text())
 
 
@@ -77,6 +77,11 @@ def test_a_measured_step_has_one_message_more_and_no_other_step_has(trained: Mea
 def test_the_noise_is_that_of_gradients_that_are_not_clipped(trained: Measured) -> None:
     assert trained["clipped"] == trained["not clipped"]
     assert trained["clipped"]["variance"]["all"] > 0
+
+
+@pytest.mark.parametrize("name", ["lars", "adamw"])
+def test_an_optimizer_takes_the_same_steps_under_horovod(trained: Measured, name: str) -> None:
+    assert trained["optimizers"][name]
 
 
 def test_a_step_with_an_image_that_cannot_be_read_does_not_count(trained: Measured) -> None:

@@ -1,17 +1,21 @@
-"""What a trainer measures of the gradient noise: messages, clipping, images that cannot be read."""
+"""What trainers of two ranks do: measure gradient noise, and take the steps of other optimizers than SGD."""
 
+import copy
 import math
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cgbn_common as common
+import torch
 
 from horovod_megdet import comm
 from horovod_megdet.config import load_config, override
 from horovod_megdet.engine.startup import build_trainer
 from horovod_megdet.engine.trainer import Trainer
 from horovod_megdet.solver.gradient_noise import MEMORY
+from horovod_megdet.solver.optimizer import build_optimizer, set_lr
 
 FOLDER = Path(sys.argv[1]).parent
 STEPS = 6
@@ -53,6 +57,27 @@ def steps_that_count() -> float:
     return math.log1p(-trainer.noise.averages.weight) / math.log1p(-1 / MEMORY)
 
 
+def steps_of_the_optimizer(name: str) -> bool:
+    """Whether steps under Horovod have the bits of those of the optimizer alone, on the averaged gradients."""
+    trainer = start(name, f"solver.optimizer={name}")
+    alone = copy.deepcopy(trainer.detector)
+    optimizer = build_optimizer(alone, trainer.config.solver)
+    apply = trainer.apply_gradients
+
+    def both() -> None:
+        for ours, theirs in zip(trainer.detector.parameters(), alone.parameters(), strict=True):
+            theirs.grad = None if ours.grad is None else ours.grad.clone()
+        set_lr(optimizer, trainer.schedule.lr(trainer.position.images_seen), trainer.agvm.factors)
+        optimizer.step()
+        apply()
+
+    with mock.patch.object(trainer, "apply_gradients", both):
+        messages(trainer)
+    start_weights = trainer.detector.parameters(), start(f"{name} again").detector.parameters()
+    assert not any(map(torch.equal, *start_weights)), "every parameter has moved"
+    return all(map(torch.equal, trainer.detector.parameters(), alone.parameters()))
+
+
 def measure() -> dict[str, Any]:
     """Everything, on two ranks."""
     return {
@@ -61,6 +86,7 @@ def measure() -> dict[str, Any]:
         },
         "not clipped": after_a_step("not clipped"),
         "clipped": after_a_step("clipped", "solver.clip_gradient_norm=0.001"),
+        "optimizers": {name: steps_of_the_optimizer(name) for name in ("lars", "adamw")},
         "steps that count": steps_that_count(),
     }
 
