@@ -33,6 +33,9 @@ RANKS = (1, 2, 4, 8, 16)
 SETTINGS_RUNS = 3
 WAITS = ("until the last rank comes", "from there")
 
+NOISE_HEADING = "## Gradient noise"
+"""Of the section that gradient_noise.py writes behind the tables; it stays."""
+
 Row = tuple[str, ...]
 Table = tuple[str, Row, list[Row]]
 
@@ -185,17 +188,23 @@ def main() -> None:
         print(table, flush=True)
         text += table
         if arguments.write:  # after each table, so that an interruption keeps the previous ones
-            arguments.write.write_text(text + "\n")
+            _, heading, noise = arguments.write.read_text().partition(NOISE_HEADING)
+            arguments.write.write_text(f"{text}\n\n{heading}{noise}" if heading else f"{text}\n")
 
 
 def _head() -> str:
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor())  # fmt: skip
     return (
         "# Benchmarks\n\nWritten by `python benchmarks/cross_gpu_bn.py --write docs/benchmarks.md`, which explains how "
-        f"it measures. {os.cpu_count()} cores of {cpu}, no GPU, torch {torch.__version__}. A ratio below 1 "
-        "means that ours is faster. [performance.md](performance.md) explains the figures."
+        f"it measures. {machine()}. A ratio below 1 means that ours is faster. [performance.md](performance.md) explains "
+        "the figures."
     )
+
+
+def machine() -> str:
+    """What the figures belong to."""
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.processor())  # fmt: skip
+    return f"{os.cpu_count()} cores of {cpu}, no GPU, torch {torch.__version__}"
 
 
 def _markdown(title: str, head: Row, rows: list[Row]) -> str:

@@ -1,0 +1,113 @@
+"""What measuring the gradient's noise costs, as a part of a training step: a section of docs/benchmarks.md.
+
+    mpirun -np 2 python benchmarks/gradient_noise.py                              # prints the section
+    mpirun -np 2 python benchmarks/gradient_noise.py --write docs/benchmarks.md   # and replaces it in the file
+
+The hooks on the gradients, the norms of the averaged gradients and the message are timed in steps that measure, and
+compared with those whole steps. Figures are medians over the steps, in each of which the slowest rank counts.
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from cross_gpu_bn import NOISE_HEADING, machine
+from torch import Tensor
+
+from horovod_megdet import comm
+from horovod_megdet.config import BatchNormConfig, ModelConfig, SolverConfig, load_config
+from horovod_megdet.engine.losses import agree_on_losses
+from horovod_megdet.models.detector import build_detector
+from horovod_megdet.solver.gradient_noise import COST_LIMIT, GradientNoise
+from horovod_megdet.solver.optimizer import build_optimizer
+
+DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
+WARM_UP, STEPS = 3, 15
+
+
+def measured_steps(model: ModelConfig, images: int, size: tuple[int, int]) -> Tensor:
+    """Seconds of (hooks, norms and message, whole step), (STEPS, 3), of SGD steps on random images of this size."""
+    torch.manual_seed(0)
+    detector = build_detector(model, BatchNormConfig(), num_classes=5).train()
+    noise = GradientNoise(detector, images, accumulation=1, interval=1)
+    optimizer = comm.distributed_optimizer(build_optimizer(detector, SolverConfig()), detector, 1, fp16=False)
+    pictures, targets = random_batch(images, size)
+    rows = []
+    for number in range(WARM_UP + STEPS):
+        comm.barrier()
+        noise._seconds, started = 0.0, time.perf_counter()
+        with noise.measuring(number):
+            losses = detector.forward_losses(pictures, targets)
+            agree_on_losses(losses, stop_requested=False, unreadable=False).loss.backward()
+        comm.synchronize(optimizer)
+        hooks, updating = noise._seconds, time.perf_counter()
+        noise.update(number, images, loss_scale=1.0, step_seconds=updating - started)
+        updated = time.perf_counter()
+        with optimizer.skip_synchronize():
+            optimizer.step()
+        optimizer.zero_grad()
+        mine = torch.tensor([hooks, updated - updating, time.perf_counter() - started], dtype=torch.float64)
+        rows.append(comm.gather(mine, "benchmark.noise").amax(0))
+    assert noise.averages.variance_of() > 0, "every step was measured"
+    return torch.stack(rows[WARM_UP:])
+
+
+def random_batch(images: int, size: tuple[int, int]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Images of (height, width), other ones on every rank, and their targets: four objects on each."""
+    height, width = size
+    generator = torch.Generator().manual_seed(comm.rank())
+    pictures = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for _ in range(images)]
+    unit = torch.tensor([[0.1, 0.1, 0.4, 0.5], [0.2, 0.5, 0.6, 0.9], [0.5, 0.1, 0.9, 0.3], [0.7, 0.6, 0.95, 0.95]])
+    boxes = unit * torch.tensor([width, height, width, height])
+    targets = [{"boxes": boxes, "labels": torch.tensor([1, 2, 3, 4]), "seed": number} for number in range(images)]
+    return pictures, targets
+
+
+def section() -> str:
+    """The section of docs/benchmarks.md. Collective."""
+    demo = load_config(DEMO)
+    cases = (
+        ("demo", demo.model, demo.data.images_per_rank, (128, 170)),
+        ("R50-FPN", ModelConfig(weights="none"), 2, (320, 427)),
+    )
+    lines = [
+        NOISE_HEADING,
+        "",
+        f"Written by `mpirun -np {comm.size()} python benchmarks/gradient_noise.py --write docs/benchmarks.md`, which says "
+        f"how it measures; one thread per rank. {machine()}. `measure_noise: auto` measures in every n-th step, so that "
+        f"the cost stays under {COST_LIMIT:.0%} of the time.",
+        "",
+        "| step | hooks, ms | norms of the mean and message, ms | whole step, ms | part of a measured step | n of `auto` |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, model, images, size in cases:
+        seconds = measured_steps(model, images, size)
+        hooks, update, step = (1e3 * seconds.median(0).values).tolist()
+        part = ((seconds[:, 0] + seconds[:, 1]) / seconds[:, 2]).median().item()
+        step_name = f"{name}, {images} images of {size[0]} x {size[1]} per rank"
+        every = max(1, math.ceil(part / COST_LIMIT))
+        lines.append(f"| {step_name} | {hooks:.1f} | {update:.1f} | {step:.0f} | {part:.2%} | {every} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="Markdown file whose section is replaced")
+    arguments = parser.parse_args()
+    comm.init()
+    torch.set_num_threads(1)
+    text = section()
+    if comm.is_main():
+        print(text)
+        if arguments.write:
+            before = arguments.write.read_text().partition(NOISE_HEADING)[0]
+            arguments.write.write_text(f"{before.rstrip()}\n\n{text}")
+    comm.shutdown()
+
+
+if __name__ == "__main__":
+    main()
