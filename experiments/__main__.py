@@ -16,7 +16,8 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from experiments.cells import CELLS, Run, choose_runs, load_cells
+from experiments.cells import CELLS, Cell, Run, choose_runs, load_cells
+from experiments.page import write_page
 from experiments.results import Results, Row
 from experiments.training import PROJECT, Laboratory, RunFailed, Stop
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_STOPPED, UserError
@@ -67,9 +68,9 @@ def main() -> int:
 def run_all(arguments: argparse.Namespace) -> int:
     """Makes the missing runs; returns the exit code."""
     runs_dir, results = PROJECT / "runs/experiments", Results(PROJECT / "experiments/results/runs.jsonl")
-    overrides: tuple[str, ...] = ()
+    docs, overrides = PROJECT / "docs", ()
     if arguments.quick:
-        runs_dir = (arguments.folder or PROJECT / "runs/experiments-quick").absolute()
+        runs_dir = docs = (arguments.folder or PROJECT / "runs/experiments-quick").absolute()
         results = Results(runs_dir / "results.jsonl")
         overrides = (*QUICK, f"model.weights={runs_dir}/backbone.pth", f"data.synthetic_root={runs_dir}/data")
     if results.repair():
@@ -98,7 +99,15 @@ def run_all(arguments: argparse.Namespace) -> int:
             failures += 1
             continue
         say(f"{run}: {outcome(row)}" if row else f"{run}: left to another driver, or to the next start")
+        update_page(cells, results, docs)
+    update_page(cells, results, docs)
     return EXIT_STOPPED if laboratory.stop.requested else EXIT_CRASHED if failures else 0
+
+
+def update_page(cells: list[Cell], results: Results, docs: Path) -> None:
+    """Writes findings.md from the lines that belong to the cells as they are now."""
+    current = {cell.hash for cell in cells}
+    write_page([row for row in results.rows() if row["hash"] in current], docs / "findings.md", docs / "figures")
 
 
 def missing(runs: list[Run], rows: list[Row]) -> list[Run]:
