@@ -68,7 +68,8 @@ def main() -> int:
 def run_all(arguments: argparse.Namespace) -> int:
     """Makes the missing runs; returns the exit code."""
     runs_dir, results = PROJECT / "runs/experiments", Results(PROJECT / "experiments/results/runs.jsonl")
-    docs, overrides = PROJECT / "docs", ()
+    docs = PROJECT / "docs"
+    overrides: tuple[str, ...] = ()
     if arguments.quick:
         runs_dir = docs = (arguments.folder or PROJECT / "runs/experiments-quick").absolute()
         results = Results(runs_dir / "results.jsonl")

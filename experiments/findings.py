@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from experiments.outcomes import LEAST_DIFFERENCE, TRAINS, Outcomes, clearly_above, mean_and_spread
+from horovod_megdet.wording import count
 
 SUMMARY = "a summary of the paper"
 NOTES = "third-party notes on the paper's tables"
@@ -50,8 +51,11 @@ class Finding:
 
     def verdict(self, outcomes: Outcomes) -> Verdict:
         """The verdict: undecided while runs are missing."""
-        short = outcomes.short(self.cells, self.runs)
-        return Verdict(UNDECIDED, f"Too few runs: {', '.join(short)}.") if short else self.judge(outcomes)
+        short = {cell: len(outcomes[cell].rows) for cell in self.cells if len(outcomes[cell].rows) < self.runs}
+        if not short:
+            return self.judge(outcomes)
+        there = ", ".join(f"{cell} {runs}" for cell, runs in short.items())
+        return Verdict(UNDECIDED, f"Each cell needs {count(self.runs, 'run')}, and there are: {there}.")
 
 
 def frozen(k: int) -> str:
@@ -203,7 +207,7 @@ def judge_break(outcomes: Outcomes) -> Verdict:
         return Verdict(word, f"No mini-batch up to {8 * KS[-1]} falls behind; the noise scale is {scale:.3g} images.")
     ratio = 8 * k / scale
     reason = (
-        f"The first mini-batch that falls behind is {8 * k}, {ratio:.2g} times the noise scale of {scale:.3g} images."
+        f"The first mini-batch that falls behind is {8 * k}, {ratio:.2g} times the noise scale, {scale:.3g} images."
     )
     return Verdict(REPRODUCED if 1 / NEAR <= ratio <= NEAR else NOT_REPRODUCED, reason)
 

@@ -99,17 +99,13 @@ class Outcomes:
     """The outcomes by cell; of a cell that did not run, an empty one."""
 
     def __init__(self, rows: list[Row]) -> None:
-        ordered = sorted(rows, key=lambda row: row["seed"])
-        self._by_cell = {
-            name: Outcome(tuple(r for r in ordered if r["cell"] == name)) for name in {r["cell"] for r in rows}
-        }
+        by_cell: dict[str, list[Row]] = {}
+        for row in sorted(rows, key=lambda row: row["seed"]):
+            by_cell.setdefault(row["cell"], []).append(row)
+        self._by_cell = {cell: Outcome(tuple(its_rows)) for cell, its_rows in by_cell.items()}
 
     def __getitem__(self, cell: str) -> Outcome:
         return self._by_cell.get(cell, Outcome())
-
-    def short(self, cells: list[str], runs: int) -> list[str]:
-        """Sentences about cells with fewer runs than needed."""
-        return [f"{name} has {len(self[name].rows)} of {runs} runs" for name in cells if len(self[name].rows) < runs]
 
 
 def mean_and_spread(values: list[float]) -> str:

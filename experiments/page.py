@@ -14,14 +14,15 @@ HEAD = """# MegDet's findings, reproduced
 `make experiments` makes the runs and writes this page from `experiments/results/runs.jsonl`; edit nothing here. It goes
 on where it was stopped; `make experiments LIST=1` says what is left.
 
-What the paper saw with ResNet-50 on COCO with 16 to 256 images is looked for at the scale of two CPU cores: ResNet-18,
-pre-trained on crops of generated shapes, 2,400 generated images of 128 to 192 pixels (2,311 with objects), 6 epochs, two
-ranks, bfloat16. The linear rule starts from a rate of 0.01 at 8 images, which is k = 1, and nothing clips the gradient.
-AP is measured on 200 other images. Each cell is a file of `experiments/cells`; it runs with seeds 0, 1 and 2.
+The paper trained ResNet-50 on COCO with 16 to 256 images per step. This page looks for the same at the scale of two CPU
+cores: ResNet-18, pre-trained on crops of generated shapes; 2,400 generated images of 128 to 192 pixels (2,311 of them
+have objects); 6 epochs; two ranks; bfloat16. The linear rule starts from a rate of 0.01 at 8 images, which is k = 1, and
+gradients are not clipped. AP is measured on 200 other images. A cell is a file of `experiments/cells`; it runs with
+seeds 0, 1 and 2.
 
-CGBN shares its statistics over all images of the step up to k = 4, and over 32 from there on, the BN size that the paper
-found best; a step of 64 or 128 images takes 2 or 4 passes. Frozen BN has the statistics of the pre-training, and no norm
-in the FPN.
+CGBN shares its statistics over all images of a step up to k = 4, and over 32 beyond, the BN size that the paper found
+best: there a step takes 2 or 4 passes of 32 images. Frozen BN has the statistics of the pre-training; its FPN has no
+norm.
 
 Tables give mean ± standard deviation over the seeds, and in parentheses the number of runs.
 """
