@@ -1,4 +1,4 @@
-"""What the launcher's environment variables tell a process, before it communicates.
+"""What the launcher told this process through environment variables, known before it communicates.
 
 Imports nothing that starts MPI or Horovod.
 """
@@ -14,22 +14,22 @@ PLACE_VARIABLES = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     ("PMIX_RANK", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
 )
-"""How Open MPI, horovodrun --gloo, MPICH and its kin, and srun with PMIx tell a process its rank and the number of
-ranks, and both on its host."""
+"""Variables for rank, number of ranks, and both on the host: of Open MPI, horovodrun --gloo, MPICH and its relatives,
+and srun with PMIx."""
 
 
 def by_launcher() -> bool:
-    """Whether a launcher started this process, as one rank of several or of one."""
+    """Whether a launcher started this process, even as the only rank."""
     return _variables() is not None
 
 
 def by_horovodrun() -> bool:
-    """Whether it was horovodrun itself, with the Gloo controller; with the MPI controller it calls mpirun."""
+    """Whether horovodrun itself started it, with the Gloo controller; with the MPI controller, mpirun does."""
     return "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
 
 
 def by_mpi() -> bool:
-    """Whether an MPI launcher has started this process and Horovod will talk through MPI."""
+    """Whether an MPI launcher started this process and Horovod will use MPI."""
     others = (names[0] for names in PLACE_VARIABLES if names[0] != "HOROVOD_RANK")
     return any(name in os.environ for name in others) and os.environ.get("HOROVOD_CONTROLLER", "mpi") == "mpi"
 
@@ -51,16 +51,16 @@ def host() -> str:
     return socket.gethostname()
 
 
-def check() -> None:
-    """Raises :class:`UserError` where srun started several processes and did not tell them how to find each other.
+def check_srun() -> None:
+    """Raises :class:`UserError` where srun started several processes without telling them how to find each other.
 
-    Each would believe to be alone, and all would train the same into the same run directory. A shell in a batch job,
-    also one that srun opened, is one process, and mpirun in it tells its ranks.
+    Each would believe that it is alone, and all would train the same in the same run directory. A shell in a batch job,
+    also one that srun opened, is one process, and an mpirun in it tells its ranks.
     """
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks > 1 and not by_launcher():
         raise UserError(
-            f"srun started {tasks} processes that do not know of each other: add --mpi=pmix to srun (see slurm/"
+            f"srun started {tasks} processes that do not know about each other: add --mpi=pmix to srun (see slurm/"
             "megdet_srun.sbatch), or start the ranks with mpirun (see slurm/megdet.sbatch)."
         )
 

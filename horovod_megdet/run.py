@@ -11,7 +11,7 @@ from pathlib import Path
 
 from horovod_megdet import comm, launched
 from horovod_megdet.arguments import config_of
-from horovod_megdet.cluster.watchdog.diagnosis import LOST_CONTACT
+from horovod_megdet.cluster.watchdog.heartbeats import LastWords
 from horovod_megdet.cluster.watchdog.watchdog import Watchdog
 from horovod_megdet.config import Config, override
 from horovod_megdet.engine import checkpoint
@@ -68,7 +68,7 @@ def run_ranks(get_config: Callable[[], Config], program: Callable[[Config], int]
     """
     job = _Job(heartbeats)
     try:
-        launched.check()
+        launched.check_srun()
         exit_code = program(job.start(get_config))
     except BaseException as error:
         exit_code = job.end(error)
@@ -112,18 +112,18 @@ class _Job:
                     say(f"error: {error}")
                 return error.exit_code
             case UserError():
-                self._leave(f"{rank}: {error}", "had an error")
+                self._leave(f"{rank}: {error}", LastWords.HAD_AN_ERROR)
                 comm.abort(error.exit_code)
             case comm.LostRankError():
-                self._leave(f"{rank}{at_step} lost contact with another rank: {error}", LOST_CONTACT)
+                self._leave(f"{rank}{at_step} lost contact with another rank: {error}", LastWords.LOST_CONTACT)
                 if self.watchdog:
                     self.watchdog.report_lost_ranks(on_each_host=True)
                 comm.abort(EXIT_CRASHED)
             case _:
-                self._leave(f"{rank}{at_step} crashed:\n{traceback.format_exc()}", "crashed")
+                self._leave(f"{rank}{at_step} crashed:\n{traceback.format_exc()}", LastWords.CRASHED)
                 comm.abort(EXIT_CRASHED)
 
-    def _leave(self, sentence: str, last_words: str) -> None:
+    def _leave(self, sentence: str, last_words: LastWords) -> None:
         say(f"error: {sentence}")
         if self.watchdog:
             self.watchdog.last_words(last_words)

@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 
 SHOWN = 6
-"""Names in a sentence."""
+"""Names that a sentence lists."""
 
 
 def some(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
+    """`a, b, c`; the first names and the number of the others where there are many: `a, b, c, d, e, f and 2 more`."""
     names = list(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
@@ -19,7 +19,7 @@ def count(number: int, noun: str) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes for people to read."""
+    """A number of bytes: `64 MiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(number) < 1024:
             return f"{_short(number)} {unit}"
@@ -28,7 +28,7 @@ def size(number: float) -> str:
 
 
 def seconds(number: float) -> str:
-    """A time for people to read."""
+    """A time in seconds: `1.5 s`, `20 ms`, `3 us`."""
     for factor, unit in ((1, "s"), (1e3, "ms")):
         if number * factor >= 1:
             return f"{_short(number * factor)} {unit}"
@@ -36,5 +36,5 @@ def seconds(number: float) -> str:
 
 
 def _short(number: float) -> str:
-    """Three digits, or as many as stand before the point."""
+    """Three digits, or all those before the decimal point."""
     return f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"

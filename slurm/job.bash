@@ -2,14 +2,14 @@
 # The life of a training job; sourced by megdet.sbatch and megdet_srun.sbatch, which set the MEGDET_* variables and
 # define launcher_command.
 #
-# What becomes of the job, by the exit code of the training:
+# What happens to the job, by the exit code of the training:
 #   0       done
-#   85      stopped by a signal after a checkpoint: queued again, any number of times; not after scancel
-#   205     mpirun lost a node: queued again, MEGDET_MAX_REQUEUES times
-#   5       no rank got on, often because a node hangs: counted as a lost node
+#   85      stopped by a signal after a checkpoint: requeued, any number of times; not after scancel
+#   205     mpirun lost a node: requeued, at most MEGDET_MAX_REQUEUES times
+#   5       no rank made progress, often because a node hangs: counts as a lost node
 #   others  a mistake or a crash, which would only happen again: the job ends with that code
-# Slurm itself queues a job again whose node fails. That start then finds that the one before it never ended, and
-# counts it as a lost node too.
+# Slurm itself requeues a job whose node fails. The next start then finds that the one before never ended, and counts
+# that as a lost node too.
 
 readonly EXIT_STOPPED=85 EXIT_STALLED=5 EXIT_LOST_NODE=205
 
@@ -42,7 +42,7 @@ prepare() {
     done
     mkdir -p -- "$MEGDET_RUN_DIR" || return 2
     lost_nodes=$MEGDET_RUN_DIR/lost_nodes-$SLURM_JOB_ID    # how often a node was lost
-    unfinished=$MEGDET_RUN_DIR/unfinished-$SLURM_JOB_ID    # is there while the job runs
+    unfinished=$MEGDET_RUN_DIR/unfinished-$SLURM_JOB_ID    # exists while the job runs
     staged='' stop_signal='' over_limit=''
 }
 
@@ -53,7 +53,7 @@ print_header() {
 
 count_unfinished_start() {
     if [[ -e $unfinished ]]; then
-        say "the start before this one was cut off"
+        say "the previous start was cut off"
         if ! count_lost_node; then
             over_limit=1
             return $EXIT_LOST_NODE
@@ -62,13 +62,13 @@ count_unfinished_start() {
     : >"$unfinished"
 }
 
-# Counts a lost node in a file, which outlives the job's starts; false when there were too many.
+# Counts a lost node in a file, which outlives the starts of the job; false when there were too many.
 count_lost_node() {
     local count=0
     [[ ! -s $lost_nodes ]] || read -r count <"$lost_nodes"
     count=$((count + 1))
     echo "$count" >"$lost_nodes"
-    say "lost a node, or got nowhere, for the ${count}. time; $MEGDET_MAX_REQUEUES are tolerated"
+    say "a node was lost or the job stalled: failure $count, at most $MEGDET_MAX_REQUEUES are tolerated"
     ((count <= MEGDET_MAX_REQUEUES))
 }
 
@@ -77,7 +77,7 @@ train() {
     local arguments=(--config "$MEGDET_CONFIG" "$@")
     [[ -z $staged ]] || arguments+=(--set "data.root=$staged")
     [[ ! -e $MEGDET_RUN_DIR/config.yaml ]] || arguments+=(--resume)
-    # Last, so that it holds whatever else was said.
+    # Last, so that it overrides what the arguments say.
     arguments+=(--run-dir "$MEGDET_RUN_DIR")
     local command=()
     launcher_command python train.py "${arguments[@]}"
@@ -95,7 +95,7 @@ wait_for_launcher() {
         interrupted=
         wait "$launcher"
         status=$?
-        ((status == 127)) || code=$status # 127: its exit code was collected already
+        ((status == 127)) || code=$status # 127: its exit code was collected before
         [[ $interrupted ]] || break       # a trap ends `wait` before the launcher ends
     done
     trap - USR1 TERM
@@ -103,14 +103,14 @@ wait_for_launcher() {
 }
 
 stop() {
-    # The first counts: TERM comes from scancel, but also at the time limit, after USR1.
+    # The first one counts: TERM comes from scancel, but also at the time limit, after USR1.
     stop_signal=${stop_signal:-$1}
     say "$1: asking all ranks to write a checkpoint and stop"
     # Launchers pass USR1 on to all ranks; TERM would end them.
     kill -USR1 "$2" 2>/dev/null
 }
 
-# Ends the job with the exit code of the training, or has it queued again.
+# Ends the job with the exit code of the training, or has it requeued.
 end_job() {
     local code=$1
     case $code in
@@ -120,7 +120,7 @@ end_job() {
             ;;
         "$EXIT_STOPPED")
             if [[ $stop_signal == TERM ]]; then
-                say "cancelled; the checkpoint is in $MEGDET_RUN_DIR"
+                say "canceled; the checkpoint is in $MEGDET_RUN_DIR"
             else
                 requeue
             fi
@@ -128,21 +128,21 @@ end_job() {
         "$EXIT_LOST_NODE" | "$EXIT_STALLED")
             # A job that was over the limit at its start has not trained, and ends here.
             if [[ $over_limit ]] || ! count_lost_node; then
-                say "giving up after too many lost nodes; to go on, submit it anew with MEGDET_RUN_DIR=$MEGDET_RUN_DIR"
+                say "giving up after too many lost nodes; to continue, submit it with MEGDET_RUN_DIR=$MEGDET_RUN_DIR"
             else
                 requeue
             fi
             ;;
-        *) say "failed with exit code $code: not queued again" ;;
+        *) say "failed with exit code $code: not requeued" ;;
     esac
     exit "$code"
 }
 
 requeue() {
     if scontrol requeue "$SLURM_JOB_ID"; then
-        say "queued again"
+        say "requeued"
     else
-        say "cannot be queued again; submit it anew with MEGDET_RUN_DIR=$MEGDET_RUN_DIR, and it resumes"
+        say "cannot be requeued; submit it with MEGDET_RUN_DIR=$MEGDET_RUN_DIR, and it resumes"
     fi
 }
 

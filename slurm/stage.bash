@@ -1,5 +1,5 @@
 #!/bin/bash
-# Copies a data set to this node and checks that every file has arrived in its full size: stage.bash FROM TO MANIFEST
+# Copies a data set to this node and checks that every file arrived with its full size: stage.bash FROM TO MANIFEST
 set -uo pipefail
 from=$1 to=$2 manifest=$3
 
@@ -11,7 +11,7 @@ fail() {
     exit 1
 }
 
-mkdir -p -- "$to" || fail "$to cannot be made"
+mkdir -p -- "$to" || fail "$to cannot be created"
 cp -RL -- "$from/." "$to" || fail "$from cannot be copied to $to"
 cd -- "$to" || fail "$to is gone"
 list_files | cmp --silent -- - "$manifest" || fail "the copy of $from in $to is not complete"

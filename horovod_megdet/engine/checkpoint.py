@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from horovod_megdet.config import Config
+from horovod_megdet.config import Config, SolverConfig
 from horovod_megdet.errors import NotSavedError, UserError
 from horovod_megdet.models.weights import MODEL_FILE
 from horovod_megdet.solver.agvm import AGVM
 from horovod_megdet.solver.gradient_noise import NoiseAverages
+from horovod_megdet.solver.optimizer import state_bytes
 
 STATE_FILE, DESCRIPTION_FILE, SUMS_FILE = "state.pt", "checkpoint.json", "SHA256SUMS"
 _TEMPORARY = ".writing-"
@@ -113,6 +114,13 @@ def folder(run_dir: Path) -> Path:
 def name(step: int) -> str:
     """The folder name of a step's checkpoint; names sort by step."""
     return f"step_{step:08d}"
+
+
+def expected_bytes(detector: nn.Module, solver: SolverConfig) -> int:
+    """The size of a checkpoint of ``detector``, which may be on the meta device: weights and the optimizer's state."""
+    weights = sum(value.nbytes for value in detector.state_dict().values())
+    copies = 1 if solver.ema is None else 2  # see TrainingState.weights
+    return copies * weights + state_bytes(detector, solver)
 
 
 def save(run_dir: Path, weights: dict[str, Tensor], state: TrainingState, run: RunDescription, epoch: float) -> Path:

@@ -1,8 +1,10 @@
-"""The agreement of all ranks on the losses of a pass, before anyone acts on them.
+"""What the ranks agree on about the losses of a step.
 
 torchvision averages each loss over the anchors or RoIs that its rank sampled, and the ranks' numbers of samples differ.
-One message sums losses times counts, counts and flags over the ranks. Weighting each loss by ``count * ranks / all
-counts`` then makes the average over ranks the loss of one process that holds the whole mini-batch.
+Weighting each loss by ``count * ranks / counts of all ranks`` makes the average over ranks the loss of one process that
+holds the whole mini-batch. So before each backward pass one message sums the counts, which are known on the host. The
+losses, and what a rank alone knows beside them, are summed in a second message when the backward passes are done: no
+rank waits for the losses of its device, or of another rank, in between.
 """
 
 from dataclasses import dataclass
@@ -18,56 +20,77 @@ from horovod_megdet.printing import say
 
 
 @dataclass(frozen=True)
-class AgreedLosses:
-    """What all ranks know of a pass; the same on every rank, but for ``loss``."""
+class PassReport:
+    """What this rank keeps of a forward and backward pass until all ranks agree on the step."""
 
-    loss: Tensor
-    """() float32: this rank's part, with a gradient. The average over ranks is the loss of the whole pass."""
-    means: dict[str, float]
-    """Each loss over the samples of all ranks."""
-    finite: bool
+    image_ids: list[int]
+    images_read: int
+    error: str | None
+    """Which images could not be read; None if all could."""
+    sums: dict[str, Tensor]
+    """Each loss times the number of samples of this rank, () float64 on the losses' device."""
+    all_counts: list[float]
+    """The samples of all ranks, by loss."""
+
+
+def weigh_losses(batch: Batch, losses: Losses) -> tuple[Tensor, PassReport]:
+    """Returns this rank's part of the loss of a pass, () float32 with a gradient, and what to report of the pass.
+
+    The average of the first over the ranks is the loss of the pass. Collective.
+    """
+    counts = torch.tensor([losses.counts[name] for name in losses.values], dtype=torch.float64)
+    all_counts = comm.sum_(counts.clone(), "sample_counts").clamp(min=1)  # a loss without samples on any rank is 0
+    values = torch.stack([value.float() for value in losses.values.values()])
+    loss = (values * (counts * comm.size() / all_counts).to(values)).sum()
+    sums = values.detach().double() * counts.to(values.device)
+    report = PassReport(
+        image_ids=[target["image_id"] for target in batch.targets],
+        images_read=batch.images_read,
+        error=batch.error,
+        sums=dict(zip(losses.values, sums, strict=True)),
+        all_counts=all_counts.tolist(),
+    )
+    return loss, report
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know of a step; the same on each."""
+
+    losses: dict[str, float]
+    """Each loss over the samples of all ranks, averaged over the passes."""
     stop_requested: bool
     """Whether any rank received a signal to stop."""
-    unreadable: bool
-    """Whether any rank could not read an image."""
 
 
-def agree_on_losses(losses: Losses, stop_requested: bool, unreadable: bool) -> AgreedLosses:
-    """Sums losses, counts and flags over the ranks, in one message. Collective."""
-    counts = torch.tensor([losses.counts[name] for name in losses.values], dtype=torch.float64)
-    values = torch.stack([value.float() for value in losses.values.values()])
-    flags = torch.tensor([stop_requested, unreadable], dtype=torch.float64)
-    message = torch.cat([values.detach().double().cpu() * counts, counts, flags])
-    sums, all_counts, (stops, bad_images) = comm.sum_(message, name="losses").split([len(counts), len(counts), 2])
-    all_counts = all_counts.clamp(min=1)  # a loss without samples on any rank is 0
-    weights = (counts * comm.size() / all_counts).to(values)
-    return AgreedLosses(
-        loss=(values * weights).sum(),
-        means=dict(zip(losses.values, (sums / all_counts).tolist(), strict=True)),
-        finite=bool(torch.isfinite(sums).all()),
-        stop_requested=bool(stops),
-        unreadable=bool(bad_images),
-    )
+def agree_on_step(reports: list[PassReport], stop_requested: bool, step: int, skip_unreadable: bool) -> Agreement:
+    """Puts together what the ranks found out in the passes of a step, in one message. Collective.
+
+    Raises a :class:`UserError` on all ranks if any of them could not read an image, unless those are skipped, and a
+    :class:`NonFiniteLossError` if a loss of any of them is not finite.
+    """
+    errors = [report.error for report in reports if report.error is not None]
+    names = list(reports[0].sums)
+    mine = torch.stack([report.sums[name] for report in reports for name in names]).cpu()
+    flags = torch.tensor([stop_requested, bool(errors)], dtype=torch.float64)
+    sums, (stops, unreadable) = comm.sum_(torch.cat([mine, flags]), "losses").split([len(mine), 2])
+    if unreadable and not skip_unreadable:
+        with comm.agreement("images"):
+            if errors:
+                raise UserError("\n".join(errors))
+    for error in errors:
+        say(f"warning: rank {comm.rank()} on {launched.host()} trains without an image: {error}")
+    if not torch.isfinite(sums).all():
+        _raise_not_finite(reports, step)
+    all_counts = torch.tensor([report.all_counts for report in reports], dtype=torch.float64)
+    means = (sums.view_as(all_counts) / all_counts).mean(0)
+    return Agreement(dict(zip(names, means.tolist(), strict=True)), bool(stops))
 
 
-def raise_unreadable(batch: Batch) -> None:
-    """Raises a :class:`UserError` on all ranks, naming the images that any rank could not read. Collective."""
-    with comm.agreement("batch"):
-        if batch.error is not None:
-            raise UserError(batch.error)
-
-
-def warn_of_unreadable(batch: Batch) -> None:
-    """Says which images this rank could not read and trains without."""
-    if batch.error is not None:
-        say(f"warning: rank {comm.rank()} on {launched.host()} trains without an image: {batch.error}")
-
-
-def raise_not_finite(losses: Losses, batch: Batch, step: int) -> None:
-    """Raises a :class:`NonFiniteLossError` on all ranks, naming the ranks and images it happened on. Collective."""
-    mine = None
-    if not all(value.isfinite() for value in losses.values.values()):
-        mine = f"rank {comm.rank()} on {launched.host()}, images {[target['image_id'] for target in batch.targets]}"
+def _raise_not_finite(reports: list[PassReport], step: int) -> None:
+    bad = [report for report in reports if not all(value.isfinite() for value in report.sums.values())]
+    images = [image for report in bad for image in report.image_ids]
+    mine = f"rank {comm.rank()} on {launched.host()}, images {images}" if images else None
     ranks = [where for where in comm.gather_objects(mine, "not_finite") if where]
     raise NonFiniteLossError(
         f"The loss is not finite at step {step}: {'; '.join(ranks)}. The last good checkpoint is kept. Lower "

@@ -20,12 +20,11 @@ class Window:
 
     def __init__(self) -> None:
         self.losses: dict[str, float] = {}
-        self.passes = self.steps = self.images = 0
+        self.steps = self.images = 0
         self.lr = self._step_seconds = self._data_seconds = 0.0
 
     def add_losses(self, losses: dict[str, float]) -> None:
-        """Adds the mini-batch's losses of one pass."""
-        self.passes += 1
+        """Adds the losses of a step."""
         for name, value in losses.items():
             self.losses[name] = self.losses.get(name, 0.0) + value
 
@@ -49,7 +48,7 @@ class Window:
 
     def row(self) -> dict[str, float]:
         """Mean losses, the last learning rate and the throughput."""
-        losses = {name: value / self.passes for name, value in self.losses.items()}
+        losses = {name: value / self.steps for name, value in self.losses.items()}
         rate = self.images / self._step_seconds
         return {"lr": self.lr, "loss": math.fsum(losses.values()), **losses, "images_per_second": rate}
 

@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-import platform
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -24,13 +22,12 @@ from horovod_megdet.models.weights import load_checkpoint, load_weights
 from horovod_megdet.printing import say
 from horovod_megdet.report.tables import console, two_columns
 from horovod_megdet.solver.schedule import make_schedule
-
-PACKAGES = ("horovod", "torch", "torchvision", "mpi4py", "pycocotools", "numpy", "pyyaml", "pydantic")
+from horovod_megdet.versions import NUMERICAL, versions
 
 
 def build_trainer(config: Config, resume: bool) -> Trainer:
     """Builds the trainer of this rank. Collective; raises :class:`UserError` on all ranks alike."""
-    comm.check_same({"configuration": config.fingerprint(), **versions()}, "start")
+    comm.check_same({"configuration": config.fingerprint(), **versions(NUMERICAL)}, "start")
     stop_request = StopRequest()
     run_dir = Path(config.output.run_dir)
     with comm.agreement("run directory"):
@@ -46,7 +43,7 @@ def build_trainer(config: Config, resume: bool) -> Trainer:
         class_names=train_set.class_names,
         category_ids=train_set.category_ids,
         training_data=train_set.fingerprint,
-        versions=versions(),
+        versions=versions(NUMERICAL),
     )
     trainer = Trainer(config, detector, train_set, val_set, schedule, device, stop_request, description)
     if resume:
@@ -115,11 +112,6 @@ def weights_hash(detector: Detector) -> str:
         if "backbone" in name:
             digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that could change the numbers."""
-    return {"Python": platform.python_version()} | {package: metadata.version(package) for package in PACKAGES}
 
 
 def build_for_evaluation(

@@ -1,8 +1,8 @@
 """The training loop.
 
 Every rank runs the same loop in lock-step: the same number of steps and the same collectives in the same order. What a
-rank finds out alone (a loss that is not finite, an unreadable image, a signal) travels in the one message that all
-ranks sum before each backward pass, so that all act on it together.
+rank finds out alone (a loss that is not finite, an unreadable image, a signal) travels in one message that all ranks
+sum before each step, so that all act on it together.
 """
 
 import gc
@@ -23,7 +23,7 @@ from horovod_megdet.data.coco import CocoDataset
 from horovod_megdet.data.loader import Batch, build_eval_loader, build_train_loader
 from horovod_megdet.engine import checkpoint, hardware, random_state
 from horovod_megdet.engine.checkpoint import Position, RunDescription, TrainingState
-from horovod_megdet.engine.losses import agree_on_losses, raise_not_finite, raise_unreadable, warn_of_unreadable
+from horovod_megdet.engine.losses import PassReport, agree_on_step, weigh_losses
 from horovod_megdet.engine.metrics import Window
 from horovod_megdet.engine.run_folder import RunFolder
 from horovod_megdet.engine.signals import StopRequest
@@ -115,7 +115,7 @@ class Trainer:
         progress.step = self.position.step + 1
         lr = self.schedule.lr(self.position.images_seen)
         set_lr(self.optimizer, lr, self.agvm.factors)
-        waited, images = 0.0, 0
+        waited, reports = 0.0, []
         with self.noise.measuring(self.position.step):
             for _ in range(self.schedule.accumulation):
                 waiting = time.perf_counter()
@@ -123,10 +123,12 @@ class Trainer:
                 batch = next(batches).to(self.device)
                 progress.set("computing")
                 waited += time.perf_counter() - waiting
-                images += batch.images_read
-                loss = self.forward(batch)
+                loss, report = self.forward(batch)
                 self.scaler.scale(loss / self.schedule.accumulation).backward()
+                reports.append(report)
+        self.agree(reports)
         comm.synchronize(self.optimizer)
+        images = sum(report.images_read for report in reports)
         self.noise.update(self.position.step, images, self.scaler.get_scale(), time.perf_counter() - started)
         self.apply_gradients()
         self.position.step += 1
@@ -134,19 +136,18 @@ class Trainer:
         self.follow_step()
         self.window.add_step(lr, self.schedule.mini_batch, time.perf_counter() - started, waited)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """This rank's part of the loss of a pass. All ranks agree on what any of them found out on the way."""
+    def forward(self, batch: Batch) -> tuple[Tensor, PassReport]:
+        """A forward pass: this rank's part of the loss, and what all ranks agree on at the end of the step."""
         with hardware.autocast(self.config.runtime, self.device):
             losses = self.detector.forward_losses(batch.images, batch.targets)
-        agreed = agree_on_losses(losses, bool(self.stop_request), unreadable=batch.error is not None)
-        if agreed.unreadable and self.config.data.bad_annotations == "error":
-            raise_unreadable(batch)
-        warn_of_unreadable(batch)
-        if not agreed.finite:
-            raise_not_finite(losses, batch, self.position.step + 1)
+        return weigh_losses(batch, losses)
+
+    def agree(self, reports: list[PassReport]) -> None:
+        """Shares what any rank found out in the step, before anyone takes it."""
+        skip_unreadable = self.config.data.bad_annotations == "skip"
+        agreed = agree_on_step(reports, bool(self.stop_request), self.position.step + 1, skip_unreadable)
         self.stopping = self.stopping or agreed.stop_requested
-        self.window.add_losses(agreed.means)
-        return agreed.loss
+        self.window.add_losses(agreed.losses)
 
     def apply_gradients(self) -> None:
         """Clips the averaged gradients and takes the step."""

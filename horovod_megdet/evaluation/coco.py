@@ -20,25 +20,10 @@ from horovod_megdet.data.coco import CocoDataset
 from horovod_megdet.data.loader import Batch
 from horovod_megdet.errors import UserError
 from horovod_megdet.evaluation.detections import Detections, in_original_pixels
+from horovod_megdet.evaluation.metrics import METRICS
 from horovod_megdet.files import atomic_write
 from horovod_megdet.models.detector import Detector
 from horovod_megdet.progress import noting_waits, progress
-
-METRICS = {
-    "AP": "IoU 0.50:0.95",
-    "AP50": "IoU 0.50",
-    "AP75": "IoU 0.75",
-    "AP_small": "area < 32² px",
-    "AP_medium": "32² to 96² px",
-    "AP_large": "area > 96² px",
-    "AR_1": "1 detection per image",
-    "AR_10": "10 detections per image",
-    "AR_100": "100 detections per image",
-    "AR_small": "area < 32² px",
-    "AR_medium": "32² to 96² px",
-    "AR_large": "area > 96² px",
-}
-"""COCO's twelve box metrics and what each one covers, in the order of pycocotools."""
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 

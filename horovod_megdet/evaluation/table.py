@@ -1,10 +1,9 @@
 """The result of an evaluation as a table for the terminal."""
 
-import math
-
 from rich.table import Table
 
-from horovod_megdet.evaluation.coco import METRICS, Evaluation
+from horovod_megdet.evaluation.coco import Evaluation
+from horovod_megdet.evaluation.metrics import METRICS, percent
 
 
 def render(evaluation: Evaluation) -> Table:
@@ -19,8 +18,3 @@ def render(evaluation: Evaluation) -> Table:
     for name, value in evaluation.per_class.items():
         table.add_row("AP of", name, percent(value))
     return table
-
-
-def percent(value: float) -> str:
-    """A metric between 0 and 1 in percent, such as `43.2`; a dash for NaN."""
-    return "–" if math.isnan(value) else f"{100 * value:.1f}"

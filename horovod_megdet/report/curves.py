@@ -1,7 +1,6 @@
 """A run's curves as one picture."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,12 +8,13 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from horovod_megdet.errors import UserError
+from horovod_megdet.evaluation.metrics import DRAWN_METRICS
 from horovod_megdet.files import atomic_write
-from horovod_megdet.report.rows import METRICS_FILE, read_metrics
+from horovod_megdet.report.rows import METRICS_FILE, Rows, column, read_metrics, smoothed
 
 CURVES_FILE = "curves.png"
 
-# The colours of Okabe and Ito, which colour-blind readers can tell apart.
+# Colors of Okabe and Ito, which color-blind readers can tell apart.
 INK, BLUE, ORANGE, GREEN, PURPLE = "#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
 LOSSES = {
@@ -24,20 +24,21 @@ LOSSES = {
     "loss_objectness": ("objectness", GREEN),
     "loss_rpn_box_reg": ("proposal box", PURPLE),
 }
-"""Key in metrics.jsonl: name in the picture and colour."""
+"""Key in metrics.jsonl: its name in the picture and its color."""
 
-Rows = list[dict[str, Any]]
+METRIC_COLORS = dict(zip(DRAWN_METRICS, (BLUE, ORANGE, GREEN, PURPLE), strict=False))
+"""Key in metrics.jsonl: its color."""
 
 
 def write_curves(run_dir: str | Path) -> Path:
-    """Draws losses, AP, learning rate and images/s of ``run_dir/metrics.jsonl`` over epochs into ``curves.png``.
+    """Draws losses, AP, learning rate and throughput of ``run_dir/metrics.jsonl`` over epochs into ``curves.png``.
 
-    Returns the picture's path. Raises :class:`UserError` when there are no metrics (yet) or they are damaged.
+    Returns the path of the picture. Raises :class:`UserError` if there are no metrics (yet) or they are damaged.
     """
     run_dir = Path(run_dir)
     rows = read_metrics(run_dir / METRICS_FILE)
     if not rows:
-        raise UserError(f"{run_dir / METRICS_FILE}: there are no metrics to draw yet.")
+        raise UserError(f"{run_dir / METRICS_FILE}: it has no rows to draw yet.")
     figure = draw_curves(rows, run_dir.resolve().name)
     with atomic_write(run_dir / CURVES_FILE) as file:
         figure.savefig(file, format="png", dpi=120)
@@ -45,19 +46,22 @@ def write_curves(run_dir: str | Path) -> Path:
 
 
 def draw_curves(rows: Rows, title: str) -> Figure:
-    """Four panels over epochs: losses, AP and AP50, learning rate, images per second."""
+    """Panels over epochs: losses, metrics, learning rate, images per second and, if measured, the noise scale."""
     train = [row for row in rows if row["kind"] == "train"]
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
+    noise_is_measured = bool(np.isfinite(column(train, "noise_scale")).any())
     layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12)
-    figure = Figure(figsize=(12, 7.5), layout=layout, facecolor="white")
+    figure = Figure(figsize=(15 if noise_is_measured else 12, 7.5), layout=layout, facecolor="white")
     figure.suptitle(title, fontsize=13, fontweight="bold", color=INK)
-    panels = figure.subplots(2, 2)
-    _draw_losses(panels[0, 0], train)
-    _draw_precision(panels[0, 1], evaluations)
-    _draw_learning_rate(panels[1, 0], train)
-    _draw_throughput(panels[1, 1], train)
+    panels = figure.subplot_mosaic("LLM;RSN" if noise_is_measured else "LM;RS")
+    _draw_losses(panels["L"], train)
+    _draw_metrics(panels["M"], evaluations)
+    _draw_learning_rate(panels["R"], train)
+    _draw_throughput(panels["S"], train)
+    if noise_is_measured:
+        _draw_noise_scale(panels["N"], train)
     end = max([row["epoch"] for row in rows])
-    for panel in panels.flat:
+    for panel in panels.values():
         panel.set_xlim(0, end * 1.02 or 1)
         _style(panel)
     return figure
@@ -65,31 +69,31 @@ def draw_curves(rows: Rows, title: str) -> Figure:
 
 def _draw_losses(panel: Axes, train: Rows) -> None:
     panel.set_title("Loss")
-    epochs = _column(train, "epoch")
+    epochs = column(train, "epoch")
     top = 0.0
     for key, (name, color) in LOSSES.items():
-        values = _column(train, key)
+        values = column(train, key)
         if not np.isfinite(values).any():
             continue
-        smooth = running_mean(values, _window(len(values)))
+        smooth = smoothed(values)
         panel.plot(epochs, values, color=color, alpha=0.2, linewidth=0.8)
         panel.plot(epochs, smooth, color=color, label=name, linewidth=1.8, marker=_marker(smooth))
-        # The spikes of the first steps would press everything after them flat.
+        # Without a limit, spikes in the first steps would flatten everything after them.
         top = max(top, float(np.nanpercentile(values, 99)))
     if top:
         panel.set_ylim(0, 1.1 * top)
         panel.legend(frameon=False, ncols=2, fontsize=9)
     else:
-        _say(panel, "no training steps yet")
+        _write_note(panel, "no training steps yet")
 
 
-def _draw_precision(panel: Axes, evaluations: Rows) -> None:
+def _draw_metrics(panel: Axes, evaluations: Rows) -> None:
     panel.set_title("Average precision on the validation images")
     panel.set_ylabel("%")
-    epochs = _column(evaluations, "epoch")
+    epochs = column(evaluations, "epoch")
     highest = 0.0
-    for key, color in (("AP50", ORANGE), ("AP", BLUE)):
-        values = 100 * _column(evaluations, key)
+    for key, color in METRIC_COLORS.items():
+        values = 100 * column(evaluations, key)
         if not np.isfinite(values).any():
             continue
         panel.plot(epochs, values, color=color, label=key, linewidth=1.8, marker="o", markersize=4)
@@ -105,27 +109,36 @@ def _draw_precision(panel: Axes, evaluations: Rows) -> None:
         highest = max(highest, float(values[best]))
     if panel.lines:
         panel.set_ylim(0, min(110, max(10.0, 1.2 * highest)))
-        panel.legend(frameon=False, loc="upper left", fontsize=9)  # where a rising curve is not
+        panel.legend(frameon=False, loc="upper left", fontsize=9)  # rising curves leave that corner free
     else:
-        _say(panel, "no evaluation yet")
+        _write_note(panel, "no evaluation yet")
 
 
 def _draw_learning_rate(panel: Axes, train: Rows) -> None:
     panel.set_title("Learning rate")
-    rates = _column(train, "lr")
-    panel.plot(_column(train, "epoch"), rates, color=BLUE, linewidth=1.8, marker=_marker(rates))
+    rates = column(train, "lr")
+    panel.plot(column(train, "epoch"), rates, color=BLUE, linewidth=1.8, marker=_marker(rates))
     panel.set_ylim(bottom=0)
 
 
 def _draw_throughput(panel: Axes, train: Rows) -> None:
     panel.set_title("Images per second, all ranks")
-    speeds = _column(train, "images_per_second")
-    panel.plot(_column(train, "epoch"), speeds, color=GREEN, linewidth=1.2, marker=_marker(speeds))
+    speeds = column(train, "images_per_second")
+    panel.plot(column(train, "epoch"), speeds, color=GREEN, linewidth=1.2, marker=_marker(speeds))
     if np.isfinite(speeds).any():
         median = float(np.nanmedian(speeds))
         panel.axhline(median, color=INK, linewidth=1, linestyle="--", label=f"median {median:.3g}")
         panel.legend(frameon=False, loc="lower right", fontsize=9)
     panel.set_ylim(bottom=0)
+
+
+def _draw_noise_scale(panel: Axes, train: Rows) -> None:
+    panel.set_title("Noise scale of the gradient, in images")
+    epochs, scales, mini_batch = (column(train, key) for key in ("epoch", "noise_scale", "mini_batch"))
+    panel.plot(epochs, scales, color=PURPLE, linewidth=1.8, marker=_marker(scales), label="noise scale")
+    panel.plot(epochs, mini_batch, color=INK, linewidth=1, linestyle="--", label="mini-batch")
+    panel.set_yscale("log")
+    panel.legend(frameon=False, loc="upper left", fontsize=9)
 
 
 def _style(panel: Axes) -> None:
@@ -138,30 +151,10 @@ def _style(panel: Axes) -> None:
     panel.tick_params(colors="#444444", labelsize=9)
 
 
-def _say(panel: Axes, text: str) -> None:
+def _write_note(panel: Axes, text: str) -> None:
     panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", va="center", color="#888888")
 
 
 def _marker(values: np.ndarray) -> str:
-    """A dot where there are too few points to see a line."""
+    """Dots if there are too few points for a visible line."""
     return "o" if len(values) < 3 else ""
-
-
-def _column(rows: Rows, key: str) -> np.ndarray:
-    """The values of a key, NaN where a row has none."""
-    return np.array([np.nan if row.get(key) is None else row[key] for row in rows], np.float64)
-
-
-def _window(count: int) -> int:
-    return max(1, count // 40)
-
-
-def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of each value with its up to ``window - 1`` neighbours on either side, NaNs left out; same length."""
-    finite = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(finite)])
-    position = np.arange(len(values))
-    first, last = np.maximum(position - window + 1, 0), np.minimum(position + window, len(values))
-    number = counts[last] - counts[first]
-    return np.divide(sums[last] - sums[first], number, out=np.full(len(values), np.nan), where=number > 0)

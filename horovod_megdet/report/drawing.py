@@ -1,4 +1,4 @@
-"""Boxes with labels on images."""
+"""Labeled boxes drawn on images."""
 
 import colorsys
 import functools
@@ -17,16 +17,16 @@ Rectangle = tuple[float, float, float, float]
 """x1, y1, x2, y2 in pixels."""
 
 SMALL = 400
-"""Images whose longer side is below this many pixels are enlarged, so that labels do not cover them."""
+"""Images whose longer side has fewer pixels are enlarged, so that labels do not cover them."""
 
 LEGIBLE = 3.0
-"""Least contrast of white letters on a class's colour: WCAG 2's for large letters."""
+"""Minimum contrast of white text on the color of a class: WCAG 2's for large text."""
 
 WHITE: Color = (255, 255, 255)
 BLACK: Color = (0, 0, 0)
-GREY: Color = (110, 110, 110)
+GRAY: Color = (110, 110, 110)
 
-# Strong colours that differ in hue and lightness; a formula has to do from the eleventh class on.
+# Strong colors that differ in hue and lightness; class_color computes those of any further classes.
 _FIRST_COLORS: tuple[Color, ...] = (
     (0, 102, 204),
     (214, 69, 0),
@@ -46,31 +46,31 @@ class Mark:
     """A box to draw."""
 
     box: Rectangle
-    """In pixels of the image."""
+    """In pixels of the original image."""
 
     text: str
     color: Color
 
     emphasis: bool = True
-    """Solid line and filled label; otherwise a dashed line and a hollow label."""
+    """Whether it gets a solid line and a filled label, or a dashed line and a hollow label."""
 
 
 def class_color(number: int) -> Color:
-    """The colour of the class with this number, counted from 0: the same in every picture."""
+    """The color of the class with this number, counted from 0: the same in every picture."""
     if number < len(_FIRST_COLORS):
         return _FIRST_COLORS[number]
-    # Steps of the golden ratio never come near a hue twice in a row.
+    # Steps of the golden ratio around the color wheel keep the hues of any number of classes apart.
     hue, lightness = number * 0.618034 % 1, (0.33, 0.45)[number % 2]
     while True:
         red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.8)
         color = round(255 * red), round(255 * green), round(255 * blue)
         if contrast_with_white(color) >= LEGIBLE:
             return color
-        lightness -= 0.02  # yellows and greens are light: white letters would vanish on them
+        lightness -= 0.02  # yellows and greens are too light for white text
 
 
 def contrast_with_white(color: Color) -> float:
-    """WCAG 2's contrast ratio of a colour and white, 1 to 21."""
+    """WCAG 2's contrast ratio between a color and white, 1 to 21."""
     parts = [part / 255 for part in color]
     red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
     return 1.05 / (0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05)
@@ -80,8 +80,8 @@ def draw_marks(image: Tensor, marks: Iterable[Mark]) -> Image.Image:
     """Draws boxes and their labels onto a copy of an image.
 
     Args:
-        image: uint8 (3, H, W), RGB. It is enlarged by a whole number where its longer side is below :data:`SMALL`.
-        marks: what to draw. Labels avoid each other where there is room.
+        image: uint8 (3, H, W), RGB. It is enlarged by an integer factor if its longer side is below :data:`SMALL`.
+        marks: what to draw, in any order. Labels avoid each other as far as there is room.
     """
     height, width = image.shape[-2:]
     factor = max(1, math.ceil(SMALL / max(height, width)))
@@ -99,10 +99,10 @@ def draw_marks(image: Tensor, marks: Iterable[Mark]) -> Image.Image:
 
 
 class _Pen:
-    """Draws on one picture, with line widths and letters in proportion to its size."""
+    """Draws on one picture, with lines and text in proportion to its size."""
 
     def __init__(self, picture: Image.Image, enlarged: bool) -> None:
-        # The page shows enlarged pictures smaller again, all of them equally wide, so they need larger letters.
+        # The validation page shows all enlarged pictures at the same small width, so their text has to be larger.
         unit = picture.width / 25 if enlarged else max(picture.size) / 52
         self.size = picture.size
         self.draw = ImageDraw.Draw(picture)
@@ -112,7 +112,7 @@ class _Pen:
 
     def rectangle(self, box: Rectangle, color: Color, dashed: bool) -> None:
         x1, y1, x2, y2 = self._inside(box)
-        # A white edge keeps the line visible on a background of its own colour.
+        # A white edge keeps the line visible on a background of the same color.
         self.draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=WHITE, width=self.line + 2)
         if not dashed:
             self.draw.rectangle((x1, y1, x2, y2), outline=color, width=self.line)
@@ -144,7 +144,7 @@ class _Pen:
         return round(x1), round(y1), round(max(x1, min(box[2], width - 1.0))), round(max(y1, min(box[3], height - 1.0)))
 
     def _free_place(self, box: Rectangle, text: str) -> Rectangle:
-        """Of the places around the box, the one that covers the least of other labels; the first ones look best."""
+        """Of the places around the box, best first, the one that covers the least of the labels drawn so far."""
         ascent, descent = self.font.getmetrics()
         width, height = math.ceil(self.font.getlength(text)) + 2 * self._pad, ascent + descent
         x1, y1, x2, y2 = box
@@ -154,7 +154,7 @@ class _Pen:
             *((x1, above), (right, above), (x1, below), (right, below)),
             *((x1, inside_top), (right, inside_top), (x1, inside_bottom), (right, inside_bottom)),
         ]
-        if y1 < height:  # no room above: the label would be pushed over the line anyway
+        if y1 < height:  # above the box there is no room
             corners.insert(0, (x1, inside_top))
         places = [self._shift_inside(x, y, width, height) for x, y in corners]
         return min(places, key=lambda place: sum(_overlap(place, label) for label in self.labels))
@@ -167,13 +167,13 @@ class _Pen:
 
 @functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib brings along on every machine."""
+    """DejaVu Sans, which comes with matplotlib."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
 
 
 def _dashes(start: float, stop: float, length: int) -> list[tuple[float, float]]:
     count = max(1, round((stop - start) / (2 * length)))
-    step = (stop - start) / (count + 0.5)  # one more dash than gaps: both corners are drawn
+    step = (stop - start) / (count + 0.5)  # one more dash than gaps, so that both corners are drawn
     return [(start + number * step, start + (number + 0.5) * step) for number in range(count + 1)]
 
 

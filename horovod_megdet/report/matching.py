@@ -1,9 +1,11 @@
-"""Which detections are right, and which objects were found, at one IoU: for pictures, not for metrics."""
+"""Which detections are correct and which objects were found, at a single IoU: for pictures, not for metrics."""
 
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from pycocotools import mask
+from torchvision.ops import box_convert
 
 IOU = 0.5
 """A detection is correct when it overlaps an object of its class by at least this intersection over union."""
@@ -22,19 +24,19 @@ class GroundTruth:
     """int64 (k,): label n + 1 is class_names[n]."""
 
     crowd: np.ndarray
-    """bool (k,): a region with many objects; detections in it are neither right nor wrong."""
+    """bool (k,): a region with many objects; detections in it are neither correct nor wrong."""
 
 
 def match(truth: GroundTruth, boxes: np.ndarray, labels: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """COCO's matching at IoU 0.5: the best detection first, each takes the free object of its class it overlaps most.
+    """COCO's matching at IoU 0.5: in order of score, each takes the free object of its class it overlaps most.
 
     Args:
-        truth: the objects.
-        boxes: (n, 4) xyxy, best score first.
-        labels: (n,).
+        truth: the annotated objects.
+        boxes: (n, 4) xyxy in pixels of the original image, best score first.
+        labels: (n,), as in ``truth``.
 
     Returns:
-        For each detection CORRECT, WRONG or IGNORED (inside a crowd region); bool (k,), whether each object was found.
+        For each detection CORRECT, WRONG or IGNORED (inside a crowd region); bool (k,): whether each object was found.
     """
     found = np.zeros(len(truth.labels), bool)
     if not len(boxes) or not len(found):
@@ -53,5 +55,4 @@ def match(truth: GroundTruth, boxes: np.ndarray, labels: np.ndarray) -> tuple[li
 
 
 def _xywh(boxes: np.ndarray) -> np.ndarray:
-    corners = np.asarray(boxes, np.float64)
-    return np.ascontiguousarray(np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1))
+    return box_convert(torch.from_numpy(np.asarray(boxes, np.float64)), "xyxy", "xywh").numpy()

@@ -1,32 +1,34 @@
-"""Detections drawn on images, and a page that shows them beside the ground truth."""
+"""Detections drawn on images, and the validation page that shows them beside the ground truth."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from horovod_megdet.data.coco import CocoDataset
 from horovod_megdet.evaluation.coco import Evaluation
 from horovod_megdet.evaluation.detections import Arrays
-from horovod_megdet.evaluation.table import percent
+from horovod_megdet.evaluation.metrics import DRAWN_METRICS, percent
 from horovod_megdet.files import atomic_write
-from horovod_megdet.report.drawing import GREY, Mark, class_color, draw_marks
+from horovod_megdet.report.drawing import GRAY, Mark, class_color, draw_marks
 from horovod_megdet.report.matching import CORRECT, IGNORED, WRONG, GroundTruth, match
-from horovod_megdet.report.page import Card, page
+from horovod_megdet.report.page import Card, render
 
 PAGE_FILE = "validation.html"
 
 LONGEST_SIDE = 1280
-"""Pictures in the page are shrunk to this many pixels."""
+"""Larger pictures are scaled down to this many pixels for the page."""
 
 
 def draw_detections(
     image: Tensor, boxes: np.ndarray, labels: np.ndarray, scores: np.ndarray, class_names: Sequence[str]
 ) -> Image.Image:
-    """Draws detections in the colour of their class, with name and score.
+    """Draws detections in the color of their class, with name and score.
 
     Args:
         image: uint8 (3, H, W), RGB; small images are enlarged (see :mod:`horovod_megdet.report.drawing`).
@@ -51,10 +53,10 @@ def write_validation_page(
     title: str,
     score_threshold: float = 0.5,
 ) -> None:
-    """Writes one HTML file, pictures included: ``count`` validation images, ground truth beside detections.
+    """Writes a self-contained HTML page: ``count`` validation images, ground truth beside detections.
 
-    The images are spread evenly over the data set, always the same ones. Only detections with at least
-    ``score_threshold`` are drawn. Rank 0 only: it holds the detections.
+    The images are spread evenly over the data set and are the same for every run. Only detections with a score of at
+    least ``score_threshold`` are drawn. Rank 0 only: it holds the detections.
     """
     assert evaluation.detections is not None, "only rank 0 holds the detections"
     drawn = evaluation.detections.above(score_threshold)
@@ -68,14 +70,13 @@ def write_validation_page(
         cards.append(_card(dataset, index, truth, detections[image_id]))
         labels |= {*truth.labels.tolist(), *detections[image_id][2].tolist()}
     classes = [(dataset.class_names[label - 1], class_color(label - 1)) for label in sorted(labels)]
-    summary = (
-        f"AP {percent(evaluation.metrics['AP'])}, AP50 {percent(evaluation.metrics['AP50'])} on all "
-        f"{evaluation.images} validation images. Drawn are detections with a score of at least {score_threshold:g}"
-    )
+    values = ", ".join(f"{name} {percent(evaluation.metrics[name])}" for name in DRAWN_METRICS)
+    summary = f"{values} on all {evaluation.images} validation images. "
+    summary += f"The pictures show detections with a score of at least {score_threshold:g}"
     if not len(drawn.scores):
-        summary += f": none of {len(evaluation.detections.scores)} has"
+        summary += f": none of the {len(evaluation.detections.scores)} has one"
     with atomic_write(path) as file:
-        file.write(page(title, f"{summary}.", classes, cards).encode())
+        file.write(render("validation.html", title=title, summary=f"{summary}.", classes=classes, cards=cards))
 
 
 def _card(dataset: CocoDataset, index: int, truth: GroundTruth, detections: Arrays) -> Card:
@@ -93,9 +94,10 @@ def _card(dataset: CocoDataset, index: int, truth: GroundTruth, detections: Arra
     ]
     return Card(
         name=str(dataset.file_names[index]),
-        size=(int(dataset.sizes[index][0]), int(dataset.sizes[index][1])),
-        objects=_shrink(draw_marks(image, objects)),
-        detections=_shrink(draw_marks(image, detected)),
+        height=int(dataset.sizes[index][0]),
+        width=int(dataset.sizes[index][1]),
+        objects=_scaled_down(draw_marks(image, objects)),
+        detections=_scaled_down(draw_marks(image, detected)),
         correct=verdicts.count(CORRECT),
         wrong=verdicts.count(WRONG),
         missed=int((~found & ~truth.crowd).sum()),
@@ -104,9 +106,9 @@ def _card(dataset: CocoDataset, index: int, truth: GroundTruth, detections: Arra
 
 
 def _ground_truth(annotations: list[dict[str, Any]], category_ids: list[int]) -> GroundTruth:
-    xywh = np.array([annotation["bbox"] for annotation in annotations], np.float64).reshape(-1, 4)
+    xywh = torch.tensor([annotation["bbox"] for annotation in annotations], dtype=torch.float64).reshape(-1, 4)
     return GroundTruth(
-        np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
+        box_convert(xywh, "xywh", "xyxy").numpy(),
         np.array([category_ids.index(annotation["category_id"]) + 1 for annotation in annotations], np.int64),
         np.array([annotation.get("iscrowd", 0) for annotation in annotations], bool),
     )
@@ -115,22 +117,22 @@ def _ground_truth(annotations: list[dict[str, Any]], category_ids: list[int]) ->
 def _object_mark(box: list[float], label: int, crowd: bool, found: bool, names: Sequence[str]) -> Mark:
     name = names[label - 1]
     if crowd:
-        return _mark(box, label, f"crowd of {name}", emphasis=False, grey=True)
+        return _mark(box, label, f"crowd of {name}", emphasis=False, gray=True)
     return _mark(box, label, name if found else f"✗ {name}", emphasis=found)
 
 
 def _detection_mark(box: list[float], label: int, score: float, verdict: str, names: Sequence[str]) -> Mark:
     text = f"{names[label - 1]} {score:.2f}"
     if verdict == IGNORED:
-        return _mark(box, label, text, emphasis=False, grey=True)
+        return _mark(box, label, text, emphasis=False, gray=True)
     return _mark(box, label, text if verdict == CORRECT else f"✗ {text}", emphasis=verdict == CORRECT)
 
 
-def _mark(box: list[float], label: int, text: str, emphasis: bool = True, grey: bool = False) -> Mark:
+def _mark(box: list[float], label: int, text: str, emphasis: bool = True, gray: bool = False) -> Mark:
     x1, y1, x2, y2 = box
-    return Mark((x1, y1, x2, y2), text, GREY if grey else class_color(label - 1), emphasis)
+    return Mark((x1, y1, x2, y2), text, GRAY if gray else class_color(label - 1), emphasis)
 
 
-def _shrink(picture: Image.Image) -> Image.Image:
+def _scaled_down(picture: Image.Image) -> Image.Image:
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     return picture

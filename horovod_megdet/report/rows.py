@@ -1,25 +1,29 @@
-"""Reading ``metrics.jsonl``."""
+"""The rows of ``metrics.jsonl``."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from horovod_megdet.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 
+Rows = list[dict[str, Any]]
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+
+def read_metrics(path: str | Path) -> Rows:
     """The rows of a ``metrics.jsonl``, one dict for each line.
 
-    A last line without its end is what a killed run leaves behind; it is passed over. Raises :class:`UserError` naming
-    file and line for anything else that is not a row, and for a missing file.
+    A last line without its newline is what a running or killed job leaves behind; it is ignored. Raises
+    :class:`UserError` naming file and line for anything else that is not a row, and for a missing file.
     """
     path = Path(path)
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}. Is its folder the run directory?") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}. Is {path.parent} a run directory?") from None
     return [_row(line, f"{path}, line {number}") for number, line in enumerate(lines[:-1], start=1) if line.strip()]
 
 
@@ -27,7 +31,29 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error}). Remove the line, or the file is not ours.") from None
+        raise UserError(f"{where}: not valid JSON ({error}). Was the file edited? Remove the line.") from None
     if not isinstance(row, dict) or row.get("kind") not in ("train", "evaluation"):
-        raise UserError(f'{where}: not a row of metrics: it needs "kind": "train" or "evaluation".')
+        raise UserError(f'{where}: not a row of metrics: it lacks "kind": "train" or "evaluation".')
     return row
+
+
+def column(rows: Rows, key: str) -> np.ndarray:
+    """The values of a key as float64 (rows,), NaN if a row has none."""
+    return np.array([np.nan if row.get(key) is None else row[key] for row in rows], np.float64)
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """The running mean over about a twentieth of the values; same length."""
+    return running_mean(values, max(1, len(values) // 40))
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of each value and up to ``window - 1`` neighbors on either side, leaving out NaNs; same length."""
+    if not len(values):
+        return values
+    finite = np.isfinite(values)
+    kernel = np.ones(2 * window - 1)
+    sums, counts = (
+        np.convolve(terms, kernel)[window - 1 :][: len(values)] for terms in (np.where(finite, values, 0.0), finite)
+    )
+    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)

@@ -7,7 +7,7 @@ from rich.table import Table
 
 
 def console() -> Console:
-    """A console for the main rank: as wide as the terminal, or 120 columns where output goes to a file or a pipe."""
+    """A console for rank 0: as wide as the terminal, or 120 columns if the output goes to a file or a pipe."""
     terminal = sys.stdout.isatty() and sys.stderr.isatty()
     return Console(width=None if terminal else 120, force_terminal=terminal, highlight=False, soft_wrap=not terminal)
 

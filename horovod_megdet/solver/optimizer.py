@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from horovod_megdet.config import SolverConfig
 from horovod_megdet.errors import UserError
@@ -17,12 +17,22 @@ def build_optimizer(detector: nn.Module, solver: SolverConfig) -> torch.optim.Op
     The learning rate is a placeholder: :func:`set_lr` gives each step its own. Raises :class:`UserError` where the
     optimizer is not installed.
     """
-    groups = parameter_groups(detector, solver.weight_decay)
-    if solver.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=True, lr=solver.base_lr, betas=(solver.momentum, 0.999))
-    if solver.optimizer == "lars":
-        return _lars()(groups, lr=solver.base_lr, momentum=solver.momentum)
-    return torch.optim.SGD(groups, fused=True, lr=solver.base_lr, momentum=solver.momentum)
+    return _optimizer(parameter_groups(detector, solver.weight_decay), solver)
+
+
+def state_bytes(detector: nn.Module, solver: SolverConfig) -> int:
+    """Bytes that the optimizer keeps for the trainable parameters of ``detector``, which may be on the meta device.
+
+    A step on a small parameter shows how much it keeps for each value. Raises :class:`UserError` where the optimizer is
+    not installed.
+    """
+    sample = nn.Parameter(torch.zeros(8, 8, device="cpu"))
+    sample.grad = torch.zeros_like(sample)
+    optimizer = _optimizer([{"params": [sample]}], solver)
+    optimizer.step()
+    kept = [value for value in optimizer.state[sample].values() if isinstance(value, Tensor)]
+    trainable = sum(parameter.nbytes for parameter in detector.parameters() if parameter.requires_grad)
+    return trainable * sum(value.nbytes for value in kept if value.shape == sample.shape) // sample.nbytes
 
 
 def parameter_groups(detector: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -54,6 +64,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     if len(current) != len(state["param_groups"]):
         state = state | {"param_groups": current}
     optimizer.load_state_dict(state)
+
+
+def _optimizer(groups: list[dict[str, Any]], solver: SolverConfig) -> torch.optim.Optimizer:
+    if solver.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=True, lr=solver.base_lr, betas=(solver.momentum, 0.999))
+    if solver.optimizer == "lars":
+        return _lars()(groups, lr=solver.base_lr, momentum=solver.momentum)
+    return torch.optim.SGD(groups, fused=True, lr=solver.base_lr, momentum=solver.momentum)
 
 
 def _lars() -> Any:

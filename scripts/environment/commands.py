@@ -1,69 +1,31 @@
-"""Long commands: run so that all of it ends when the set-up ends, logged, and explained when they fail."""
+"""Commands that take long: logged, and ended together with the set-up. Locks, for one set-up at a time."""
 
 import contextlib
+import fcntl
 import os
 import re
 import shlex
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from environment.state import StepError, say
-
-LOG_LINES = 15
+SHOWN_LINES = 15
 """Lines of a failed command's output to show."""
 
-EXPLANATIONS = (
-    (
-        r"No space left on device|Disk quota exceeded",
-        "the disk is full: make room, or choose other disks with VENV=, XDG_CACHE_HOME and TMPDIR",
-    ),
-    (
-        r"ProxyError|Tunnel connection failed|407 Proxy",
-        "the proxy does not let pip through: check HTTPS_PROXY",
-    ),
-    (
-        r"CERTIFICATE_VERIFY_FAILED|SSLError",
-        "the package index has a certificate that is not trusted here: set PIP_CERT to your network's certificates",
-    ),
-    (
-        r"Name or service not known|Temporary failure in name resolution|NewConnectionError|NameResolutionError"
-        r"|ConnectTimeout|ReadTimeout|Connection (?:refused|reset)|Network is unreachable|Max retries exceeded",
-        "the package index cannot be reached: check the network, or set HTTPS_PROXY or PIP_INDEX_URL",
-    ),
-    (
-        r"No matching distribution found for (?P<name>\S+)",
-        "the package index has no {name} for this Python and machine: try another PYTHON= or PIP_INDEX_URL",
-    ),
-    (
-        r"Killed signal terminated program|virtual memory exhausted|Cannot allocate memory",
-        "there is not enough memory to compile: free some, or give this machine 2 GB for each core",
-    ),
-    (
-        r"Could NOT find MPI",
-        "CMake cannot use the MPI compiler: check that 'mpicxx --version' works",
-    ),
-    (
-        r"Could NOT find NCCL",
-        "NCCL was not found: set HOROVOD_NCCL_HOME to its folder",
-    ),
-    (
-        r"Could NOT find CUDA|Failed to find nvcc|FOUND_LIB_cud",
-        "the CUDA toolkit is not complete: install it and set HOROVOD_CUDA_HOME to its folder",
-    ),
-)
-"""What a pattern in the output of a failed command means for the user; the first one found counts."""
+held_locks: list[int] = []
+"""File descriptors of the locks that this process holds. Commands inherit them: if only the set-up is killed, a lock is
+free no sooner than the command that it left behind has ended."""
 
 
-def explain(output: str) -> tuple[str, list[str]]:
-    """Why a command failed and what to do about it, and the lines of its output that show it (the last, if unknown)."""
-    for pattern, explanation in EXPLANATIONS:
-        if match := re.search(pattern, output):
-            first = max(0, output.count("\n", 0, match.start()) - 2)
-            return explanation.format(**match.groupdict()), output.splitlines()[first : first + LOG_LINES]
-    return "see the end of its output below", output.splitlines()[-LOG_LINES:]
+class SetupError(Exception):
+    """The set-up cannot go on. ``str(error)`` says in one sentence what is missing, and how to get it."""
+
+
+def say(message: str) -> None:
+    """Print one line of progress at once."""
+    print(f"setup: {message}", flush=True)
 
 
 @dataclass
@@ -72,42 +34,40 @@ class Runner:
 
     logs: Path
     environ: Mapping[str, str]
-    inherited: list[int] = field(default_factory=list)
-    """File descriptors of the locks that a command has to hold as well."""
 
-    def run(self, step: str, message: str, command: Sequence[str | Path], **variables: str) -> None:
+    def run(self, step: str, message: str, command: Sequence[str], **variables: str) -> None:
         """Run ``command`` with ``variables`` added to its environment.
 
         Raises:
-            StepError: it ended with another code than 0.
+            SetupError: it failed; what it printed about errors follows the sentence.
         """
         say(message)
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f"{step}.log"
         with log.open("w", encoding="utf-8") as file:
-            file.write(f"$ {shlex.join(map(str, command))}\n")
-            file.flush()
+            print("$", shlex.join(command), file=file, flush=True)
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env={**self.environ, **variables},
-                start_new_session=True,  # so that all of it can be stopped, compilers included
-                pass_fds=self.inherited,
+                start_new_session=True,  # so that all of it can be ended, compilers included
+                pass_fds=held_locks,
             )
             try:
                 code = process.wait()
             except BaseException:
-                stop_group(process)
+                end_group(process)
                 raise
         if code != 0:
-            output = log.read_text(encoding="utf-8", errors="replace")
-            explanation, lines = explain(output)
-            raise StepError(f"{message} failed: {explanation} (full output: {log}).", lines)
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+            telling = [line for line in lines if re.search(r"error|could not", line, re.IGNORECASE)] or lines
+            shown = "".join(f"\n    {line}" for line in telling[-SHOWN_LINES:])
+            raise SetupError(f"{message} failed; all of its output is in {log}, and this may tell why:{shown}")
 
 
-def stop_group(process: "subprocess.Popen[bytes]") -> None:
+def end_group(process: "subprocess.Popen[bytes]") -> None:
     """End ``process`` and all that it started."""
     for signum in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
@@ -116,21 +76,18 @@ def stop_group(process: "subprocess.Popen[bytes]") -> None:
             process.wait(timeout=5)
 
 
-PIP_SETTINGS = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_PROGRESS_BAR": "off"}
-
-
-def clean_environ(environ: Mapping[str, str], venv: Path) -> dict[str, str]:
-    """The variables for commands: the venv first in PATH, and nothing that leads pip, make or Horovod elsewhere."""
-    leading_elsewhere = ("PYTHONHOME", "PYTHONPATH", "PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_REQUIRE_VIRTUALENV")
-    of_make = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
-    of_this_script = ("VENV", "PYTHON", "MPI", "GPU", "TORCH", "TORCHVISION")
-    dropped = {*leading_elsewhere, *of_make, *of_this_script}
-    kept = {name: value for name, value in environ.items() if name not in dropped and not name.startswith("HOROVOD_")}
-    path = f"{venv / 'bin'}{os.pathsep}{path_without(environ, venv)}"
-    return {**kept, "PATH": path, "VIRTUAL_ENV": str(venv), **PIP_SETTINGS}
-
-
-def path_without(environ: Mapping[str, str], venv: Path) -> str:
-    """PATH without the venv's own programs, which hide the system's when the venv is active."""
-    folders = environ.get("PATH", os.defpath).split(os.pathsep)
-    return os.pathsep.join(folder for folder in folders if Path(folder) != venv / "bin")
+@contextlib.contextmanager
+def locked(path: Path, waiting: str) -> Iterator[None]:
+    """Hold the lock file ``path``, saying ``waiting`` if another process has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(waiting)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        held_locks.append(file.fileno())
+        try:
+            yield
+        finally:
+            held_locks.remove(file.fileno())

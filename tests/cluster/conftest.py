@@ -7,10 +7,10 @@ A test asks for ``hosts`` (four of them, see hosts.py) or ``slurm`` (the same wi
         command = launch("mpirun", hosts, 2, ["megdet", "doctor", "--json"], among=[hosts[0], hosts[1]])
         done = hosts[0].run(command, cwd=shared, check=False)         # .returncode, .stdout
 
-``launch`` (jobs.py) makes the command line for mpirun, horovodrun and megdet launch. Faults go to one host: its own
-mounts (``hosts[1].run(["mount", ...])``: /tmp, /run and /dev/shm are each host's own), its network (``unplug``,
-``limit_rate``), its environment (``hosts[1].run(["ssh", ...])`` has what sshd gives). A test that changes a host ends
-with ``hosts[1].kill()`` and ``hosts[1].boot()``; ``slurm.boot_node`` where Slurm is used.
+``launch`` (jobs.py) makes the command line for mpirun, horovodrun and megdet launch. Faults are planted on one host: in
+its mounts (``hosts[1].run(["mount", ...])``; each has its own /tmp, /run and /dev/shm), in its network (``unplug``,
+``limit_rate``), or in its environment (``hosts[1].run(["ssh", ...])`` has the one that sshd sets). A test that changes
+a host ends with ``hosts[1].kill()`` and ``hosts[1].boot()``, or with ``slurm.boot_node`` where Slurm is used.
 
 Where hosts cannot be made, the tests are skipped with the reason.
 """
@@ -66,7 +66,7 @@ def shared(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, Any]:
-    """The result of two ranks on two hosts when nothing happens to them."""
+    """The result of two ranks on two hosts that nothing disturbs."""
     folder = tmp_path_factory.mktemp("undisturbed")
     training = Training(hosts, folder / "run", data, settings=ONLY_WHEN_STOPPED)
     job = training.start("mpirun")

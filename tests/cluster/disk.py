@@ -1,4 +1,4 @@
-"""A run whose checkpoints are on a disk that fills up, and that is then mounted read-only."""
+"""A run whose checkpoints are on a disk that fills up and is then mounted read-only."""
 
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,13 @@ from jobs import Job, Training
 from horovod_megdet.engine import checkpoint
 
 SIZE = "300m"
-"""Room for the checkpoints that are kept, not for more."""
+"""Enough for the checkpoints that are kept, but not for more."""
 
 
 def failing_disk(training: Training, launcher: str = "mpirun") -> dict[str, Any]:
-    """Resumes the run on such a disk, to its end, and returns the result; fails where training does not go on.
+    """Resumes the run on such a disk, to its end, and returns the result; fails if training does not continue.
 
-    While the disk is full and while it is read-only the newest checkpoint has to stay whole.
+    While the disk is full, and while it is read-only, the newest checkpoint has to stay intact.
     """
     host, folder = training.members[0], training.run_dir / "checkpoints"
     newest = checkpoint.newest(training.run_dir, report=print).path

@@ -1,4 +1,4 @@
-"""What can happen to a job, and what has to follow: the rows of docs/reliability.md, for the tests and measure.py."""
+"""What can happen to a job, and what it has to say: the rows of docs/reliability.md, for the tests and measure.py."""
 
 import re
 import signal
@@ -19,21 +19,21 @@ class Event:
     name: str
     launcher: str
     happen: Callable[[Training, Job], None] | None
-    """What is done to it from outside; None where a fault is planted."""
+    """What is done to it from outside; None if a fault is planted."""
     limit: float
     """Seconds after which no rank may be left."""
     says: tuple[str, ...] = ()
-    """Regular expressions for what is printed. {step} is any step, {victim} the last rank with its host."""
+    """Regular expressions for what it has to print. {step} is any step, {victim} the last rank with its host."""
     fault: str | None = None
-    """Kind of a fault of faulty.py in the last rank."""
+    """Kind of the fault that faulty.py plants in the last rank."""
     repair: Callable[[Training], None] | None = None
-    """Brings the hosts back to order."""
+    """Restores the hosts."""
     only_measured: bool = False
-    """Left to measure.py, because the tests have a very similar one."""
+    """For measure.py only, because the tests have a very similar one."""
 
 
 def last_rank(training: Training) -> int:
-    """The number of the rank that things happen to."""
+    """The rank that things happen to."""
     return training.among * training.ranks_per_host - 1
 
 
@@ -47,27 +47,27 @@ def victim(training: Training, job: Job) -> Process:
 
 
 def kill_rank(training: Training, job: Job) -> None:
-    """A rank ends as by the kernel's out-of-memory killer."""
+    """Kills a rank, as the kernel's out-of-memory killer does."""
     victim(training, job).signal(signal.SIGKILL)
 
 
 def stop_rank(training: Training, job: Job) -> None:
-    """A rank is stopped and never goes on."""
+    """Stops a rank, which never continues."""
     victim(training, job).signal(signal.SIGSTOP)
 
 
 def kill_host(training: Training, job: Job) -> None:
-    """A host is gone, with all that ran on it."""
+    """Ends a host, with all that runs on it."""
     training.members[-1].kill()
 
 
 def unplug_host(training: Training, job: Job) -> None:
-    """No packet reaches a host any more; its processes go on."""
+    """Cuts a host off the network; its processes continue."""
     training.members[-1].unplug()
 
 
 def kill_launcher(name: str) -> Callable[[Training, Job], None]:
-    """SIGKILL to a launcher's process on the first host."""
+    """Sends SIGKILL to a launcher's process on the first host."""
 
     def happen(training: Training, job: Job) -> None:
         found = training.members[0].processes(name)
@@ -78,18 +78,18 @@ def kill_launcher(name: str) -> Callable[[Training, Job], None]:
 
 
 def boot_host(training: Training) -> None:
-    """Brings a killed host back."""
+    """Boots a killed host."""
     training.members[-1].boot()
 
 
 def plug_host_in(training: Training) -> None:
-    """Brings an unplugged host back."""
+    """Reconnects an unplugged host."""
     training.members[-1].plug_in()
 
 
 MPI, GLOO = "megdet launch", "megdet launch --controller gloo"
 LOST = (r"{victim}.* lost at step {step}",)
-STUCK = f"no rank has got on for {STALL_TIMEOUT:.0f} s"
+STALLED = f"no rank has made progress for {STALL_TIMEOUT:.0f} s"
 STACK = r"{victim}, step {step}:\n(?:.*\n)*?.*File .*faulty.py"
 
 EVENTS = [
@@ -107,20 +107,27 @@ EVENTS = [
     Event(
         "link down", GLOO, unplug_host, 15, ("could not reach each other: .*{victim}|" + LOST[0],), repair=plug_host_in
     ),
-    Event("rank stopped", MPI, stop_rank, STALL_TIMEOUT + 10, (STUCK, r"{victim}: silent")),
+    Event("rank stopped", MPI, stop_rank, STALL_TIMEOUT + 10, (STALLED, r"{victim}: silent")),
     Event("rank stopped", GLOO, stop_rank, 15, LOST, only_measured=True),
     Event(
         "deadlock",
         MPI,
         None,
         STALL_TIMEOUT + 10,
-        (STUCK, "waits for tensor only here", STACK),
+        (STALLED, "waiting for tensor only here", STACK),
         fault="deadlock",
         only_measured=True,
     ),
-    Event("deadlock", GLOO, None, STALL_TIMEOUT + 10, (STUCK, "waits for tensor only here", STACK), fault="deadlock"),
     Event(
-        "loader hangs", MPI, None, STALL_TIMEOUT + 10, (STUCK, r"{victim}: waits for the data loader", STACK), "loader"
+        "deadlock", GLOO, None, STALL_TIMEOUT + 10, (STALLED, "waiting for tensor only here", STACK), fault="deadlock"
+    ),
+    Event(
+        "loader hangs",
+        MPI,
+        None,
+        STALL_TIMEOUT + 10,
+        (STALLED, r"{victim}: waiting for the data loader", STACK),
+        "loader",
     ),
     Event("launcher killed", "mpirun", kill_launcher("mpirun"), 15, only_measured=True),
     # What horovodrun has become by then:
@@ -132,14 +139,14 @@ EVENTS = [
 
 
 def happen(event: Event, training: Training) -> tuple[float, Job]:
-    """Starts the job, lets the event happen in its third step and returns the seconds until all ranks were gone.
+    """Starts the job, lets the event happen in its third step, and returns the seconds until all ranks have ended.
 
-    Fails if ranks or launchers are left on any host, and if the output does not say what it has to.
+    Fails if ranks or launchers are left on any host, or if the output does not say what it has to.
     """
     start = training.steps_done()
     number = last_rank(training)
     fault = f"{event.fault}:{number}:{start + 3}" if event.fault else None
-    settings = {"runtime.stall_timeout": str(STALL_TIMEOUT)} if STUCK in event.says else {}
+    settings = {"runtime.stall_timeout": str(STALL_TIMEOUT)} if STALLED in event.says else {}
     job = training.start(event.launcher, fault, **settings)
     try:
         job.wait_for_step(start + 2)
@@ -155,10 +162,10 @@ def happen(event: Event, training: Training) -> tuple[float, Job]:
         if event.repair:
             event.repair(training)
     host = training.members[-1].name
-    told = training.told()
+    report = training.kept_report()
     name = rf"(?:rank {number} on {host}|ranks [^;]*\b{number} on {host})"
     for pattern in event.says:
         expected = pattern.format(victim=name, step=r"[1-9]\d*")
-        assert re.search(expected, f"{job.output}\n{told}"), f"not said: {expected}\n{job.output}\nkept: {told}"
+        assert re.search(expected, f"{job.output}\n{report}"), f"not said: {expected}\n{job.output}\nkept: {report}"
     assert seconds <= event.limit, f"{seconds:.1f} s, {event.limit} s are the limit"
     return seconds, job

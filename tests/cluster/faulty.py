@@ -2,7 +2,7 @@
 
 raise      an exception in the middle of a step
 memory     allocating more memory than there is
-deadlock   a collective that the other ranks do not make
+deadlock   a collective that the other ranks do not call
 loader     a data loader that never returns
 """
 
@@ -26,7 +26,7 @@ healthy_step = Trainer.train_step
 
 
 def faulty_step(trainer: Trainer, batches: Iterator[Any]) -> None:
-    """A training step, with the fault in its middle when it is its turn."""
+    """A training step, with the fault in its middle if this is the rank and step."""
     if comm.rank() == int(RANK) and trainer.position.step + 1 == int(STEP):
         say("planted fault")
         forward = trainer.detector.forward_losses
@@ -44,7 +44,7 @@ def never() -> Iterator[Any]:
 
 
 def fail() -> None:
-    """What goes wrong in the middle of a step."""
+    """Does what goes wrong in the middle of a step."""
     if KIND == "raise":
         raise RuntimeError("a planted fault")
     if KIND == "memory":
@@ -61,4 +61,4 @@ train = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train)
 
 if __name__ == "__main__":
-    sys.exit(train.main.train(train.parse_arguments()))
+    sys.exit(train.main())

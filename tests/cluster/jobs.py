@@ -27,9 +27,9 @@ SETTINGS = {
     "output.checkpoint_every_epochs": "0.3",
     "output.evaluate_every_epochs": "6",
 }
-"""A run that writes a line for each step and a checkpoint for every other."""
+"""A run that writes a line for each step and a checkpoint for every other step."""
 ONLY_WHEN_STOPPED = {"output.checkpoint_every_epochs": "6"}
-"""No checkpoints but those of a stop and of the end: half of a run's time."""
+"""Checkpoints only when the run stops and at its end: it then takes half the time."""
 
 
 def launch(
@@ -59,7 +59,7 @@ def launch(
 
 @dataclass
 class Training:
-    """A run of the tiny configuration that is started again and again in one run directory."""
+    """A run of the tiny configuration that is started repeatedly in one run directory."""
 
     hosts: Hosts
     run_dir: Path
@@ -82,7 +82,7 @@ class Training:
         return arguments + (["--resume"] if (self.run_dir / CONFIG_FILE).exists() else [])
 
     def start(self, launcher: str, fault: str | None = None, **settings: str) -> "Job":
-        """Starts it under a launcher; with a ``fault`` of faulty.py planted."""
+        """Starts it under a launcher, with a ``fault`` of faulty.py if one is given."""
         script = Path(__file__).with_name("faulty.py") if fault else PROJECT / "train.py"
         program = ["python", str(script), *self.arguments(**settings)]
         environment = {"MEGDET_FAULT": fault} if fault else {}
@@ -94,13 +94,13 @@ class Training:
         return Job(self.hosts, command, script.name, self.run_dir.with_suffix(".log"), environment)
 
     def steps_done(self) -> int:
-        """The step of the newest checkpoint, from which the next start goes on."""
+        """The step of the newest checkpoint, from which the next start continues."""
         return max(
             (int(path.name.removeprefix("step_")) for path in self.run_dir.glob("checkpoints/step_*")), default=0
         )
 
-    def told(self) -> str:
-        """What the job that ended keeps for the next start to say, should its launcher have lost it."""
+    def kept_report(self) -> str:
+        """What the ended job keeps for the next start to report, since its launcher may have lost it."""
         return "\n".join(path.read_text() for path in self.run_dir.glob("heartbeats/reported*"))
 
     def result(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class Training:
         return {"name": newest.path.name, **newest.bits()}
 
     def forget(self) -> None:
-        """Starts anew."""
+        """Removes the run, so that the next start begins at step 1."""
         shutil.rmtree(self.run_dir, ignore_errors=True)
 
 
@@ -124,7 +124,7 @@ class Job:
 
     @property
     def output(self) -> str:
-        """All that it has printed, without the marks of launchers in front of each line."""
+        """What it has printed so far, without the prefixes that launchers add to each line."""
         text = self.log.read_text(errors="replace")
         return re.sub(r"^(\S+ \S+ +\d+ [\d:]+ \d+)?\[[\d,]+\]<std\w+>:", "", text, flags=re.MULTILINE)
 
@@ -155,12 +155,12 @@ class Job:
         return self.hosts.processes(self.script)
 
     def seconds_until_gone(self, since: float, timeout: float) -> float:
-        """Waits until no rank is left on any host, and returns the seconds since then."""
+        """Waits until no rank is left on any host; returns the seconds from ``since`` until then."""
         wait_for(lambda: not self.ranks(), "the ranks to end", lambda: self.output, timeout)
         return time.monotonic() - since
 
     def end(self) -> None:
-        """Kills what is left of it on all hosts."""
+        """Kills what still runs of it on all hosts."""
         for host in self.hosts:
             for process in host.processes():
                 if "sshd:" not in process.arguments[0] and process.script not in DAEMONS:
@@ -182,7 +182,7 @@ def left_behind(hosts: Hosts) -> list[str]:
 
 
 def poll(condition: Callable[[], Any], timeout: float) -> bool:
-    """Whether a condition comes to hold within a time."""
+    """Whether a condition becomes true within ``timeout`` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:

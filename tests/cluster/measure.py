@@ -76,8 +76,8 @@ def write(rows: list[tuple[Event, float]], identical: dict[str, bool]) -> None:
     for event, seconds in sorted(rows, key=lambda row: order.index(row[0].name)):
         lines.append(f"| {event.name} | `{event.launcher}` | {event.limit:.0f} | {seconds:.1f} |")
     verdict = {controller: "the same bits" if same else "OTHER BITS" for controller, same in identical.items()}
-    lines += ["", "After all of these, and a full and a read-only disk, the run ended, compared with an undisturbed"]
-    lines += ["one, with " + "; ".join(f"{text} ({controller})" for controller, text in verdict.items()) + ".", "", ""]
+    lines += ["", "After all these events and a full and a read-only disk, the run had, compared with an undisturbed"]
+    lines += ["one, " + "; ".join(f"{text} ({controller})" for controller, text in verdict.items()) + ".", "", ""]
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     PAGE.write_text(before + "\n".join(lines) + END + rest.partition(END)[2], encoding="utf-8")
 

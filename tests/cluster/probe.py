@@ -1,4 +1,4 @@
-"""One JSON line a rank: where it is, over what it talks, who shares its statistics, how long a large message takes."""
+"""One JSON line per rank: its host, controller and batch norm group, and how long a large message takes."""
 
 import json
 import time

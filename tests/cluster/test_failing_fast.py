@@ -1,7 +1,7 @@
-"""What can happen to a job ends it soon and with a word on it, and --resume goes on to the same bits.
+"""Whatever happens to a job, it ends soon and says why, and --resume continues to the same bits.
 
-The events hit one run after the other, each start resuming what the one before left; the last test compares its end
-with a run that nothing disturbed. measure.py does the same with four ranks, for docs/reliability.md.
+The events hit one run in turn: each start resumes what the one before left. The last test compares its end with a run
+that nothing disturbs. measure.py does the same with four ranks, for docs/reliability.md.
 """
 
 from pathlib import Path

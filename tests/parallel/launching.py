@@ -1,4 +1,4 @@
-"""Starting train.py under each launcher, for the tests."""
+"""Starts train.py under each launcher, for the tests."""
 
 import os
 import signal
@@ -34,6 +34,8 @@ ENVIRONMENT = {
     "OMPI_MCA_btl": "^ofi",  # sleeps for a second in MPI_Finalize, and is for one-sided messages only
 }
 QUICK_START = ENVIRONMENT | {"PYTHONPATH": str(PROJECT / "tests" / "quick_start")}
+"""For jobs that only have to start and end, with a message: see tests/quick_start. Whatever compares numbers runs in
+:data:`ENVIRONMENT`, with the torch that users have."""
 
 
 class Job:
@@ -46,7 +48,7 @@ class Job:
         arguments: list[str],
         folder: Path,
         script: Path | None = None,
-        environment: Mapping[str, str] = QUICK_START,
+        environment: Mapping[str, str] = ENVIRONMENT,
     ) -> None:
         prefix = [*LAUNCHERS[launcher], str(ranks)] if launcher != "python" else []
         program = [sys.executable, str(script or PROJECT / "train.py"), *arguments]
@@ -65,11 +67,11 @@ class Job:
 
     @property
     def output(self) -> str:
-        """All that the job has printed."""
+        """What the job has printed so far."""
         return self.log.read_text(errors="replace")
 
     def wait(self, timeout: float = 120) -> int:
-        """Waits for the launcher's exit code; kills everything that is left after ``timeout`` seconds."""
+        """Waits for the launcher's exit code; kills whatever still runs after ``timeout`` seconds."""
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -98,7 +100,7 @@ class Job:
         return [pid for pid in running if children.get(pid) not in running]
 
     def kill(self) -> None:
-        """SIGKILL to the launcher and everything below it."""
+        """Sends SIGKILL to the launcher and all processes below it."""
         for pid in [self.process.pid, *_descendants(self.process.pid, _parents())]:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -113,7 +115,7 @@ def run(
     arguments: list[str],
     folder: Path,
     timeout: float = 120,
-    environment: Mapping[str, str] = QUICK_START,
+    environment: Mapping[str, str] = ENVIRONMENT,
 ) -> tuple[int, str]:
     """Runs train.py to its end; returns exit code and output."""
     folder.mkdir(parents=True, exist_ok=True)

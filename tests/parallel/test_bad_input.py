@@ -1,6 +1,7 @@
 """Every mistake ends all ranks within seconds, with a sentence and an exit code, and without a stack trace."""
 
 import ctypes
+import functools
 import json
 import os
 import shutil
@@ -12,28 +13,31 @@ from typing import Any
 
 import launching
 import pytest
-from launching import Job
 from PIL import Image
 
 from horovod_megdet.engine import checkpoint
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_NON_FINITE_LOSS, EXIT_NOT_SAVED, EXIT_USER_ERROR
 
 LIMIT = 60.0
-"""Seconds within which all ranks have to be gone: on an idle machine they are after a third of it."""
+"""Seconds within which all ranks have to end; on an idle machine they need a third of it."""
+
+# These jobs compare no numbers.
+run = functools.partial(launching.run, environment=launching.QUICK_START)
+Job = functools.partial(launching.Job, environment=launching.QUICK_START)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """The folder of a finished run."""
     folder = tmp_path_factory.mktemp("finished")
-    code, output = launching.run("mpirun", 2, launching.tiny(folder / "run", "solver.epochs=1", data=data), folder)
+    code, output = run("mpirun", 2, launching.tiny(folder / "run", "solver.epochs=1", data=data), folder)
     assert code == 0, output
     return folder / "run"
 
 
 def expect(code: int, *sentences: str, arguments: list[str], folder: Path, launcher: str = "mpirun") -> str:
     """Runs train.py on two ranks and checks exit code and sentences; the first sentence is printed once."""
-    actual, output = launching.run(launcher, 1 if launcher == "python" else 2, arguments, folder, LIMIT)
+    actual, output = run(launcher, 1 if launcher == "python" else 2, arguments, folder, LIMIT)
     assert actual == code, output
     for sentence in sentences:
         assert sentence in output, output
@@ -174,7 +178,7 @@ def test_bad_data_can_be_skipped(data: Path, tmp_path: Path) -> None:
         _zero_size(content, images)
 
     arguments = broken_annotations(change, data, tmp_path)
-    code, output = launching.run("python", 1, [*arguments, "--set", "data.bad_annotations=skip"], tmp_path)
+    code, output = run("python", 1, [*arguments, "--set", "data.bad_annotations=skip"], tmp_path)
     assert code == 0, output
     assert "2 bad annotations or images are skipped" in output
 
@@ -194,7 +198,7 @@ def test_an_image_that_cannot_be_decoded_is_found_by_all_ranks(data: Path, tmp_p
         path.unlink()
 
     arguments = [*broken_annotations(change, data, tmp_path), "--set", f"data.bad_annotations={policy}"]
-    code, output = launching.run("mpirun", 2, arguments, tmp_path, LIMIT * 2)
+    code, output = run("mpirun", 2, arguments, tmp_path, LIMIT * 2)
     name = json.loads((tmp_path / "broken.json").read_text())["images"][3]["file_name"]
     assert name in output
     assert code == (EXIT_USER_ERROR if policy == "error" else 0), output
@@ -323,7 +327,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk(small_disk: Path, data: Path, tmp_path: Path) -> None:
     """Training goes on to the end with a warning at each checkpoint; only the last one that fails is an error."""
     arguments = launching.tiny(small_disk / "run", data=data)
-    code, output = launching.run("mpirun", 2, arguments, tmp_path, LIMIT * 2)
+    code, output = run("mpirun", 2, arguments, tmp_path, LIMIT * 2)
     assert code == EXIT_NOT_SAVED, output
     assert "Training goes on and tries again" in output
     assert "No space left on device" in output

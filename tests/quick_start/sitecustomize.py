@@ -1,9 +1,11 @@
-"""Halves the start and the end of a rank in these tests: leaves out torch's compiler, which only recomputation asks.
+"""Halves the time that a rank takes to start and to end, by leaving out torch's compiler.
 
-torchvision asks at import whether ``torch.compile`` works, which imports all of ``torch._dynamo`` and SymPy: 3 to 5
-seconds of a core for each of the hundreds of processes that the tests start. Here the answer is no at once. At the end
-the garbage collector does not look through all modules twice. Found through PYTHONPATH, which the launchers hand on.
-Runs of users, and tests that need the compiler's answers, do not have it.
+torchvision asks at import whether ``torch.compile`` works, which imports all of ``torch._dynamo`` and SymPy: seconds of
+a core for each of the many processes that the tests start. Here the answer is no, at once. At the end, the garbage
+collector does not search all modules twice. Python imports this file because it is in PYTHONPATH, which the launchers
+pass on.
+
+Only jobs that have to start and to end with a message run with it. Users, and tests that compare numbers, do not.
 """
 
 import atexit

@@ -10,7 +10,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 PACKAGE = PROJECT / "horovod_megdet"
 
 LAYERS = (
-    {"errors", "printing", "progress", "wording"},
+    {"errors", "printing", "progress", "versions", "wording"},
     {"config", "files", "launched"},
     {"arguments", "comm", "data"},
     {"layers"},

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from horovod_megdet.config import Config
 from horovod_megdet.engine import checkpoint, random_state, run_folder
 from horovod_megdet.engine.checkpoint import Position, RunDescription, TrainingState
 from horovod_megdet.errors import EXIT_NOT_SAVED, NotSavedError, UserError
+from horovod_megdet.models.detector import build_detector
+from horovod_megdet.solver.optimizer import build_optimizer
 
 WEIGHTS = {"layer.weight": torch.arange(6.0).reshape(2, 3), "layer.count": torch.tensor(3)}
 
@@ -86,6 +89,27 @@ def test_a_checkpoint_of_version_0_1_is_read(tmp_path: Path) -> None:
     (path / checkpoint.STATE_FILE).write_bytes(b"damaged")
     with pytest.raises(UserError, match="damaged"):
         checkpoint.read(path)
+
+
+@pytest.mark.parametrize("solver", [{}, {"momentum": 0.0}, {"optimizer": "adamw"}, {"ema": 1.0}], ids=str)
+def test_the_expected_size_is_that_of_a_checkpoint(solver: dict[str, Any], tmp_path: Path) -> None:
+    values = yaml.safe_load((Path(__file__).parents[1] / "parallel" / "tiny.yaml").read_text())
+    values["solver"] |= solver
+    config = Config.model_validate(values)
+    with torch.device("meta"):
+        expected = checkpoint.expected_bytes(build_detector(config.model, config.batch_norm, 80), config.solver)
+    detector = build_detector(config.model, config.batch_norm, 80)
+    optimizer = build_optimizer(detector, config.solver)
+    for parameter in detector.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    weights = detector.state_dict()
+    state = TrainingState(
+        optimizer.state_dict(), {}, Position(), [], weights=weights if config.solver.ema is not None else None
+    )
+    run = RunDescription(config.model_dump(mode="json"), ["a"], [1], "fingerprint", {})
+    path = checkpoint.save(tmp_path, weights, state, run, epoch=1.0)
+    assert sum(file.stat().st_size for file in path.iterdir()) == pytest.approx(expected, rel=0.01)
 
 
 def test_nothing_to_resume_is_an_error(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from horovod_megdet.errors import UserError
-from horovod_megdet.report.curves import LOSSES, draw_curves, running_mean, write_curves
-from horovod_megdet.report.rows import METRICS_FILE, read_metrics
+from horovod_megdet.report.curves import LOSSES, draw_curves, write_curves
+from horovod_megdet.report.rows import METRICS_FILE, read_metrics, running_mean
 
 
 def train_row(step: int, **values: Any) -> dict[str, Any]:
@@ -47,13 +47,13 @@ LINE = json.dumps(train_row(31)).encode() + "é\n".encode()
 
 
 @pytest.mark.parametrize("length", range(0, len(LINE), 7))
-def test_a_last_line_cut_anywhere_is_passed_over(tmp_path: Path, length: int) -> None:
+def test_a_last_line_cut_anywhere_is_ignored(tmp_path: Path, length: int) -> None:
     path = write(tmp_path, ROWS)
     path.write_bytes(path.read_bytes() + LINE[:length])
     assert read_metrics(path) == ROWS
 
 
-def test_a_last_line_cut_within_a_letter_is_passed_over(tmp_path: Path) -> None:
+def test_a_last_line_cut_within_a_letter_is_ignored(tmp_path: Path) -> None:
     path = write(tmp_path, ROWS)
     path.write_bytes(path.read_bytes() + LINE[:-2])
     assert read_metrics(path) == ROWS
@@ -70,7 +70,7 @@ def test_a_missing_file_and_an_empty_one_are_sentences(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read: No such file"):
         write_curves(tmp_path)
     write(tmp_path, [], end='{"kind"')
-    with pytest.raises(UserError, match="no metrics to draw yet"):
+    with pytest.raises(UserError, match="no rows to draw yet"):
         write_curves(tmp_path)
 
 
@@ -99,6 +99,13 @@ def test_each_panel_shows_the_numbers_of_the_rows() -> None:
     np.testing.assert_allclose(speed.lines[0].get_ydata(), [row["images_per_second"] for row in train])
 
 
+def test_the_noise_scale_is_drawn_beside_the_mini_batch_if_measured() -> None:
+    rows = [train_row(step, mini_batch=16, noise_scale=None if step < 3 else 10.0 * step) for step in range(1, 6)]
+    noise, mini_batch = draw_curves(rows, "run").axes[-1].lines
+    np.testing.assert_allclose(noise.get_ydata(), [math.nan, math.nan, 30, 40, 50])
+    np.testing.assert_allclose(mini_batch.get_ydata(), [16] * 5)
+
+
 @pytest.mark.parametrize(
     "rows",
     [
@@ -110,6 +117,8 @@ def test_each_panel_shows_the_numbers_of_the_rows() -> None:
         [train_row(1), evaluation_row(1, AP=None, AP50=None)],
         [train_row(1), evaluation_row(1, AP=0.0, AP50=0.0), evaluation_row(2, AP=None, AP50=None)],
         [train_row(1), evaluation_row(1, AP=1.0, AP50=1.0)],
+        [train_row(step, noise_scale=None) for step in range(1, 9)],
+        [train_row(1, noise_scale=0.7, mini_batch=2)],
     ],
 )
 def test_rows_of_a_run_that_only_began_or_went_wrong_are_drawn(
@@ -122,7 +131,7 @@ def test_rows_of_a_run_that_only_began_or_went_wrong_are_drawn(
 
 @settings(deadline=None)
 @given(st.lists(st.floats(-1e3, 1e3) | st.just(math.nan), max_size=30), st.integers(1, 10))
-def test_the_running_mean_is_the_mean_of_the_neighbours(values: list[float], window: int) -> None:
+def test_the_running_mean_is_the_mean_of_the_neighbors(values: list[float], window: int) -> None:
     array = np.array(values, np.float64)
     smooth = running_mean(array, window)
     assert len(smooth) == len(array)

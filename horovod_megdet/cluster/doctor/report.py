@@ -1,4 +1,4 @@
-"""What the doctor says: on the terminal, as JSON and as a plot."""
+"""What the doctor tells: on the terminal, as JSON and as a plot."""
 
 import dataclasses
 from collections import Counter
@@ -13,85 +13,61 @@ from rich.text import Text
 
 from horovod_megdet.cluster.doctor.examination import Examination, Finding
 from horovod_megdet.cluster.doctor.facts import Facts
-from horovod_megdet.cluster.doctor.network import Timing
+from horovod_megdet.cluster.doctor.measurements import Timing, bus_bandwidth
 from horovod_megdet.files import atomic_write
 from horovod_megdet.report.curves import BLUE, INK, ORANGE
 from horovod_megdet.report.tables import two_columns
 from horovod_megdet.wording import count, seconds, size
 
-ORDER = ("error", "warning", "ok")
-STYLES = {"error": "bold red", "warning": "yellow", "ok": "green"}
+STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
+"""Severities in the order of the report: the worst last, where they stand right above the prompt."""
 
 
-def failed(findings: list[Finding]) -> bool:
+def would_fail(findings: list[Finding]) -> bool:
     """Whether training would fail."""
     return any(finding.severity == "error" for finding in findings)
 
 
-def show(examination: Examination, findings: list[Finding], console: Console) -> None:
-    """Prints tables of hosts, settings and messages, then the findings, the worst last: they stand above the prompt."""
-    console.print(_hosts(examination))
-    main = examination.ranks[0]
-    if main.settings:
-        console.print(two_columns("Launch settings", list(main.settings.items())))
-    if examination.timings and len(examination.ranks) > 1:
-        console.print(_messages(examination.timings, len(examination.ranks)))
-    console.print(listed(findings))
-    console.print(verdict(findings))
-
-
-def listed(findings: list[Finding]) -> Group:
-    """The findings with their remedies, the worst last."""
-    lines = []
-    for severity in reversed(ORDER):
-        for finding in findings:
-            if finding.severity == severity:
-                sentence = f"{finding.check}: {finding.sentence}".replace("\n", f"\n{'':8}")
-                lines.append(Text.assemble((f"{severity:8}", STYLES[severity]), sentence))
-                lines += [Text(f"{'':8}-> {finding.remedy}")] if finding.remedy else []
-    return Group(*lines)
-
-
-def verdict(findings: list[Finding]) -> str:
-    """The last line."""
+def print_report(examination: Examination, findings: list[Finding], console: Console) -> None:
+    """Prints tables of hosts, settings and messages, then the findings with their remedies, the worst last."""
+    console.print(_host_table(examination))
+    settings = examination.ranks[0].settings
+    if settings:
+        console.print(two_columns("Launch settings", list(settings.items())))
+    if examination.timings:
+        console.print(_message_table(examination.timings, len(examination.ranks)))
+    console.print(_list_of(findings))
     numbers = Counter(finding.severity for finding in findings)
-    counts = f"{count(numbers['error'], 'error')}, {count(numbers['warning'], 'warning')}"
-    return f"Training would fail: {counts}." if failed(findings) else f"Training can start: {counts}."
+    verdict = "would fail" if would_fail(findings) else "can start"
+    console.print(f"Training {verdict}: {count(numbers['error'], 'error')}, {count(numbers['warning'], 'warning')}.")
 
 
-def crowd(examination: Examination) -> str:
-    """`4 ranks on 2 hosts`."""
-    return f"{count(len(examination.ranks), 'rank')} on {count(len(examination.hosts), 'host')}"
-
-
-def as_data(examination: Examination, findings: list[Finding]) -> dict[str, Any]:
-    """Everything, for machines."""
-    ranks = len(examination.ranks)
+def as_json(examination: Examination, findings: list[Finding]) -> dict[str, Any]:
+    """All that is known and found, for other programs."""
     known = dataclasses.asdict(examination)
     for timing, entry in zip(examination.timings, known["timings"], strict=True):
-        entry["gbit_per_second"] = timing.bandwidth(ranks)
+        entry["gbit_per_second"] = timing.bandwidth(len(examination.ranks))
     return {
-        "training_would_fail": failed(findings),
+        "training_would_fail": would_fail(findings),
         "findings": [dataclasses.asdict(finding) for finding in findings],
         **known,
     }
 
 
 def write_plot(timings: list[Timing], ranks: int, title: str, path: Path) -> None:
-    """Draws time and bandwidth of an allreduce over the size of its message; raises :class:`UserError`."""
+    """Plots time and bandwidth of an allreduce against the size of its message; raises :class:`UserError`."""
     figure = Figure(figsize=(11, 4.5), layout="constrained", facecolor="white")
     figure.suptitle(title, fontsize=12, color=INK)
-    time_panel, speed_panel = figure.subplots(1, 2)
-    bare = [timing for timing in timings if timing.mpi]
-    sizes, bare_sizes = [timing.bytes for timing in timings], [timing.bytes for timing in bare]
-    speeds = [timing.bandwidth(ranks) for timing in timings]
-    time_panel.plot(sizes, [1e6 * timing.horovod for timing in timings], "o-", color=BLUE, label="Horovod")
-    speed_panel.plot(sizes, speeds, "o-", color=BLUE, label="Horovod")
-    if bare:
-        as_mpi = [dataclasses.replace(timing, horovod=timing.mpi or 0.0) for timing in bare]
-        time_panel.plot(bare_sizes, [1e6 * timing.horovod for timing in as_mpi], "s--", color=ORANGE, label="bare MPI")
-        speed_panel.plot(bare_sizes, [t.bandwidth(ranks) for t in as_mpi], "s--", color=ORANGE, label="bare MPI")
-    for panel, label in ((time_panel, "time of an allreduce, microseconds"), (speed_panel, "Gbit/s sent by each rank")):
+    panels = time_panel, bandwidth_panel = figure.subplots(1, 2)
+    horovod = [(timing.bytes, timing.horovod) for timing in timings]
+    bare_mpi = [(timing.bytes, timing.mpi) for timing in timings if timing.mpi]
+    for label, style, color, points in (("Horovod", "o-", BLUE, horovod), ("bare MPI", "s--", ORANGE, bare_mpi)):
+        if points:
+            sizes, times = zip(*points, strict=True)
+            bandwidths = [bus_bandwidth(*point, ranks) for point in points]
+            time_panel.plot(sizes, [1e6 * time for time in times], style, color=color, label=label)
+            bandwidth_panel.plot(sizes, bandwidths, style, color=color, label=label)
+    for panel, label in zip(panels, ("time of an allreduce, microseconds", "Gbit/s sent by each rank"), strict=True):
         panel.set(xscale="log", yscale="log", xlabel="bytes", ylabel=label)
         panel.set_xscale("log", base=2)
         panel.grid(True, color="#e6e6e6", linewidth=0.8)
@@ -101,22 +77,35 @@ def write_plot(timings: list[Timing], ranks: int, title: str, path: Path) -> Non
         figure.savefig(file, format=path.suffix.removeprefix(".") or "png", dpi=120)
 
 
-def _hosts(examination: Examination) -> Table:
-    main = examination.ranks[0]
-    controller = f", controller {main.build.controller}" if main.build else ""
-    table = Table(title=f"{crowd(examination)}{controller}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("host", "ranks", "cores", "threads", "GPUs", "memory", "/dev/shm", "temporary", "clock"):
-        table.add_column(name, justify="left" if name == "host" else "right")
+def _list_of(findings: list[Finding]) -> Group:
+    lines = []
+    for severity, style in STYLES.items():
+        for finding in findings:
+            if finding.severity == severity:
+                sentence = f"{finding.check}: {finding.sentence}".replace("\n", f"\n{'':8}")
+                lines.append(Text.assemble((f"{severity:8}", style), sentence))
+                lines += [Text(f"{'':8}-> {finding.remedy}")] if finding.remedy else []
+    return Group(*lines)
+
+
+def _host_table(examination: Examination) -> Table:
+    build = examination.ranks[0].build
+    controller = f", controller {build.controller}" if build else ""
+    table = _table(
+        f"{examination.ranks_on_hosts}{controller}",
+        ["host", "ranks", "cores", "threads", "GPUs", "memory", "/dev/shm", "temporary", "clock"],
+    )
+    table.columns[0].justify = "left"
     numbers = Counter(facts.place.host for facts in examination.ranks)
     clocks = {clock.rank: clock for clock in examination.clocks}
     for facts in examination.host_ranks:
         clock = clocks.get(facts.place.rank)
         offset = f"{'+' if clock.offset >= 0 else '-'}{seconds(abs(clock.offset))}" if clock else ""
-        table.add_row(facts.place.host, str(numbers[facts.place.host]), *_amounts(facts), offset)
+        table.add_row(facts.place.host, str(numbers[facts.place.host]), *_resources(facts), offset)
     return table
 
 
-def _amounts(facts: Facts) -> list[str]:
+def _resources(facts: Facts) -> list[str]:
     memory, shared, temporary = facts.memory, facts.shared_memory, facts.temporary_disk
     return [
         f"{len(facts.processor.usable)} of {facts.processor.cores}" if facts.processor else "?",
@@ -128,12 +117,17 @@ def _amounts(facts: Facts) -> list[str]:
     ]
 
 
-def _messages(timings: list[Timing], ranks: int) -> Table:
-    bare = any(timing.mpi for timing in timings)
-    table = Table(title="Allreduce", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("message", "Horovod", *(("bare MPI", "ratio") if bare else ()), "Gbit/s"):
-        table.add_column(name, justify="right")
+def _message_table(timings: list[Timing], ranks: int) -> Table:
+    bare_mpi = ["bare MPI", "ratio"] if any(timing.mpi for timing in timings) else []
+    table = _table("Allreduce", ["message", "Horovod", *bare_mpi, "Gbit/s"])
     for timing in timings:
-        beside = [seconds(timing.mpi), f"{timing.horovod / timing.mpi:.2f}"] if timing.mpi else []
-        table.add_row(size(timing.bytes), seconds(timing.horovod), *beside, f"{timing.bandwidth(ranks):.3g}")
+        compared = [seconds(timing.mpi), f"{timing.horovod / timing.mpi:.2f}"] if timing.mpi else ["" for _ in bare_mpi]
+        table.add_row(size(timing.bytes), seconds(timing.horovod), *compared, f"{timing.bandwidth(ranks):.3g}")
+    return table
+
+
+def _table(title: str, columns: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="right")
     return table

@@ -1,1 +1,1 @@
-"""Starting the ranks: which hosts there are, which launcher is installed, and the command that it needs."""
+"""Starting the ranks: on which hosts, with which launcher, and by which command."""

@@ -1,9 +1,8 @@
-"""``megdet launch``: runs a command on all ranks of a host file, with the launcher that is installed.
+"""``megdet launch``: runs a command on all ranks of a host file, with the installed launcher.
 
     megdet launch --hostfile hostfiles/16x8 -- python train.py --config configs/coco/megdet_r50_fpn_256.yaml
 
-The options that a launcher needs for many hosts, and that differ between launchers, are filled in; ``--dry-run`` shows
-them.
+It fills in the options that a launcher needs for many hosts, which differ between launchers; ``--dry-run`` shows them.
 """
 
 import argparse
@@ -23,23 +22,23 @@ from horovod_megdet.errors import UserError
 
 FORWARDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "OMP_NUM_THREADS")
 FORWARDED_PREFIXES = ("HOROVOD_", "NCCL_")
-"""Environment variables that the ranks get, where they are set."""
+"""Environment variables that are passed on to the ranks, if they are set."""
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}")
-# The launchers pass these on through the shell of another host, and not all of them quote.
+# The launchers pass paths through the shell of another host, and not all of them quote.
 _SAFE_PATH = re.compile(r"[A-Za-z0-9_./+@=-]+")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``megdet launch``."""
-    parser.add_argument("--hostfile", metavar="FILE", help="the machines; without it this machine takes all --ranks")
+    parser.add_argument("--hostfile", metavar="FILE", help="the hosts; without it, all --ranks run on this machine")
     parser.add_argument("--ranks", "-np", type=positive, metavar="N", help="number of ranks (default: all slots)")
     parser.add_argument(
         "--controller",
         choices=("mpi", "gloo"),
         default="mpi",
-        help="what ranks talk through: mpi (started by mpirun) or gloo (by horovodrun) (default: %(default)s)",
+        help="how ranks communicate: mpi (started by mpirun) or gloo (by horovodrun) (default: %(default)s)",
     )
     parser.add_argument("--interface", metavar="NAME", help="network interface to use on all hosts, such as eth0")
     parser.add_argument(
@@ -47,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[=VALUE]",
         action="append",
         default=[],
-        help="environment variable that the ranks get besides "
+        help="environment variable for the ranks, in addition to "
         + ", ".join([*FORWARDED, *(f"{prefix}*" for prefix in FORWARDED_PREFIXES)])
         + "; may be repeated",
     )
@@ -55,21 +54,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bind-to",
         choices=("none", "numa", "socket", "core"),
         default="none",
-        help="where the threads of a rank, with its loader workers, may run (default: anywhere on the host)",
+        help="cores to which a rank is bound, with its loader workers (default: %(default)s, all cores of the host)",
     )
-    parser.add_argument("--ssh-port", type=_port, metavar="PORT", help="port of the other hosts' ssh servers")
+    parser.add_argument("--ssh-port", type=_port, metavar="PORT", help="port of the ssh servers on the other hosts")
     parser.add_argument("--ssh-identity-file", metavar="FILE", help="private key for the other hosts")
-    parser.add_argument("--mpirun", metavar="FILE", help="mpirun to use (default: the environment's, else PATH's)")
-    parser.add_argument("--prefix", metavar="FOLDER", help="where Open MPI is on the other hosts (default: as here)")
+    parser.add_argument("--mpirun", metavar="FILE", help="mpirun to use (default: from the environment, else PATH)")
+    parser.add_argument("--prefix", metavar="FOLDER", help="where the other hosts have Open MPI (default: as here)")
     parser.add_argument(
         "--launcher-args", metavar="TEXT", default="", help="more options for mpirun or horovodrun, in one string"
     )
+    parser.add_argument("--no-check", action="store_true", help="start without checking the other hosts first")
+    parser.add_argument("--dry-run", action="store_true", help="print the command, ready to be copied, and exit")
     parser.add_argument(
-        "--no-check", action="store_true", help="start without trying first whether the other hosts can be used"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the command to run, ready to be copied, and end")
-    parser.add_argument(
-        "--expand", metavar="FILE", help="write the hosts as a plain host file, for launchers by hand, and end"
+        "--expand", metavar="FILE", help="write the hosts to a plain host file, for launching by hand, and exit"
     )
     parser.add_argument(
         "program",
@@ -102,18 +99,18 @@ def _hosts(arguments: argparse.Namespace) -> list[Host]:
         return parse_hostfile(arguments.hostfile)
     if arguments.ranks:
         return [Host("localhost", arguments.ranks, arguments.ranks)]
-    raise UserError("say on which machines to run, --hostfile hostfiles/2x8, or how many ranks on this one, --ranks 2.")
+    raise UserError("say on which hosts to run (--hostfile hostfiles/2x8) or how many ranks on this one (--ranks 2).")
 
 
 def _job(arguments: argparse.Namespace, hosts: list[Host]) -> Job:
     for host in hosts:
         if ":" in host.name:
             raise UserError(
-                f"{arguments.hostfile}: launchers do not take the IPv6 address {host.name}; give the host a name in "
-                "/etc/hosts and write that."
+                f"{arguments.hostfile}: launchers do not accept the IPv6 address {host.name}; give the host a name in "
+                "/etc/hosts and write that name."
             )
     if arguments.interface and not _INTERFACE.fullmatch(arguments.interface):
-        raise UserError(f"--interface {arguments.interface}: not the name of one network interface, such as eth0.")
+        raise UserError(f"--interface {arguments.interface}: not the name of a network interface, such as eth0.")
     variables = _variables(arguments)
     identity = arguments.ssh_identity_file and Path(arguments.ssh_identity_file).expanduser().absolute()
     return Job(
@@ -133,7 +130,7 @@ def _job(arguments: argparse.Namespace, hosts: list[Host]) -> Job:
 def _mpi_command(job: Job, mpirun: Mpirun) -> Command:
     if mpirun.family is Family.HYDRA:
         if job.prefix:
-            raise UserError(f"--prefix: {mpirun.path} is {mpirun.family.value} {mpirun.version}, which needs none.")
+            raise UserError(f"--prefix: {mpirun.path} is {mpirun.family.value} {mpirun.version}, which takes none.")
     elif job.remote:
         _safe(job.prefix or mpirun.prefix, "--prefix")
     return mpirun_command(job, mpirun)
@@ -142,9 +139,9 @@ def _mpi_command(job: Job, mpirun: Mpirun) -> Command:
 def _gloo_command(job: Job, arguments: argparse.Namespace) -> Command:
     for option in ("mpirun", "prefix"):
         if getattr(arguments, option):
-            raise UserError(f"--{option}: is for --controller mpi.")
+            raise UserError(f"--{option} works with --controller mpi only.")
     if job.bind_to != "none":
-        raise UserError(f"--bind-to {job.bind_to}: is for --controller mpi.")
+        raise UserError("--bind-to works with --controller mpi only.")
     horovodrun = find_program("horovodrun")
     if horovodrun is None:
         raise UserError("horovodrun is not installed here; `make setup` or scripts/setup_env.py installs Horovod.")
@@ -157,7 +154,7 @@ def _variables(arguments: argparse.Namespace) -> dict[str, str]:
     """Environment variables that the options set."""
     variables = {}
     if arguments.interface:
-        # Both can be set to something else on purpose: NCCL's network need not be that of MPI.
+        # The user may have set either to another network on purpose: NCCL need not use that of MPI.
         for name in ("NCCL_SOCKET_IFNAME", "HOROVOD_GLOO_IFACE"):
             if name not in os.environ:
                 variables[name] = arguments.interface
@@ -168,41 +165,41 @@ def _variables(arguments: argparse.Namespace) -> dict[str, str]:
         if equals:
             variables[name] = value
         elif name not in os.environ:
-            raise UserError(f"--env {name}: it is not set here; write --env {name}=VALUE.")
+            raise UserError(f"--env {name}: {name} is not set here; write --env {name}=VALUE.")
     return variables
 
 
 def _forward(arguments: argparse.Namespace, variables: dict[str, str]) -> list[str]:
-    """Names of the variables for the ranks, of those that are set."""
+    """Names of the variables for the ranks."""
     names = {name for name in os.environ if name in FORWARDED or name.startswith(FORWARDED_PREFIXES)}
     names |= set(variables) | {text.partition("=")[0] for text in arguments.env}
     return sorted(name for name in names if _VARIABLE.fullmatch(name))
 
 
 def _program(words: list[str]) -> list[str]:
-    """The command for the ranks, its program as an absolute path: on other hosts the search path is another."""
+    """The command for the ranks, with an absolute path: other hosts may have another search path."""
     words = words[1:] if words[:1] == ["--"] else words
     if not words:
-        raise UserError("say what to run, after two hyphens: megdet launch --ranks 2 -- python train.py.")
+        raise UserError("say what to run, after `--`: megdet launch --ranks 2 -- python train.py.")
     path = find_program(words[0])
     if path is None:
         remedy = f"; write python {words[0]}" if words[0].endswith(".py") else ""
-        raise UserError(f"{words[0]}: there is no such program here{remedy}.")
+        raise UserError(f"{words[0]}: no such program here{remedy}.")
     return [str(path), *words[1:]]
 
 
 def _check_machine(job: Job) -> None:
-    """Finds out here what would make the launcher hang, or give up with a riddle."""
+    """Finds what would make the launcher hang, or give up with a cryptic message."""
     if job.interface:
         names = [name for _, name in socket.if_nameindex()]
         if job.interface not in names:
-            raise UserError(f"--interface {job.interface}: this machine has {', '.join(names)}.")
+            raise UserError(f"--interface {job.interface}: no such interface; this machine has {', '.join(names)}.")
     if job.ssh_identity_file and not job.ssh_identity_file.is_file():
-        raise UserError(f"--ssh-identity-file {job.ssh_identity_file}: there is no such file.")
+        raise UserError(f"--ssh-identity-file {job.ssh_identity_file}: no such file.")
 
 
 def _check_others(job: Job, mpirun: Mpirun | None, hostfile: str) -> None:
-    """The same for the other machines, where the launcher uses ssh."""
+    """The same on the other hosts, where the launcher uses ssh."""
     if not job.remote:
         return
     reach.check_names(job.remote, hostfile)
@@ -220,8 +217,8 @@ def _check_others(job: Job, mpirun: Mpirun | None, hostfile: str) -> None:
 def _safe(path: Path, what: str) -> Path:
     if not _SAFE_PATH.fullmatch(str(path)):
         raise UserError(
-            f"{what}: {str(path)!r} has a space or another character that the launcher does not carry to other hosts "
-            "unharmed; use a path of letters, digits and ./_-+@=."
+            f"{what}: {str(path)!r} has a space or another character that a launcher does not pass to other hosts "
+            "safely; use a path of letters, digits and ./_-+@=."
         )
     return path
 

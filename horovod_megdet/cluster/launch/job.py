@@ -1,4 +1,4 @@
-"""What is to be run where, whatever the launcher, and the command line that each launcher needs for it."""
+"""What to run on which hosts, and the command line that each launcher needs for it."""
 
 import os
 import shlex
@@ -11,7 +11,8 @@ from horovod_megdet.cluster.launch.launcher import Family, Mpirun
 from horovod_megdet.errors import UserError
 
 KEEPALIVE = {"oob_tcp_keepalive_time": 3, "oob_tcp_keepalive_intvl": 2, "oob_tcp_keepalive_probes": 3}
-"""Seconds of silence, seconds between probes, probes: without them Open MPI notices a dead link after minutes."""
+"""Seconds of silence, seconds between probes, number of probes: without them Open MPI notices a dead link only after
+minutes."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,15 @@ class Job:
     forward: list[str]
     """Names of the environment variables that the ranks get."""
     variables: dict[str, str] = field(default_factory=dict)
-    """Environment variables to set on top of those that are there."""
+    """Environment variables to set, in addition to those that are set here."""
     interface: str | None = None
     ssh_port: int | None = None
     ssh_identity_file: Path | None = None
     bind_to: str = "none"
     prefix: Path | None = None
-    """Where Open MPI is on the other hosts; None for where it is here."""
+    """Where Open MPI is on the other hosts; None: where it is here."""
     launcher_args: list[str] = field(default_factory=list)
-    """Given by the user, for options that are not covered here."""
+    """From the user, for launcher options that this class has no field for."""
 
     @property
     def ranks(self) -> int:
@@ -40,12 +41,12 @@ class Job:
 
     @property
     def hosts(self) -> str:
-        """``node01:8,node02:8``: all launchers read this, and it needs no file."""
+        """``node01:8,node02:8``: all launchers understand this, and it needs no file."""
         return ",".join(f"{name}:{count}" for name, count in self.placement)
 
     @property
     def remote(self) -> list[str]:
-        """The hosts that are other machines than this one, as far as names tell."""
+        """The hosts other than this machine, judged by their names."""
         name = socket.gethostname().lower()
         here = {"localhost", "127.0.0.1", name, name.partition(".")[0]}
         return [host for host, _ in self.placement if host.lower() not in here]
@@ -58,13 +59,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Command:
-    """A command line, with the environment variables that it needs on top of those that are there."""
+    """A command line, with the environment variables that it needs in addition to those that are set here."""
 
     argv: list[str]
     variables: dict[str, str]
 
     def __str__(self) -> str:
-        """To be pasted into a shell."""
+        """Ready to be pasted into a shell."""
         assignments = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items()]
         return " ".join([*assignments, shlex.join(self.argv)])
 
@@ -72,15 +73,15 @@ class Command:
 def place_ranks(hosts: list[Host], ranks: int | None) -> list[tuple[str, int]]:
     """Decides how many ranks run on which host: all slots, or the first ``ranks`` of them, host by host.
 
-    Where more are wanted than there are slots, the hosts take one more each in turn, up to their ``max_slots``. Raises
+    If there are fewer slots than ranks, the hosts take one more each in turn, up to their ``max_slots``. Raises
     :class:`UserError` if that is not enough.
     """
     slots, limit = sum(host.slots for host in hosts), sum(host.max_slots for host in hosts)
     ranks = slots if ranks is None else ranks
     if ranks > limit:
         raise UserError(
-            f"--ranks {ranks}: the host file has room for {limit}. Add hosts, or raise slots=, one per GPU, or "
-            "max_slots=, to have several ranks on one."
+            f"--ranks {ranks}: the host file has room for {limit}. Add hosts, or raise slots= (one per GPU) or "
+            "max_slots= (several ranks per GPU)."
         )
     counts: list[int] = []
     for host in hosts:
@@ -100,7 +101,7 @@ def mpirun_command(job: Job, mpirun: Mpirun) -> Command:
 
 
 def horovodrun_command(job: Job, horovodrun: Path) -> Command:
-    """The command line of horovodrun with the Gloo controller. It passes the whole environment on by itself."""
+    """The command line of horovodrun with the Gloo controller, which passes on the whole environment by itself."""
     argv = [str(horovodrun), "--gloo", "-np", str(job.ranks), "-H", job.hosts]
     if job.interface:
         argv += ["--network-interfaces", job.interface]
@@ -113,10 +114,10 @@ def horovodrun_command(job: Job, horovodrun: Path) -> Command:
 
 def _open_mpi(job: Job, mpirun: Mpirun) -> Command:
     version_5 = mpirun.family is Family.OPEN_MPI_5
-    # The daemons of Open MPI 5 are another project's, PRRTE's: their parameters have an option and names of their own.
+    # The daemons of Open MPI 5 come from another project, PRRTE: their parameters have their own option and names.
     daemon = "--prtemca" if version_5 else "--mca"
     argv = [str(mpirun.path), "-np", str(job.ranks), "--host", job.hosts]
-    # By slot: the ranks of a host are consecutive, as the groups of cross-GPU batch normalisation want them.
+    # By slot: the ranks of a host are consecutive, as the groups of cross-GPU batch normalization expect them.
     argv += ["--map-by", "slot", "--bind-to", job.bind_to]
     if os.geteuid() == 0:
         argv.append("--allow-run-as-root")

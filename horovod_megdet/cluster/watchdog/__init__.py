@@ -1,1 +1,1 @@
-"""Watching over the ranks of a job: heartbeats, what they tell, and the end of a job that makes no progress."""
+"""Watching the ranks of a job: heartbeats, what they mean, and the end of a job that makes no progress."""

@@ -1,17 +1,29 @@
-"""The heartbeat files of a run: what every rank last said of itself, where every rank and the user can read it.
+"""The heartbeat files of a run: what every rank last said about itself, for the other ranks and the user to read.
 
 ``<run_dir>/heartbeats/rank_00003.json`` is replaced every few seconds. A rank that is stopped, or whose host hangs, is
-known by its silence. Ages are differences of modification times, which one file server sets: the hosts' clocks do not
-matter.
+recognized by its silence. Ages are differences of modification times, which one file server sets: the hosts' clocks do
+not matter.
 """
 
 import contextlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 
 FOLDER = "heartbeats"
-_REPORTED = "reported-"
+_REPORT = "reported-"
+
+
+class LastWords(StrEnum):
+    """Why a rank ends, as the end of a sentence: "rank 3 ..."."""
+
+    CRASHED = "crashed"
+    HAD_AN_ERROR = "had an error"
+    LOST_CONTACT = "lost contact"
+    """Another rank does not answer."""
+    WAITED = "waited"
+    """For a collective, when SIGTERM came."""
 
 
 @dataclass(frozen=True)
@@ -20,27 +32,28 @@ class Heartbeat:
 
     rank: int
     size: int
+    """Number of ranks of the job."""
     host: str
     pid: int
     step: int
     doing: str
-    """What it did, as the end of a sentence."""
+    """What it was doing, as the end of a sentence: "rank 3 is ..."."""
     waiting_for: str | None
-    """The tensor that it waited for."""
+    """Name of the collective that it was waiting in."""
     idle: float
     """Seconds without progress when it wrote."""
     interval: float
-    """Seconds after which it wants to write again."""
+    """Seconds between two heartbeats."""
     received_sigterm: bool = False
-    """Whether it received SIGTERM, so that it is known to have run until then."""
-    ended: str | None = None
-    """Its last words, if it could say any: why it ends."""
+    """Whether it received SIGTERM, and so is known to have run until then."""
+    last_words: LastWords | None = None
+    """Why it ends, if it was able to say."""
     age: float = field(default=0.0, compare=False)
     """Seconds since it wrote; known to the reader only."""
 
     @property
     def silent(self) -> bool:
-        """Whether it should have written again since."""
+        """Whether it missed its next heartbeats."""
         return self.age > 3 * self.interval
 
     @property
@@ -63,56 +76,56 @@ class Heartbeats:
         content = asdict(beat)
         del content["age"]
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Not flushed to disk: it is for readers of the next seconds, and training must not wait for it.
+        # Not flushed to disk: only the next few seconds matter, and training must not wait for it.
         temporary.write_text(json.dumps(content), encoding="utf-8")
         temporary.replace(path)
 
     def read(self) -> list[Heartbeat]:
-        """The newest heartbeats, by rank, with their ages as of the newest of all; ranks without one are left out.
+        """The latest heartbeats, by rank, with their ages relative to the newest; ranks without one are left out.
 
-        Raises OSError where the folder cannot be read.
+        Raises OSError where the folder cannot be read, ValueError where a file is not a heartbeat.
         """
         found = []
         for path in sorted(self.folder.glob("rank_*.json")):
-            # A rank that ends in good order removes its file.
+            # A rank that ends normally removes its file.
             with contextlib.suppress(FileNotFoundError):
                 written = path.stat().st_mtime
-                found.append((written, Heartbeat(**json.loads(path.read_text(encoding="utf-8")))))
+                found.append((written, _parse(path.read_text(encoding="utf-8"))))
         if not found:
             return []
         newest, size = max((written, beat.size) for written, beat in found)
-        # A job of more ranks may have left some behind.
-        return [_aged(beat, newest - written) for written, beat in found if beat.rank < size]
+        # An earlier job with more ranks may have left some behind.
+        return [replace(beat, age=newest - written) for written, beat in found if beat.rank < size]
 
     def claim_report(self, sentence: str, host: str = "") -> bool:
-        """True for the first rank that asks, or the first of a host: the one that tells the user what happened.
+        """True for the first rank that asks, or the first of a host: that one tells the user what happened.
 
-        The sentence is kept for the next start: a launcher that ends may lose what ranks print then.
+        The sentence is kept for the next start: a launcher that ends may lose what ranks print at that moment.
         """
         try:
-            with (self.folder / f"{_REPORTED}{host}").open("x", encoding="utf-8") as file:
+            with (self.folder / f"{_REPORT}{host}").open("x", encoding="utf-8") as file:
                 file.write(sentence)
         except FileExistsError:
             return False
         except OSError:
-            return True  # Nobody can be asked: better told twice than not at all.
+            return True  # Ranks cannot find out who reports: better twice than not at all.
         return True
 
     def take_report(self) -> str:
-        """The job starts anew: returns what was told of the one before, and forgets it.
+        """Returns what the previous job reported, and removes it: empty if that job reported nothing.
 
-        Where each host has told it, the longest: that one knew most.
+        Where each host reported, the longest: that host knew most.
         """
-        told = []
+        reports = []
         with contextlib.suppress(OSError):
-            for path in sorted(self.folder.glob(f"{_REPORTED}*")):
-                told.append(path.read_text(encoding="utf-8"))
+            for path in sorted(self.folder.glob(f"{_REPORT}*")):
+                reports.append(path.read_text(encoding="utf-8"))
                 path.unlink(missing_ok=True)
-        return max(told, default="", key=len)
+        return max(reports, default="", key=len)
 
     def remove(self, rank: int) -> None:
-        """Takes a rank that ends in good order off; the last one removes the folder, and an empty run directory."""
-        # Not empty, not there, or on a disk that fails: then it stays, and nothing depends on it.
+        """Removes the file of a rank that ends normally; the last one removes the folder and an empty run directory."""
+        # The folder may not be empty or not exist, or the disk may fail: then it stays, and nothing depends on it.
         with contextlib.suppress(OSError):
             self._path(rank).unlink(missing_ok=True)
             if rank == 0:
@@ -124,5 +137,10 @@ class Heartbeats:
         return self.folder / f"rank_{rank:05d}.json"
 
 
-def _aged(beat: Heartbeat, age: float) -> Heartbeat:
-    return Heartbeat(**(asdict(beat) | {"age": age}))
+def _parse(text: str) -> Heartbeat:
+    content = json.loads(text)
+    last_words = content.pop("last_words", None)
+    try:
+        return Heartbeat(**content, last_words=LastWords(last_words) if last_words else None)
+    except TypeError as error:  # other fields: of another version of this program
+        raise ValueError(str(error)) from error

@@ -1,9 +1,6 @@
-"""Whether the launcher that started this rank is still there: without it nobody ends the ranks."""
+"""Whether the launcher that started this rank is still alive: without it nobody ends the ranks."""
 
-import ctypes
 import os
-import signal
-import sys
 
 import psutil  # type: ignore[import-untyped]
 
@@ -19,10 +16,9 @@ LAUNCHERS = {
     "horovodrun",
     "slurmstepd",
     "sshd",
+    "sshd-session",
 }
 """Names of the processes that start ranks: launchers, their daemons on other hosts, and what starts those."""
-
-_PR_SET_PDEATHSIG = 1
 
 
 class LauncherWatch:
@@ -30,18 +26,18 @@ class LauncherWatch:
 
     def __init__(self) -> None:
         self.parent = os.getppid()
-        ancestors = psutil.Process().parents()
-        names = [process.name() for process in ancestors]
-        # A launcher that goes by another name is beyond the parent; what is above it may end as it likes.
-        nearest = next((place for place, name in enumerate(names) if name in LAUNCHERS), 0)
+        ancestors = [(process, process.name()) for process in psutil.Process().parents()]
+        # A launcher with an unknown name may be the parent, or far above it. Then only the parent is watched, because
+        # what is above a launcher may end without harm.
+        nearest = next((place for place, (_, name) in enumerate(ancestors) if name in LAUNCHERS), 0)
         self.chain = ancestors[: nearest + 1]
 
     def lost(self) -> str | None:
-        """Name of the process that is gone, None while all are there."""
-        for process in self.chain:
-            # The first one may be a zombie or its number taken again; a child of a dead process has another parent.
+        """Name of a process that has ended; None while all are alive."""
+        for process, name in self.chain:
+            # The parent may be a zombie, or another process may have its number. An orphan has another parent.
             if process.pid == self.parent != os.getppid() or not _is_alive(process):
-                return process._name or f"process {process.pid}"
+                return name
         return None
 
 
@@ -50,16 +46,3 @@ def _is_alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def die_with_parent() -> None:
-    """Lets the kernel kill this process when its parent ends, which also reaches one that is stopped.
-
-    For ranks that horovodrun started: nobody kills those on other hosts when their ssh connection ends. Not for others:
-    the kernel means the parent's thread, and the daemons of MPI may start ranks from a thread that ends before them.
-    """
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended in between
-            os.kill(os.getpid(), signal.SIGKILL)

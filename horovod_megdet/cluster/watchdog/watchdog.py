@@ -1,10 +1,12 @@
-"""The thread that watches a rank: a job that gets nowhere ends, and says why.
+"""The thread that watches a rank: a job that makes no progress ends, and says why.
 
 Nothing in a deadlocked collective, a stopped process or a loader that never returns raises an exception: all ranks
-wait, for as long as the cluster lets them. A thread of each rank therefore looks every second whether the main thread
-got on (see :mod:`horovod_megdet.progress`), writes that into the rank's heartbeat file for the others to read, and ends
-the job when no rank has got on for ``runtime.stall_timeout`` seconds. It also ends the rank when its launcher is gone,
-and says at which step ranks were lost when the launcher ends the remaining ones.
+wait, for as long as the cluster lets them. So a thread of each rank checks every second whether the main thread makes
+progress (see :mod:`horovod_megdet.progress`), writes that into the rank's heartbeat file for the others to read, and
+ends the job when no rank has made progress for ``runtime.stall_timeout`` seconds. It also ends the rank when its
+launcher is gone, and reports at which step ranks were lost when the launcher ends the remaining ones.
+
+What heartbeats mean is decided in :mod:`horovod_megdet.cluster.watchdog.diagnosis`; here is what follows from it.
 """
 
 import contextlib
@@ -18,31 +20,32 @@ import time
 from pathlib import Path
 
 from horovod_megdet import comm, launched
-from horovod_megdet.cluster.watchdog.diagnosis import WAITED, describe_lost_ranks, diagnose, groups
-from horovod_megdet.cluster.watchdog.heartbeats import Heartbeat, Heartbeats
-from horovod_megdet.cluster.watchdog.launcher_watch import LauncherWatch, die_with_parent
+from horovod_megdet.cluster.parent_death import end_with_parent
+from horovod_megdet.cluster.watchdog.diagnosis import StallTimer, find_lost_ranks, find_stall
+from horovod_megdet.cluster.watchdog.heartbeats import Heartbeat, Heartbeats, LastWords
+from horovod_megdet.cluster.watchdog.launcher_watch import LauncherWatch
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_STALLED
 from horovod_megdet.printing import say
 from horovod_megdet.progress import progress
 
-LOOK_EVERY = 1.0
-"""Seconds between two looks at the main thread and the launcher."""
+CHECK_EVERY = 1.0
+"""Seconds between two checks of the main thread and the launcher."""
 
 BEAT_EVERY = 5.0
 """Seconds between two heartbeats, at most; a quarter of the stall timeout if that is less."""
 
-LAST_WORDS = 0.4
+TIME_FOR_LAST_WORDS = 0.4
 """Seconds that ranks have for their last words before one of them sums up. A launcher that has sent SIGTERM sends
 SIGKILL after a second."""
 
-STACKS = 3.0
+TIME_FOR_STACKS = 3.0
 """Seconds that ranks have to print their stacks before one of them ends the job."""
 
 
 class Watchdog:
     """Watches this rank from :meth:`start` to :meth:`stop`, both called by the main thread.
 
-    ``run_dir`` None keeps no heartbeat files; ``stall_timeout`` 0 never ends a job that gets nowhere.
+    ``run_dir`` None keeps no heartbeat files; ``stall_timeout`` 0 never ends a job that makes no progress.
     """
 
     def __init__(self, run_dir: Path | None, stall_timeout: float) -> None:
@@ -51,29 +54,30 @@ class Watchdog:
         self.rank, self.size = launched.rank(), launched.size()
         self.launcher = LauncherWatch() if launched.by_launcher() else None
         self.beat_every = min(BEAT_EVERY, stall_timeout / 4) if stall_timeout else BEAT_EVERY
+        self.timer = StallTimer(stall_timeout, 3 * self.beat_every, progress.notes, time.monotonic())
         self.received_sigterm = False
-        self.ended: str | None = None
-        self._seen = progress.notes
-        self._progress_at = self._looked_at = time.monotonic()
+        self.reason: LastWords | None = None
         self._wrote_at = -self.beat_every
         self._warned = False
         self._writing = threading.Lock()
         self._wakeup, self._waker = os.pipe()
-        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begins to watch."""
+        """Starts watching."""
         if launched.by_horovodrun():
-            die_with_parent()
-        if self.heartbeats and self.rank == 0 and (told := self.heartbeats.take_report()):
-            _say(f"The job before ended with: {told}")
+            # Nobody kills ranks on other hosts when their ssh connection ends. Not under MPI, whose daemons may start
+            # ranks from a thread that ends before them.
+            end_with_parent(signal.SIGKILL)
+        if self.heartbeats and self.rank == 0 and (report := self.heartbeats.take_report()):
+            say(f"The previous job ended with: {report}")
         # A Python handler waits until the main thread leaves the collective; this pipe gets the signal at once.
         os.set_blocking(self._waker, False)
         signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends watching in good order; the heartbeat goes."""
+        """Stops watching a rank that ends normally; its heartbeat file goes."""
         signal.set_wakeup_fd(-1)
         os.close(self._waker)
         self._thread.join()
@@ -81,59 +85,55 @@ class Watchdog:
         if self.heartbeats:
             self.heartbeats.remove(self.rank)
 
-    def last_words(self, reason: str) -> None:
-        """Leaves the reason why this rank ends for the others and for whoever looks afterwards."""
-        self.ended = reason
+    def last_words(self, reason: LastWords) -> None:
+        """Leaves the reason why this rank ends, for the other ranks and for whoever looks afterwards."""
+        self.reason = reason
         self._beat()
 
     def report_lost_ranks(self, on_each_host: bool = False) -> bool:
-        """Says, on one rank, which ranks were lost, when those that are left have said their last words.
+        """Reports which ranks were lost, as soon as the remaining ones have left their last words.
 
-        ``on_each_host``: on one rank of each host, because what another one prints may not arrive. Returns whether
-        ranks were lost, and others than this one know of it.
+        One rank of the job reports, or one of each host: what the ranks of another host print may not arrive. Returns
+        whether ranks were lost, and others than this one survived that.
         """
         if self.heartbeats is None:
             return False
-        time.sleep(LAST_WORDS)
+        time.sleep(TIME_FOR_LAST_WORDS)
         try:
-            beats = self.heartbeats.read()
+            lost = find_lost_ranks(self.heartbeats.read())
         except (OSError, ValueError) as error:
-            _say(f"warning: which rank was lost is not known: the heartbeats cannot be read: {error}")
+            say(f"warning: it is unknown which rank was lost, because the heartbeats cannot be read: {error}")
             return False
-        losses = describe_lost_ranks(beats)
-        if losses and self.heartbeats.claim_report(losses, launched.host() if on_each_host else ""):
-            _say(f"error: {losses}")
-        return losses is not None and any(
-            beat.received_sigterm or beat.ended for beat in beats if beat.rank != self.rank
-        )
+        if lost is None:
+            return False
+        if self.heartbeats.claim_report(lost.sentence, launched.host() if on_each_host else ""):
+            say(f"error: {lost.sentence}")
+        return bool(lost.survivors - {self.rank})
 
-    def _run(self) -> None:
+    def _watch(self) -> None:
         self._beat()  # at once: a rank may be lost in its first second
         while True:
-            ready, _, _ = select.select([self._wakeup], [], [], min(LOOK_EVERY, self.beat_every))
+            ready, _, _ = select.select([self._wakeup], [], [], min(CHECK_EVERY, self.beat_every))
             received = os.read(self._wakeup, 64) if ready else None
             if received == b"":
                 return
-            self._look()
+            self._check()
             if received and signal.SIGTERM in received:
-                self._terminated()
+                self._handle_sigterm()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         now = time.monotonic()
-        if progress.notes != self._seen or now - self._looked_at > 3 * self.beat_every:
-            # A thread that comes that late was stopped, and with it the whole process: nothing is wrong then.
-            self._seen, self._progress_at = progress.notes, now
-        self._looked_at = now
-        if self.launcher and (lost := self.launcher.lost()):
-            _say(f"error: rank {self.rank} on {launched.host()} ends, because {lost}, which started it, is gone.")
+        self.timer.update(progress.notes, now)
+        if self.launcher and (gone := self.launcher.lost()):
+            say(f"error: rank {self.rank} on {launched.host()} ends because {gone}, which started it, is gone.")
             os._exit(EXIT_CRASHED)
         if now - self._wrote_at >= self.beat_every:
             self._beat()
-        if self.stall_timeout and now - self._progress_at > self.stall_timeout:
-            self._end_if_all_are_stuck()
+        if self.timer.expired(now):
+            self._end_if_stalled()
 
     def _beat(self) -> None:
-        """Writes the heartbeat; a disk that is full must not end the training."""
+        """Writes the heartbeat; a full disk must not end the training."""
         if self.heartbeats is None:
             return
         with self._writing:
@@ -143,81 +143,75 @@ class Watchdog:
             except OSError as error:
                 if self.rank == 0 and not self._warned:
                     self._warned = True
-                    _say(f"warning: no heartbeats, which name a rank that is stuck: {error}. Training goes on.")
+                    say(
+                        f"warning: heartbeats cannot be written: {error}. Training continues; without heartbeats, "
+                        "nobody can tell which rank is stuck or lost."
+                    )
 
     def _heartbeat(self) -> Heartbeat:
-        now = progress
         return Heartbeat(
             rank=self.rank,
             size=self.size,
             host=launched.host(),
             pid=os.getpid(),
-            step=now.step,
-            doing=now.describe(),
-            waiting_for=now.waiting_for,
-            idle=round(time.monotonic() - self._progress_at, 3),
+            step=progress.step,
+            doing=progress.describe(),
+            waiting_for=progress.waiting_for,
+            idle=round(self.timer.idle(time.monotonic()), 3),
             interval=self.beat_every,
             received_sigterm=self.received_sigterm,
-            ended=self.ended,
+            last_words=self.reason,
         )
 
-    def _terminated(self) -> None:
-        """The launcher ends this rank. If that is because another one is lost, this one waits for it and never returns
-        from there, so the main thread cannot tell."""
+    def _handle_sigterm(self) -> None:
+        """The launcher ends this rank. If that is because another rank is lost, the main thread waits for that one in a
+        collective and never returns, so it cannot report."""
         self.received_sigterm = True
         self._beat()
         # It may still have something to do before it waits, such as writing a checkpoint.
-        if any(self._waits_for(LAST_WORDS / 4) for _ in range(4)):
-            self.last_words(f"{WAITED} {progress.waiting_for}")
+        if any(self._waits_for(TIME_FOR_LAST_WORDS / 4) for _ in range(4)):
+            self.last_words(LastWords.WAITED)
             if self.report_lost_ranks():
                 # Open MPI would take a second for each rank of the host.
                 os._exit(EXIT_CRASHED)
-            self.ended = None  # it may have been a request to stop, and the other ranks just slow
+            self.reason = None  # it may have been a request to stop, and the other ranks are just slower
 
     @staticmethod
     def _waits_for(seconds: float) -> bool:
-        """Whether the main thread waits in one and the same collective for that long."""
+        """Whether the main thread waits in the same collective for that long."""
         notes = progress.notes
         time.sleep(seconds)
         return progress.waiting_for is not None and progress.notes == notes
 
-    def _end_if_all_are_stuck(self) -> None:
+    def _end_if_stalled(self) -> None:
         self._beat()
-        beats = self._all_heartbeats()
-        # Another rank may have good reasons to let the others wait, such as an evaluation or a checkpoint.
-        if any(beat.stuck_for < self.stall_timeout / 2 for beat in beats):
+        stall = find_stall(self._all_heartbeats(), self.stall_timeout)
+        if stall is None:
             return
-        said = f"no rank has got on for {self.stall_timeout:.0f} s (runtime.stall_timeout). {diagnose(beats)}"
-        reporter = self.heartbeats is None or self.heartbeats.claim_report(said)
+        reporter = self.heartbeats is None or self.heartbeats.claim_report(stall.sentence)
         if reporter:
-            _say(f"error: {said} The job ends; resume it with --resume. Stacks, the innermost call first:")
-        if any(self.rank == min(beat.rank for beat in ranks) for ranks in groups(beats).values()):
+            say(f"error: {stall.sentence} The job ends; resume it with --resume. Stacks, innermost call first:")
+        if self.rank in stall.witnesses:
             self._print_stacks()
-        time.sleep(STACKS if reporter else 2 * STACKS)
-        _end_job(EXIT_STALLED)
+        time.sleep(TIME_FOR_STACKS if reporter else 2 * TIME_FOR_STACKS)
+        end_job(EXIT_STALLED)
 
     def _all_heartbeats(self) -> list[Heartbeat]:
-        """What is known of all ranks: this one only, where heartbeats are not kept or cannot be read."""
+        """The heartbeats of all ranks; of this one only, where files are not kept or cannot be read."""
         if self.heartbeats:
             try:
                 return self.heartbeats.read() or [self._heartbeat()]
             except (OSError, ValueError) as error:
-                _say(f"warning: the heartbeats of the other ranks cannot be read: {error}")
+                say(f"warning: the heartbeats of the other ranks cannot be read: {error}")
         return [self._heartbeat()]
 
     def _print_stacks(self) -> None:
-        _say(f"rank {self.rank} on {launched.host()}, step {progress.step}:")
+        say(f"rank {self.rank} on {launched.host()}, step {progress.step}:")
         with contextlib.suppress(OSError):
             faulthandler.dump_traceback(sys.__stderr__ or 2)
 
 
-def _say(sentence: str) -> None:
-    # Who reads it may be gone, and that must not keep this thread from what it does next.
-    with contextlib.suppress(OSError):
-        say(sentence)
-
-
-def _end_job(exit_code: int) -> None:
-    # MPI may be what is stuck: then at least this rank ends, and the launcher sees to the others.
+def end_job(exit_code: int) -> None:
+    """Ends all ranks. MPI may be what is stuck: then at least this one ends, and the launcher ends the others."""
     threading.Timer(5.0, os._exit, [exit_code]).start()
     comm.abort(exit_code)

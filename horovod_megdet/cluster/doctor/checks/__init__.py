@@ -1,67 +1,53 @@
-"""From what is known to findings: functions without side effects, one subject each.
+"""Turns what is known into findings: pure functions, one subject each.
 
-A check says one good thing where it finds nothing wrong, and nothing where it knows nothing.
+A check that finds nothing wrong says so in one *ok* finding; a check that knows nothing says nothing.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from horovod_megdet.cluster.doctor.checks.machines import (
-    check_disks,
-    check_gpus,
-    check_limits,
-    check_memory,
-    check_processors,
-    check_ranks,
-    check_shared_memory,
-)
-from horovod_megdet.cluster.doctor.checks.network import (
-    check_allreduce,
-    check_clocks,
-    check_interfaces,
-    check_names,
-    check_run_directory,
-)
-from horovod_megdet.cluster.doctor.checks.software import check_build, check_config, check_data, check_versions
-from horovod_megdet.cluster.doctor.examination import Examination, Finding
+from horovod_megdet.cluster.doctor.checks import machines, network, software
+from horovod_megdet.cluster.doctor.examination import Examination, Finding, warning
 
 CHECKS: dict[str, Callable[[Examination], list[Finding]]] = {
-    "ranks": check_ranks,
-    "configuration": check_config,
-    "versions": check_versions,
-    "build": check_build,
-    "GPUs": check_gpus,
-    "processors": check_processors,
-    "memory": check_memory,
-    "limits": check_limits,
-    "interfaces": check_interfaces,
-    "names": check_names,
-    "clocks": check_clocks,
-    "data": check_data,
-    "run directory": check_run_directory,
-    "disks": check_disks,
-    "shared memory": check_shared_memory,
-    "allreduce": check_allreduce,
+    "ranks": machines.check_ranks,
+    "configuration": software.check_config,
+    "versions": software.check_versions,
+    "build": software.check_build,
+    "GPUs": machines.check_gpus,
+    "processors": machines.check_processors,
+    "memory": machines.check_memory,
+    "limits": machines.check_limits,
+    "interfaces": network.check_interfaces,
+    "names": network.check_names,
+    "clocks": network.check_clocks,
+    "data": software.check_data,
+    "run directory": network.check_run_directory,
+    "disks": machines.check_disks,
+    "shared memory": machines.check_shared_memory,
+    "allreduce": network.check_allreduce,
 }
 
 
 def examine(examination: Examination) -> list[Finding]:
-    """All findings. A check that fails is a finding itself and does not hide those of the others."""
+    """All findings. A check that crashes is a finding itself, and the others still run."""
     findings = [
-        Finding("doctor", "warning", f"{subject} could not be found out: {reason}", "Please report this.")
+        replace(warning(f"could not determine {subject}: {reason}", "Please report this."), check="doctor")
         for subject, reason in _failures(examination).items()
     ]
     for name, check in CHECKS.items():
         try:
-            findings += check(examination)
+            found = check(examination)
         except Exception as error:
-            problem = f"this could not be checked: {type(error).__name__}: {error}"
-            findings.append(Finding(name, "warning", problem, "Please report this."))
+            found = [warning(f"the check itself failed: {type(error).__name__}: {error}", "Please report this.")]
+        findings += [replace(finding, check=name) for finding in found]
     return findings
 
 
 def _failures(examination: Examination) -> dict[str, str]:
-    found = dict(examination.failures)
+    """What could not be determined, and why, on the first rank where that happened."""
+    failures = dict(examination.failures)
     for facts in examination.ranks:
-        for name, reason in facts.failures.items():
-            found.setdefault(name.replace("_", " "), f"{reason} (rank {facts.place.rank} on {facts.place.host})")
-    return found
+        for part, reason in facts.failures.items():
+            failures.setdefault(part.replace("_", " "), f"{reason} ({facts.name})")
+    return failures

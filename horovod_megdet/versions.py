@@ -1,0 +1,30 @@
+"""The packages that a run needs, and their versions."""
+
+import platform
+from importlib import metadata
+
+NUMERICAL = (
+    *("horovod", "mpi4py", "torch", "torchvision", "timm", "numpy", "pillow", "pycocotools"),
+    *("pyyaml", "pydantic"),
+)
+"""What could change the numbers of a run."""
+
+PACKAGES = (*NUMERICAL, "safetensors", "psutil", "rich", "matplotlib", "tensorboard", "jinja2")
+
+OPTIONAL = ("mpi4py", "timm")
+"""mpi4py serves Horovod's MPI controller only, timm only the LARS optimizer."""
+
+MISSING = "missing"
+"""The version of a package that is not installed."""
+
+
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """The versions of Python and of the packages, by name."""
+    return {"Python": platform.python_version()} | {name: _version(name) for name in packages}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return MISSING
