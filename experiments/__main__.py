@@ -84,7 +84,7 @@ def run_all(arguments: argparse.Namespace) -> int:
     if arguments.list:
         print_list(runs, results.rows())
         return 0
-    laboratory = Laboratory(runs_dir, results, Stop(), say)
+    laboratory = Laboratory(runs_dir, Stop(), say)
     failures = 0
     if missing(runs, results.rows()):
         laboratory.pretrain(runs_dir / "backbone.pth", QUICK_CROPS if arguments.quick else [])
@@ -94,7 +94,7 @@ def run_all(arguments: argparse.Namespace) -> int:
         left = missing(runs, results.rows())
         say(f"{run} starts; left: {len(left)} runs, about {duration(left, results.rows())}")
         try:
-            row = laboratory.make(run, partial(say_evaluation, run))
+            row = laboratory.make(run, results, partial(say_evaluation, run))
         except RunFailed as error:
             say(f"error: {error}")
             failures += 1
@@ -108,7 +108,8 @@ def run_all(arguments: argparse.Namespace) -> int:
 def update_page(cells: list[Cell], results: Results, docs: Path) -> None:
     """Writes findings.md from the lines that belong to the cells as they are now."""
     current = {cell.hash for cell in cells}
-    write_page([row for row in results.rows() if row["hash"] in current], docs / "findings.md", docs / "figures")
+    rows = [row for row in results.rows() if row["hash"] in current]
+    write_page(rows, results.path.with_name("mini_batch_256.json"), docs / "findings.md", docs / "figures")
 
 
 def missing(runs: list[Run], rows: list[Row]) -> list[Run]:

@@ -1,5 +1,6 @@
 """Writes docs/findings.md from the lines of results alone."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +17,7 @@ on where it was stopped; `make experiments LIST=1` says what is left.
 
 The paper trained ResNet-50 on COCO with 16 to 256 images per step. This page looks for the same at the scale of two CPU
 cores: ResNet-18, pre-trained on crops of generated shapes; 2,400 generated images of 128 to 192 pixels (2,311 of them
-have objects); 6 epochs; two ranks; bfloat16. The linear rule starts from a rate of 0.01 at 8 images, which is k = 1, and
+have objects); 6 epochs; two ranks; bfloat16. The linear rule starts from a rate of 0.01 at 8 images, which is k = 1;
 gradients are not clipped. AP is measured on 200 other images. A cell is a file of `experiments/cells`; it runs with
 seeds 0, 1 and 2.
 
@@ -28,10 +29,11 @@ Tables give mean ± standard deviation over the seeds, and in parentheses the nu
 """
 
 
-def write_page(rows: list[Row], page: Path, figures: Path) -> None:
+def write_page(rows: list[Row], mini_batch_256: Path, page: Path, figures: Path) -> None:
     """Writes the page and its figures; ``rows`` are the results of the cells as they are now."""
     outcomes = Outcomes(rows)
-    sections = [HEAD, _summary(outcomes), *(_section(f, outcomes, page, figures) for f in FINDINGS), _made_with(rows)]
+    sections = [HEAD, _summary(outcomes), *(_section(f, outcomes, page, figures) for f in FINDINGS)]
+    sections += [_mini_batch_256(mini_batch_256), _made_with(rows)]
     with atomic_write(page) as file:
         file.write("\n".join(sections).encode())
 
@@ -62,6 +64,25 @@ def _section(finding: Finding, outcomes: Outcomes, page: Path, figures: Path) ->
         f"**{verdict.word[0].upper()}{verdict.word[1:]}.** {verdict.reason}",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _mini_batch_256(path: Path) -> str:
+    """The section about one real mini-batch, from its file of results."""
+    head = "## A real mini-batch of 256 images\n\n"
+    if not path.exists():
+        return f"{head}Not run yet: `python -m experiments.mini_batch_256`.\n"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    steps = [["step", "loss", "time, s", "memory of the largest rank, MB"]]
+    for step in result["steps"]:
+        loss, seconds, memory = step["loss"], step["step_seconds"], step["memory_mb"]
+        steps.append([str(step["step"]), f"{loss:.3f}", f"{seconds:.1f}", f"{memory:.0f}"])
+    return (
+        f"{head}`python -m experiments.mini_batch_256` on {result['processor']}, {result['date']}: {result['ranks']} "
+        f"ranks x {result['images_per_rank']} images of 64 pixels in one pass, BN size {result['bn_size']}.\n\n"
+        f"{markdown(steps)}\n"
+        "With frozen norms, in float32, the gradient of the first step and the one that a single process computes from "
+        f"the same images differ by {result['gradient_difference']:.1e} of its norm.\n"
+    )
 
 
 def _made_with(rows: list[Row]) -> str:

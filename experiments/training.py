@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import math
+import os
 import platform
 import re
 import shutil
@@ -14,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
@@ -22,11 +22,12 @@ from typing import Any, BinaryIO
 from experiments.cells import RANKS, Run
 from experiments.results import Results, Row
 from horovod_megdet.cluster.launch.launcher import find_program
+from horovod_megdet.config import Config
 from horovod_megdet.errors import EXIT_NON_FINITE_LOSS, UserError
 from horovod_megdet.report.rows import METRICS_FILE, read_metrics
+from horovod_megdet.versions import versions
 
 PROJECT = Path(__file__).resolve().parent.parent
-PACKAGES = ("horovod", "torch", "torchvision", "numpy")
 LOG = "log.txt"
 
 KEPT = ("config.yaml", METRICS_FILE, LOG, "curves.png", "lock")
@@ -49,10 +50,12 @@ class Stop:
         if self._process:
             self._process.terminate()
 
-    def run(self, command: list[str], log: Path, keep_open: BinaryIO, poll: Callable[[], None]) -> int:
+    def run(
+        self, command: list[str], log: Path, lock: BinaryIO | None = None, poll: Callable[[], None] = lambda: None
+    ) -> int:
         """Runs a command with its output added to ``log``; calls ``poll`` meanwhile; returns the exit code.
 
-        The command inherits the file ``keep_open``, and with it its lock.
+        The command inherits the file ``lock`` and so keeps it locked, should this process be killed.
         """
         with log.open("ab") as output:
             # In a session of its own: Ctrl-C reaches it through this process only.
@@ -63,7 +66,7 @@ class Stop:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                pass_fds=[keep_open.fileno()],
+                pass_fds=[lock.fileno()] if lock else [],
             )
         if self.requested:
             self._process.terminate()
@@ -84,7 +87,6 @@ class Laboratory:
 
     runs: Path
     """Scratch: the backbone, the data set and the run directories."""
-    results: Results
     stop: Stop
     say: Callable[[str], None]
 
@@ -98,10 +100,10 @@ class Laboratory:
             self.say(f"Pre-training the backbone, about two minutes: {weights}")
             log = self.runs / "backbone.log"
             command = [sys.executable, "-m", "experiments.pretraining", str(weights), *arguments]
-            if self.stop.run(command, log, lock, lambda: None) and not self.stop.requested:
+            if self.stop.run(command, log, lock) and not self.stop.requested:
                 raise RunFailed(f"The backbone was not made; the end of {log}: {_last_line(log)}")
 
-    def make(self, run: Run, progress: Callable[[Row], None]) -> Row | None:
+    def make(self, run: Run, results: Results, progress: Callable[[Row], None]) -> Row | None:
         """Trains, or goes on training, and writes the line of results.
 
         Returns None where another driver has the run, has finished it, or where a signal asked to stop. Calls
@@ -109,12 +111,15 @@ class Laboratory:
         """
         run_dir = self.runs / run.folder
         with _locked(run_dir) as lock:
-            if lock is None or any((row["hash"], row["seed"]) == run.key for row in self.results.rows()):
+            if lock is None or any((row["hash"], row["seed"]) == run.key for row in results.rows()):
                 return None
             resumes = (run_dir / "config.yaml").exists()
             started = time.monotonic()
             log = run_dir / LOG
-            exit_code = self.stop.run(_command(run, run_dir, resumes), log, lock, _news(run_dir, progress))
+            settings = [*run.cell.overrides, f"runtime.seed={run.seed}"]
+            command = launch(RANKS, PROJECT / "train.py", run.cell.path, run_dir, settings)
+            command += ["--resume"] if resumes else []
+            exit_code = self.stop.run(command, log, lock, _news(run_dir, progress))
             if self.stop.requested and exit_code not in (0, EXIT_NON_FINITE_LOSS):
                 return None
             if exit_code not in (0, EXIT_NON_FINITE_LOSS):
@@ -122,7 +127,7 @@ class Laboratory:
                     f"{run}: exit code {exit_code}; the end of {run_dir / LOG}: {_last_line(run_dir / LOG)}"
                 )
             row = describe(run, run_dir, exit_code, None if resumes else time.monotonic() - started)
-            self.results.append(row)
+            results.append(row)
             prune(run_dir)
             return row
 
@@ -140,14 +145,15 @@ def _locked(run_dir: Path) -> Iterator[BinaryIO | None]:
         yield file
 
 
-def _command(run: Run, run_dir: Path, resumes: bool) -> list[str]:
+def launch(ranks: int, program: Path, config: Path, run_dir: Path, settings: list[str]) -> list[str]:
+    """The command that runs a program with a configuration on so many ranks of this machine."""
     megdet = find_program("megdet")
     if megdet is None:
         raise UserError("megdet is not installed in this environment: make setup installs it.")
-    train = [sys.executable, str(PROJECT / "train.py"), "--config", str(run.cell.path), "--run-dir", str(run_dir)]
-    for setting in (*run.cell.overrides, f"runtime.seed={run.seed}"):
-        train += ["--set", setting]
-    return [str(megdet), "launch", "--ranks", str(RANKS), "--", *train, *(["--resume"] if resumes else [])]
+    arguments = ["--config", str(config), "--run-dir", str(run_dir)]
+    for setting in settings:
+        arguments += ["--set", setting]
+    return [str(megdet), "launch", "--ranks", str(ranks), "--", sys.executable, str(program), *arguments]
 
 
 def _news(run_dir: Path, progress: Callable[[Row], None]) -> Callable[[], None]:
@@ -185,13 +191,20 @@ def describe(run: Run, run_dir: Path, exit_code: int, seconds: float | None) -> 
         "images_per_second": statistics.median(row["images_per_second"] for row in training) if training else None,
         "memory_mb": max((row["memory_mb"] for row in training), default=None),
         "seconds": seconds,
-        "weights": _sha256(Path(config.model.weights)),
-        "versions": {"Python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
-        "processor": f"{_cores()} x {_processor()}",
-        "date": time.strftime("%Y-%m-%d"),
+        **made_with(config),
         "config": config.model_dump(mode="json", exclude_unset=True),
     }
     return _without_nan(row)
+
+
+def made_with(config: Config) -> Row:
+    """What a result may depend on besides its configuration."""
+    return {
+        "weights": hashlib.sha256(Path(config.model.weights).read_bytes()).hexdigest()[:12],
+        "versions": versions(("horovod", "torch", "torchvision")),
+        "processor": f"{os.cpu_count()} x {_processor()}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 EVALUATED = ("epoch", "step", "AP", "AP50", "AP75", "AP_small", "AP_medium", "AR_100")
@@ -229,17 +242,9 @@ def _last_line(log: Path) -> str:
     return (errors or lines or ["it is empty"])[-1]
 
 
-def _sha256(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else None
-
-
 def _processor() -> str:
     found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
     return found[1] if found else platform.machine()
-
-
-def _cores() -> int:
-    return len(re.findall(r"^processor\s*:", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE))
 
 
 def _without_nan(value: Any) -> Any:
