@@ -84,9 +84,8 @@ def draw_break(panel: Axes, outcomes: Outcomes) -> None:
 
 def draw_beyond(panel: Axes, outcomes: Outcomes) -> None:
     for place, cell in enumerate(BEYOND.values()):
-        ap = outcomes[cell].ap
-        panel.plot(ap, [place] * len(ap), "o", color=BLUE, markersize=4, alpha=0.6)
-        if ap:
+        if ap := outcomes[cell].ap:
+            panel.plot(ap, [place] * len(ap), "o", color=BLUE, markersize=4, alpha=0.6)
             panel.plot([statistics.fmean(ap)], [place], "|", color=INK, markersize=14)
         for step in outcomes[cell].diverged_at:
             panel.plot([0], [place], "x", color=ORANGE)
@@ -123,8 +122,8 @@ def _series(panel: Axes, outcomes: dict[int, Outcome], color: str, label: str) -
     crosses = [x for x, outcome in outcomes.items() for _ in outcome.diverged_at]
     if means:
         panel.plot(list(means), list(means.values()), color=color, label=label)
-    for x, outcome in outcomes.items():
-        panel.plot([x] * len(outcome.ap), outcome.ap, "o", color=color, markersize=4, alpha=0.6)
+        seeds = [(x, ap) for x, outcome in outcomes.items() for ap in outcome.ap]
+        panel.plot(*zip(*seeds, strict=True), "o", color=color, markersize=4, alpha=0.6)
     if crosses:
         panel.plot(crosses, [0] * len(crosses), "x", color=color, label=f"{label}: diverged", clip_on=False)
 

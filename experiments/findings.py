@@ -149,7 +149,7 @@ def table_first_epochs(outcomes: Outcomes) -> Table:
     rows = []
     for k in KS:
         values = [mean_and_spread(outcomes[cgbn(k)].ap_at(epoch)) for epoch in epochs]
-        rows.append([str(k), *values, str(len(outcomes[cgbn(k)].rows))])
+        rows.append([str(k), *values, str(len(outcomes[cgbn(k)].rows) or "not run yet")])
     return [["k", *(f"epoch {epoch}" for epoch in epochs), "runs"], *rows]
 
 
