@@ -87,9 +87,10 @@ def draw_beyond(panel: Axes, outcomes: Outcomes) -> None:
         if ap := outcomes[cell].ap:
             panel.plot(ap, [place] * len(ap), "o", color=BLUE, markersize=4, alpha=0.6)
             panel.plot([statistics.fmean(ap)], [place], "|", color=INK, markersize=14)
-        for step in outcomes[cell].diverged_at:
+        if steps := outcomes[cell].diverged_at:
             panel.plot([0], [place], "x", color=ORANGE)
-            panel.annotate(f"diverged at step {step}", (0, place), (6, 4), textcoords="offset points", fontsize=8)
+            text = f"diverged at step {', '.join(map(str, steps))}"
+            panel.annotate(text, (0, place), (6, 4), textcoords="offset points", fontsize=8)
         if not outcomes[cell].rows:
             panel.annotate("not run yet", (0, place), (6, -3), textcoords="offset points", fontsize=8, color="#777777")
     panel.set_yticks(range(len(BEYOND)), list(BEYOND))
