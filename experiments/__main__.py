@@ -119,12 +119,13 @@ def missing(runs: list[Run], rows: list[Row]) -> list[Run]:
 
 
 def duration(runs: list[Run], rows: list[Row]) -> timedelta:
-    """How long runs take, from what those of the same cell took, or all of them."""
+    """How long runs take, from what those of the same cell took, or else all that did not diverge."""
+    timed = [row for row in rows if row["seconds"] is not None]
     known: dict[str, list[float]] = {}
-    for row in rows:
-        if row["seconds"] is not None:
-            known.setdefault(row["hash"], []).append(row["seconds"])
-    usual = statistics.median(second for times in known.values() for second in times) if known else SECONDS_PER_RUN
+    for row in timed:
+        known.setdefault(row["hash"], []).append(row["seconds"])
+    whole = [row["seconds"] for row in timed if row["outcome"] == "finished"]
+    usual = statistics.median(whole) if whole else SECONDS_PER_RUN
     return timedelta(seconds=round(sum(statistics.median(known.get(run.cell.hash, [usual])) for run in runs)))
 
 
