@@ -11,7 +11,6 @@ import argparse
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from cross_gpu_bn import NOISE_HEADING, machine
@@ -19,7 +18,8 @@ from torch import Tensor
 
 from horovod_megdet import comm
 from horovod_megdet.config import BatchNormConfig, ModelConfig, SolverConfig, load_config
-from horovod_megdet.engine.losses import agree_on_losses
+from horovod_megdet.data.loader import Batch
+from horovod_megdet.engine.losses import weigh_losses
 from horovod_megdet.models.detector import build_detector
 from horovod_megdet.solver.gradient_noise import COST_LIMIT, GradientNoise
 from horovod_megdet.solver.optimizer import build_optimizer
@@ -34,14 +34,14 @@ def measured_steps(model: ModelConfig, images: int, size: tuple[int, int]) -> Te
     detector = build_detector(model, BatchNormConfig(), num_classes=5).train()
     noise = GradientNoise(detector, images, accumulation=1, interval=1)
     optimizer = comm.distributed_optimizer(build_optimizer(detector, SolverConfig()), detector, 1, fp16=False)
-    pictures, targets = random_batch(images, size)
+    batch = random_batch(images, size)
     rows = []
     for number in range(WARM_UP + STEPS):
         comm.barrier()
         noise._seconds, started = 0.0, time.perf_counter()
         with noise.measuring(number):
-            losses = detector.forward_losses(pictures, targets)
-            agree_on_losses(losses, stop_requested=False, unreadable=False).loss.backward()
+            loss, _ = weigh_losses(batch, detector.forward_losses(batch.images, batch.targets))
+            loss.backward()
         comm.synchronize(optimizer)
         hooks, updating = noise._seconds, time.perf_counter()
         noise.update(number, images, loss_scale=1.0, step_seconds=updating - started)
@@ -55,15 +55,14 @@ def measured_steps(model: ModelConfig, images: int, size: tuple[int, int]) -> Te
     return torch.stack(rows[WARM_UP:])
 
 
-def random_batch(images: int, size: tuple[int, int]) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """Images of (height, width), other ones on every rank, and their targets: four objects on each."""
+def random_batch(images: int, size: tuple[int, int]) -> Batch:
+    """Images of (height, width), other ones on every rank, with four objects each."""
     height, width = size
     generator = torch.Generator().manual_seed(comm.rank())
     pictures = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for _ in range(images)]
     unit = torch.tensor([[0.1, 0.1, 0.4, 0.5], [0.2, 0.5, 0.6, 0.9], [0.5, 0.1, 0.9, 0.3], [0.7, 0.6, 0.95, 0.95]])
-    boxes = unit * torch.tensor([width, height, width, height])
-    targets = [{"boxes": boxes, "labels": torch.tensor([1, 2, 3, 4]), "seed": number} for number in range(images)]
-    return pictures, targets
+    target = {"boxes": unit * torch.tensor([width, height, width, height]), "labels": torch.tensor([1, 2, 3, 4])}
+    return Batch(pictures, [target | {"seed": number, "image_id": number, "index": number} for number in range(images)])
 
 
 def section() -> str:
@@ -73,14 +72,14 @@ def section() -> str:
         ("demo", demo.model, demo.data.images_per_rank, (128, 170)),
         ("R50-FPN", ModelConfig(weights="none"), 2, (320, 427)),
     )
+    command = f"mpirun -np {comm.size()} python benchmarks/gradient_noise.py --write docs/benchmarks.md"
     lines = [
         NOISE_HEADING,
         "",
-        f"Written by `mpirun -np {comm.size()} python benchmarks/gradient_noise.py --write docs/benchmarks.md`, which says "
-        f"how it measures; one thread per rank. {machine()}. `measure_noise: auto` measures in every n-th step, so that "
-        f"the cost stays under {COST_LIMIT:.0%} of the time.",
+        f"Written by `{command}`, which says how it measures; one thread per rank. {machine()}. `measure_noise: auto` "
+        f"measures in every n-th step, so that the cost stays under {COST_LIMIT:.0%} of the time.",
         "",
-        "| step | hooks, ms | norms of the mean and message, ms | whole step, ms | part of a measured step | n of `auto` |",
+        "| step | hooks, ms | norms of the mean and message, ms | whole step, ms | of a measured step | n of `auto` |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, model, images, size in cases:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from horovod_megdet import comm
 from horovod_megdet.config import BatchNormConfig, ModelConfig
-from horovod_megdet.engine.losses import agree_on_losses
+from horovod_megdet.data.loader import Batch
+from horovod_megdet.engine.losses import weigh_losses
 from horovod_megdet.models.detector import Detector, build_detector
 from horovod_megdet.models.modules import MODULES, trainable_parameters
 from horovod_megdet.models.norms import bn_group
@@ -49,6 +50,12 @@ class Measured:
         if not found.weight:
             return {}
         return {name: (found.variance_of(name), found.signal_of(name)) for name in (*MODULES, ALL)}
+
+
+def loss_of_pass(detector: Detector, images: list[Tensor], targets: list[dict[str, Any]]) -> Tensor:
+    """This rank's part of the loss of a pass, weighted as in training."""
+    batch = Batch(images, [target | {"image_id": target["seed"], "index": target["seed"]} for target in targets])
+    return weigh_losses(batch, detector.forward_losses(images, targets))[0]
 
 
 def mean(steps: list[Estimates]) -> Estimates:
@@ -109,8 +116,7 @@ def against_single_images(passes: int, fp16: bool = False) -> float:
 
     def losses(pairs: list[tuple[int, int]]) -> Iterator[Tensor]:
         for pair in pairs[comm.rank() :: comm.size()]:
-            found = detector.forward_losses([images[i] for i in pair], [targets[i] for i in pair])
-            yield agree_on_losses(found, stop_requested=False, unreadable=False).loss
+            yield loss_of_pass(detector, [images[i] for i in pair], [targets[i] for i in pair])
 
     steps = [measured.step(losses(pairs)) for pairs in rounds(len(images))]
     return difference(mean(steps), expected)
@@ -125,7 +131,7 @@ def against_gradients_of_units() -> float:
     detector = build_detector(ModelConfig(**SMALL), batch_norm, 2, group=bn_group(batch_norm, PER_UNIT)).double()
 
     def losses() -> Iterator[Tensor]:
-        yield agree_on_losses(detector.forward_losses(images, targets), stop_requested=False, unreadable=False).loss
+        yield loss_of_pass(detector, images, targets)
 
     parameters = trainable_parameters(detector)
     gradients = iter(torch.autograd.grad(next(losses()), [p for module in MODULES for p in parameters[module]]))
