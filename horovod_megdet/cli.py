@@ -45,6 +45,16 @@ def _parser() -> argparse.ArgumentParser:
         help="gigabytes per second of a large allreduce (default: %(default)g, one 10 Gbit/s link)",
     )
     plan.add_argument("--step-seconds", type=float, help="time of a step on one rank, to predict the whole step")
+    noise = plan.add_mutually_exclusive_group()
+    noise.add_argument(
+        "--noise-scale",
+        type=positive,
+        metavar="IMAGES",
+        help="noise scale of the gradient, to say what the mini-batch gains and loses (docs/method.md)",
+    )
+    noise.add_argument(
+        "--run", dest="noise_of", type=Path, metavar="DIR", help="the same, as this run measured it last"
+    )
     plan.set_defaults(run=_plan)
 
     check = commands.add_parser("check-data", help="list everything that is wrong with the data of a configuration")
@@ -125,9 +135,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     from horovod_megdet.models.detector import build_detector
     from horovod_megdet.report.tables import console, two_columns
     from horovod_megdet.solver.cost import MessageCost, communication_table
+    from horovod_megdet.solver.gradient_noise import gain_table
     from horovod_megdet.solver.schedule import make_schedule
 
     config = config_of(arguments)
+    noise_scale = _noise_scale(arguments.noise_of) if arguments.noise_of else arguments.noise_scale
     images = arguments.images or _training_images(config)
     schedule = make_schedule(config.solver, images, arguments.ranks, config.data.images_per_rank)
     console().print(two_columns("Schedule", schedule.table()))
@@ -135,7 +147,23 @@ def _plan(arguments: argparse.Namespace) -> int:
     detector = build_detector(config.model, config.batch_norm, num_classes=80)
     rows = communication_table(cost, detector, arguments.ranks, arguments.step_seconds)
     console().print(two_columns("Communication, predicted", rows))
+    if noise_scale is not None:
+        gains = gain_table(noise_scale, schedule.mini_batch, config.solver.reference_batch_size)
+        console().print(two_columns("Mini-batch, predicted", gains))
     return 0
+
+
+def _noise_scale(run_dir: Path) -> float:
+    """The newest noise scale that a run has measured."""
+    from horovod_megdet.report.rows import METRICS_FILE, read_metrics
+
+    measured = [row["noise_scale"] for row in read_metrics(run_dir / METRICS_FILE) if row.get("noise_scale")]
+    if not measured:
+        raise UserError(
+            f"{run_dir / METRICS_FILE}: no noise scale in it: the run has one rank and one pass per step, "
+            "solver.measure_noise: never, or so far too few steps. Give --noise-scale, or another run."
+        )
+    return float(measured[-1])
 
 
 def _training_images(config: Config) -> int:

@@ -1,0 +1,66 @@
+"""``megdet plan``: what it prints of the schedule, the communication and the noise scale."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from horovod_megdet import cli
+
+
+def plan(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    fixed = ["megdet", "plan", "--ranks", "8", "--images", "1000", "--set", "data.images_per_rank=2"]
+    monkeypatch.setattr(sys, "argv", [*fixed, "--set", "solver.reference_batch_size=16", *arguments])
+    return cli.main()
+
+
+def write_metrics(run_dir: Path, *noise_scales: float | None) -> None:
+    rows = [{"kind": "train", "step": step, "noise_scale": scale} for step, scale in enumerate(noise_scales)]
+    rows.append({"kind": "evaluation", "step": len(rows), "AP": 0.1})
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_nothing_is_said_of_the_noise_unless_it_is_known(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(monkeypatch) == 0
+    printed = capsys.readouterr().out
+    assert "16 images = 8 ranks x 2 images x 1 passes" in printed
+    assert "noise scale" not in printed
+
+
+def test_a_noise_scale_says_what_the_mini_batch_gains_and_loses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(monkeypatch, "--noise-scale", "48", "--set", "solver.mini_batch=48") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "48 images; the mini-batch is 1 times as large" in printed
+    assert "instead of 16 images 0.5 times the steps, 1.5 times the images" in printed
+
+
+def test_the_newest_noise_scale_of_a_run_counts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_metrics(tmp_path, None, 99.0, 32.0, None)
+    assert plan(monkeypatch, "--run", str(tmp_path)) == 0
+    assert "32 images; the mini-batch is 0.5 times as large" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_run_without_a_noise_scale_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_metrics(tmp_path, None)
+    assert plan(monkeypatch, "--run", str(tmp_path)) == 2
+    assert f"{tmp_path / 'metrics.jsonl'}: no noise scale in it" in capsys.readouterr().err
+    assert plan(monkeypatch, "--run", str(tmp_path / "missing")) == 2
+    assert "Is " in capsys.readouterr().err
+
+
+def test_a_noise_scale_is_a_positive_number_of_images(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for arguments in (["--noise-scale", "0"], ["--noise-scale", "10", "--run", str(tmp_path)]):
+        with pytest.raises(SystemExit, match="2"):
+            plan(monkeypatch, *arguments)
+    assert "not allowed with argument --noise-scale" in capsys.readouterr().err
