@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -215,12 +216,19 @@ def newest(run_dir: Path, report: Callable[[str], None]) -> Checkpoint:
     )
 
 
-def _as_plain(state: TrainingState) -> dict[str, Any]:
-    """The fields of the state, the dataclasses among them as dicts; tensors are not copied."""
-    return {
-        key: asdict(value) if isinstance(value, Position | NoiseAverages | AGVM) else value
-        for key, value in vars(state).items()
-    }
+def _as_plain(value: Any) -> Any:
+    """Dataclasses as dicts, and containers built anew with one object for equal strings; tensors are not copied.
+
+    A pickle refers back to an object that it has written before: without this, equal states could have other bytes,
+    depending on which of their strings come from a checkpoint.
+    """
+    if isinstance(value, TrainingState | Position | NoiseAverages | AGVM):
+        return _as_plain(vars(value))
+    if isinstance(value, dict):
+        return {_as_plain(key): _as_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_as_plain(item) for item in value)
+    return sys.intern(value) if isinstance(value, str) else value
 
 
 def _sha256(path: Path) -> str:

@@ -6,6 +6,7 @@ import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import yaml
 
 from horovod_megdet.config import Config
-from horovod_megdet.engine import checkpoint, random_state, run_folder
+from horovod_megdet.engine import checkpoint, random_state, run_folder, startup
 from horovod_megdet.engine.checkpoint import Position, RunDescription, TrainingState
 from horovod_megdet.errors import EXIT_NOT_SAVED, NotSavedError, UserError
 from horovod_megdet.models.detector import build_detector
@@ -38,6 +39,17 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert torch.equal(saved.state().optimizer["momentum"], torch.ones(3))
     assert saved.state().position == Position(5, 40)
     assert checkpoint.read(tmp_path).path == path, "a run directory stands for its newest checkpoint"
+
+
+def test_equal_states_have_equal_bytes(tmp_path: Path) -> None:
+    """Also where strings and tuples that were one object have become two, as in a state that was read."""
+    name, betas = "backbone", (0.9, 0.999)
+    one = [{"module": name, "betas": betas}, {"module": name, "betas": betas}]
+    two = [{"module": "".join(name), "betas": tuple(beta for beta in betas)} for _ in range(2)]
+    assert one == two
+    assert two[0]["module"] is not two[1]["module"]
+    paths = [write(tmp_path / str(i), 3, optimizer={"groups": groups}) for i, groups in enumerate((one, two))]
+    assert checkpoint.read(paths[0]).bits() == checkpoint.read(paths[1]).bits()
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "state.pt", "checkpoint.json", "SHA256SUMS"])
@@ -110,6 +122,15 @@ def test_the_expected_size_is_that_of_a_checkpoint(solver: dict[str, Any], tmp_p
     run = RunDescription(config.model_dump(mode="json"), ["a"], [1], "fingerprint", {})
     path = checkpoint.save(tmp_path, weights, state, run, epoch=1.0)
     assert sum(file.stat().st_size for file in path.iterdir()) == pytest.approx(expected, rel=0.01)
+
+
+def test_the_state_of_another_optimizer_cannot_be_continued(tmp_path: Path) -> None:
+    config = Config.model_validate({"solver": {"optimizer": "adamw"}})
+    trainer: Any = SimpleNamespace(config=config, train_set=SimpleNamespace(fingerprint="fingerprint"))
+    with pytest.raises(
+        UserError, match=r"step_00000001: .* state of solver.optimizer: sgd, which adamw cannot continue"
+    ):
+        startup.resume_from(trainer, checkpoint.read(write(tmp_path, 1)))
 
 
 def test_nothing_to_resume_is_an_error(tmp_path: Path) -> None:
