@@ -70,7 +70,7 @@ class Job:
         """What the job has printed so far."""
         return self.log.read_text(errors="replace")
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 240) -> int:
         """Waits for the launcher's exit code; kills whatever still runs after ``timeout`` seconds."""
         try:
             return self.process.wait(timeout)
@@ -114,7 +114,7 @@ def run(
     ranks: int,
     arguments: list[str],
     folder: Path,
-    timeout: float = 120,
+    timeout: float = 240,
     environment: Mapping[str, str] = ENVIRONMENT,
 ) -> tuple[int, str]:
     """Runs train.py to its end; returns exit code and output."""
