@@ -229,7 +229,7 @@ def test_truncated_file_is_found_by_decoding(folder: Folder) -> None:
     path.write_bytes(path.read_bytes()[:-60])
     assert folder.load(check_images="open").problems == []
     assert check_dataset(folder.annotations, folder.images, "open") == []
-    with pytest.raises(UserError, match=r"2\.png: the image cannot be read: "):
+    with pytest.raises(UserError, match=r"2\.png\): the image cannot be read: "):
         folder.load(check_images="decode")
     assert [problem.image for problem in check_dataset(folder.annotations, folder.images, "decode")] == [2]
 
