@@ -22,7 +22,8 @@ help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "Variables: VENV=.venv  NP=2 (ranks of the demo)  ARGS=... (more arguments for the demo or pytest)"
-	@echo "           PYTHON=python3.11  MPI=wheel|system  GPU=0|1  TORCH=x.y.z TORCHVISION=a.b.c (of the set-up)"
+	@echo "           PYTHON=python3.11  MPI=wheel|system|none  GPU=0|1  TORCH=x.y.z TORCHVISION=a.b.c  TORCH=installed"
+	@echo "           OFFLINE=folder (of the set-up)"
 	@echo "'python3 scripts/setup_env.py --help' explains those of the set-up."
 
 setup: ## Make the environment, or complete it: venv, packages, MPI and Horovod

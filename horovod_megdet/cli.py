@@ -106,8 +106,17 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_arguments(start)
     start.set_defaults(run=launch.run_launch)
 
-    report = commands.add_parser("report", help="draw the curves of a run directory again")
-    report.add_argument("run_dir", type=Path)
+    report = commands.add_parser(
+        "report", help="compare runs on one HTML page, or look at one and draw its curves again"
+    )
+    report.add_argument(
+        "run_dirs", metavar="RUN", nargs="+", type=Path, help="a run directory, also of a run in progress"
+    )
+    report.add_argument(
+        "--output",
+        type=Path,
+        help="the page to write (default: report.html, in the run directory or, for several runs, in this folder)",
+    )
     report.set_defaults(run=_report)
     return parser
 
@@ -195,7 +204,12 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from horovod_megdet.report.comparison import REPORT_FILE, write_comparison
     from horovod_megdet.report.curves import write_curves
 
-    print(write_curves(arguments.run_dir))
+    folder = Path()
+    if len(arguments.run_dirs) == 1:
+        folder = arguments.run_dirs[0]
+        print(write_curves(folder))
+    print(write_comparison(arguments.run_dirs, arguments.output or folder / REPORT_FILE))
     return 0

@@ -47,12 +47,13 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import dropwhile
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from environment import horovod_wheel, machine
-from environment.commands import Runner, SetupError, locked, say
+from environment.commands import STOP_SIGNALS, Runner, SetupError, locked, say
 from environment.horovod_wheel import short_hash
 from environment.options import BUILD_OPTIONS, choose_options, command_environ, path_without, requirements
 
@@ -141,11 +142,8 @@ class Setup:
             self.state.pop("venv", None)
         if not any((self.checkout / "horovod_megdet" / "layers").glob("_batch_norm_cpu*.so")):
             self.state.pop("project", None)
-        names = list(self.stamps())
-        first = next(
-            (n for n, (name, stamp) in enumerate(self.stamps().items()) if self.state.get(name) != stamp), None
-        )
-        return [] if first is None else names[first:]
+        stamps = self.stamps()
+        return list(dropwhile(lambda step: self.state.get(step) == stamps[step], stamps))
 
     def complete(self) -> None:
         """Do the steps that are due."""
@@ -155,9 +153,11 @@ class Setup:
             "horovod": self.install_horovod,
             "project": self.install_project,
         }
-        for name in self.due():
-            steps[name]()
-            self.record(**{name: self.stamps()[name]})
+        due = self.due()
+        self.record(options=self.options)
+        for step in due:
+            steps[step]()
+            self.record(**{step: self.stamps()[step]})
 
     # The steps.
 
@@ -167,9 +167,8 @@ class Setup:
         for entry in self.venv.iterdir():
             if entry != self.folder:
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        self.state = {}
-        self.version = RUNNING
-        self.record(options=self.options, version=RUNNING)
+        self.state, self.version = {"options": self.options}, RUNNING
+        self.record(version=RUNNING)
         base = getattr(sys, "_base_executable", None) or sys.executable
         self.runner.run("venv", f"making {self.venv} with Python {RUNNING}", [base, "-m", "venv", str(self.venv)])
         if self.options.get("TORCH") == "installed":
@@ -181,17 +180,10 @@ class Setup:
 
     def install(self, step: str, message: str, *arguments: str | Path, **variables: str) -> None:
         """Run ``pip install`` in the venv."""
-        self.record(venv=None, options=self.options)
-        command = [
-            str(self.python),
-            "-m",
-            "pip",
-            "install",
-            "--no-compile",
-            *map(str, arguments),
-        ]  # Python compiles what is used
+        self.record(venv=None)
+        pip = [str(self.python), "-m", "pip", "install", "--no-compile"]  # Python compiles what is used, later
         try:
-            self.runner.run(step, message, command, **variables)
+            self.runner.run(step, message, [*pip, *map(str, arguments)], **variables)
         except SetupError:
             log = (self.runner.logs / f"{step}.log").read_text(encoding="utf-8")
             if "Installing collected packages" not in log:  # nothing was written yet
@@ -209,35 +201,31 @@ class Setup:
         except SetupError:
             if "OFFLINE" not in self.options:
                 raise
-            self.install("packages", "installing what the folder has", *project, *self.tools_in_folder(project, tools))
+            lacking = self.folder_lacks([*project, f"horovod=={horovod_wheel.VERSION}", *tools])
+            if not lacking:
+                raise
+            sentence = f"{self.options['OFFLINE']} has nothing that fits Python {self.version} for"
+            names = ", ".join(sorted(lacking))
+            if not lacking <= set(tools):
+                raise SetupError(f"{sentence} {names}: add it (see setup_env.py --help).") from None
+            say(f"{sentence} {names}: tests or 'make lint' will miss that")
+            there = [name for name in tools if name not in lacking]
+            self.install("packages", "installing the packages that are there", *project, *there)
         if self.options["MPI"] == "system":
             own_build = ("--no-cache-dir", "--no-binary=mpi4py", "--no-deps", "mpi4py")
             constraint = () if "OFFLINE" in self.options else ("-c", self.checkout / "requirements.lock")
             mpicc = self.mpi.splitlines()[0]
             self.install("mpi4py", "compiling mpi4py for the system's MPI", *own_build, *constraint, MPICC=mpicc)
 
-    def tools_in_folder(self, project: Sequence[str], tools: Sequence[str]) -> list[str]:
-        """Those of the ``tools`` that the folder OFFLINE or the Python has.
+    def folder_lacks(self, names: Sequence[str]) -> set[str]:
+        """Those packages for which neither the folder OFFLINE nor the venv's Python has anything, according to pip."""
 
-        Raises:
-            SetupError: something that the project itself needs is not there.
-        """
-
-        def available(name: str) -> bool:
+        def lacks(name: str) -> bool:
             command = [str(self.python), "-m", "pip", "install", "--dry-run", "--no-deps", name]
-            return subprocess.run(command, capture_output=True, env=self.runner.environ).returncode == 0
+            return subprocess.run(command, capture_output=True, env=self.runner.environ).returncode != 0
 
-        names = [*project, f"horovod=={horovod_wheel.VERSION}", *tools]
         with ThreadPoolExecutor() as pool:
-            lacking = [name for name, found in zip(names, pool.map(available, names), strict=True) if not found]
-        needed = [name for name in lacking if name not in tools]
-        sentence = f"{self.options['OFFLINE']} has nothing that fits Python {self.version} for"
-        if needed or not lacking:
-            raise SetupError(
-                f"{sentence} {', '.join(needed) or 'what these need'}: see {self.runner.logs}/packages.log."
-            )
-        say(f"{sentence} {', '.join(lacking)}: tests or 'make lint' will miss that")
-        return [name for name in tools if name not in lacking]
+            return {name for name, lacking in zip(names, pool.map(lacks, names), strict=True) if lacking}
 
     def install_horovod(self) -> None:
         """Horovod, from the cache of built wheels or built into it, and an import of all that was compiled."""
@@ -250,10 +238,11 @@ class Setup:
             wheel = next(cache.glob("*.whl"), None) or self.build_horovod(found, cache)
             self.install("horovod", f"installing {wheel.name}", "--no-deps", "--force-reinstall", wheel)
         shutil.rmtree(self.folder / "build", ignore_errors=True)
-        built = (
-            f"hvd.gloo_built(), hvd.mpi_built(), bool(hvd.nccl_built())) == (True, {self.mpi != 'none'}, {self.gpu})"
+        wanted = (True, self.mpi != "none", self.gpu)
+        program = (
+            "import torchvision, horovod.torch as hvd\n"
+            f"assert (hvd.gloo_built(), hvd.mpi_built(), bool(hvd.nccl_built())) == {wanted}, 'another build'"
         )
-        program = f"import torchvision, horovod.torch as hvd; assert ({built}"
         self.runner.run("import", "importing torchvision and Horovod", [str(self.python), "-c", program])
 
     def build_horovod(self, found: horovod_wheel.Found, cache: Path) -> Path:
@@ -295,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the set-up and return the exit code."""
     formatter = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(prog="setup_env.py", description=__doc__, formatter_class=formatter).parse_args(arguments)
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in STOP_SIGNALS:
         signal.signal(signum, stop)
     try:
         set_up(os.environ)

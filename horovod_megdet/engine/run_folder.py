@@ -109,11 +109,14 @@ class RunFolder:
     ) -> None:
         """Writes the page of validation images and the summary."""
         if self._log:
-            from horovod_megdet.report.pictures import PAGE_FILE, write_validation_page
+            from horovod_megdet.report.page import VALIDATION_PAGE
+            from horovod_megdet.report.pictures import write_validation_page
 
             with _warned("the report"):
                 title = f"{self.path.name}, epoch {epoch:.2f}"
-                write_validation_page(self.path / PAGE_FILE, val_set, evaluation, count=self.pictures, title=title)
+                write_validation_page(
+                    self.path / VALIDATION_PAGE, val_set, evaluation, count=self.pictures, title=title
+                )
                 summary = asdict(description) | asdict(position) | evaluation.row()
                 with atomic_write(self.path / SUMMARY_FILE) as file:
                     file.write(json.dumps(summary, indent=1).encode())

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import LogLocator, NullLocator
 
 from horovod_megdet.errors import UserError
 from horovod_megdet.evaluation.metrics import DRAWN_METRICS
@@ -138,6 +139,9 @@ def _draw_noise_scale(panel: Axes, train: Rows) -> None:
     panel.plot(epochs, scales, color=PURPLE, linewidth=1.8, marker=_marker(scales), label="noise scale")
     panel.plot(epochs, mini_batch, color=INK, linewidth=1, linestyle="--", label="mini-batch")
     panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_locator(NullLocator())
     panel.legend(frameon=False, loc="upper left", fontsize=9)
 
 

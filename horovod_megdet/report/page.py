@@ -8,6 +8,8 @@ from typing import Any
 import jinja2
 from PIL import Image
 
+VALIDATION_PAGE = "validation.html"
+
 TALLEST = 480
 """Pixels on the screen that a picture is high at most."""
 

@@ -17,9 +17,7 @@ from horovod_megdet.evaluation.metrics import DRAWN_METRICS, percent
 from horovod_megdet.files import atomic_write
 from horovod_megdet.report.drawing import GRAY, Mark, class_color, draw_marks
 from horovod_megdet.report.matching import CORRECT, IGNORED, WRONG, GroundTruth, match
-from horovod_megdet.report.page import Card, render
-
-PAGE_FILE = "validation.html"
+from horovod_megdet.report.page import VALIDATION_PAGE, Card, render
 
 LONGEST_SIDE = 1280
 """Larger pictures are scaled down to this many pixels for the page."""
@@ -76,7 +74,7 @@ def write_validation_page(
     if not len(drawn.scores):
         summary += f": none of the {len(evaluation.detections.scores)} has one"
     with atomic_write(path) as file:
-        file.write(render("validation.html", title=title, summary=f"{summary}.", classes=classes, cards=cards))
+        file.write(render(VALIDATION_PAGE, title=title, summary=f"{summary}.", classes=classes, cards=cards))
 
 
 def _card(dataset: CocoDataset, index: int, truth: GroundTruth, detections: Arrays) -> Card:

