@@ -7,6 +7,8 @@ ARGS ?=
 BIN := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(VENV)/bin
 # The programs of the environment (mpirun, horovodrun, pytest, ...) come first.
 IN_VENV := PATH="$(BIN):$$PATH"
+# Options of 'make experiments'.
+EXPERIMENTS := $(if $(ONLY),--only '$(ONLY)') $(if $(SEEDS),--seeds $(SEEDS)) $(if $(LIST),--list) $(if $(QUICK),--quick)
 TESTS := $(wildcard tests/unit tests/parallel)
 
 # Open MPI refuses to work for root unless it is told twice; in a container, root is often the only user.
@@ -16,7 +18,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cluster lint ruff mypy format clean distclean
+.PHONY: help setup demo experiments test test-cluster lint ruff mypy format clean distclean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +43,9 @@ setup: ## Make the environment, or complete it: venv, packages, MPI and Horovod
 
 demo: setup ## Train a small detector on a synthetic data set with NP ranks
 	$(IN_VENV) horovodrun -np $(NP) "$(BIN)/python" train.py --config configs/demo.yaml $(ARGS)
+
+experiments: setup ## Make the missing runs of docs/findings.md, and the page (ONLY='k08_*' SEEDS=1 LIST=1 QUICK=1)
+	$(IN_VENV) python -m experiments $(EXPERIMENTS)
 
 test: setup ## Run the unit tests and the tests with several ranks
 	$(IN_VENV) python -m pytest $(TESTS) $(ARGS)

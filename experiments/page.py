@@ -1,0 +1,100 @@
+"""Writes docs/findings.md from the lines of results alone."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from experiments.figures import write_figure
+from experiments.findings import FINDINGS, RUNS, Finding, Table
+from experiments.outcomes import Outcomes
+from experiments.results import Row
+from horovod_megdet.files import atomic_write
+
+HEAD = """# MegDet's findings, reproduced
+
+`make experiments` makes the runs and writes this page from `experiments/results/runs.jsonl`; edit nothing here. It goes
+on where it was stopped; `make experiments LIST=1` says what is left.
+
+The paper trained ResNet-50 on COCO with 16 to 256 images per step. This page looks for the same at the scale of two CPU
+cores: ResNet-18, pre-trained on crops of generated shapes; 2,400 generated images of 128 to 192 pixels (2,311 of them
+have objects); 6 epochs; two ranks; bfloat16. The linear rule starts from a rate of 0.01 at 8 images, which is k = 1;
+gradients are not clipped. AP is measured on 200 other images. A cell is a file of `experiments/cells`; it runs with
+seeds 0, 1 and 2.
+
+CGBN shares its statistics over all images of a step up to k = 4, and over 32 beyond, the BN size that the paper found
+best: there a step takes 2 or 4 passes of 32 images. Frozen BN has the statistics of the pre-training; its FPN has no
+norm.
+
+Tables give mean ± standard deviation over the seeds, and in parentheses the number of runs.
+"""
+
+
+def write_page(rows: list[Row], mini_batch_256: Path, page: Path, figures: Path) -> None:
+    """Writes the page and its figures; ``rows`` are the results of the cells as they are now."""
+    outcomes = Outcomes(rows)
+    sections = [HEAD, _summary(outcomes), *(_section(f, outcomes, page, figures) for f in FINDINGS)]
+    sections += [_mini_batch_256(mini_batch_256), _made_with(rows)]
+    with atomic_write(page) as file:
+        file.write("\n".join(sections).encode())
+
+
+def markdown(table: Table) -> str:
+    """A table whose first row is the head."""
+    head, *body = [f"| {' | '.join(row)} |" for row in table]
+    return "\n".join([head, "|" + " --- |" * len(table[0]), *body]) + "\n"
+
+
+def _summary(outcomes: Outcomes) -> str:
+    table = [["finding", "verdict"]]
+    for number, finding in enumerate(FINDINGS, start=1):
+        table.append([f"{number}. {finding.title}", finding.verdict(outcomes).word])
+    return markdown(table)
+
+
+def _section(finding: Finding, outcomes: Outcomes, page: Path, figures: Path) -> str:
+    verdict = finding.verdict(outcomes)
+    path = figures / f"{finding.key}.svg"
+    drawn = write_figure(finding.key, outcomes, path)
+    parts = [
+        f"## {FINDINGS.index(finding) + 1}. {finding.title}",
+        f"Claim: {finding.claim} (Source: {finding.source}.)",
+        f"Rule: {finding.rule}",
+        markdown(finding.table(outcomes)).rstrip(),
+        f"![{finding.title}]({path.relative_to(page.parent)})" if drawn else "No figure: not run yet.",
+        f"**{verdict.word[0].upper()}{verdict.word[1:]}.** {verdict.reason}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _mini_batch_256(path: Path) -> str:
+    """The section about one real mini-batch, from its file of results."""
+    head = "## A real mini-batch of 256 images\n\n"
+    if not path.exists():
+        return f"{head}Not run yet: `python -m experiments.mini_batch_256`.\n"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    steps = [["step", "loss", "time, s", "memory of the largest rank, MB"]]
+    for step in result["steps"]:
+        loss, seconds, memory = step["loss"], step["step_seconds"], step["memory_mb"]
+        steps.append([str(step["step"]), f"{loss:.3f}", f"{seconds:.1f}", f"{memory:.0f}"])
+    return (
+        f"{head}`python -m experiments.mini_batch_256` on {result['processor']}, {result['date']}: {result['ranks']} "
+        f"ranks x {result['images_per_rank']} images of 64 pixels in one pass, BN size {result['bn_size']}.\n\n"
+        f"{markdown(steps)}\n"
+        "With frozen norms, in float32, the gradient of the first step and the one that a single process computes from "
+        f"the same images differ by {result['gradient_difference']:.1e} of its norm.\n"
+    )
+
+
+def _made_with(rows: list[Row]) -> str:
+    """Where the runs were made."""
+    table = [["processor", "versions", "pre-trained backbone", "dates", "runs"]]
+    kinds = Counter(_place(row) for row in rows)
+    for (processor, versions, weights), count in sorted(kinds.items()):
+        dates = sorted(row["date"] for row in rows if _place(row) == (processor, versions, weights))
+        days = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+        table.append([processor, versions, f"`{weights}`", days, str(count)])
+    return f"## Made with\n\n{markdown(table)}" if rows else f"## Made with\n\nNo run yet; each cell needs {RUNS}.\n"
+
+
+def _place(row: Row) -> tuple[str, str, str]:
+    return row["processor"], ", ".join(f"{k} {v}" for k, v in row["versions"].items()), str(row["weights"])

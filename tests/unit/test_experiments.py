@@ -1,0 +1,395 @@
+"""The experiments: cells and their hashes, lines of results, the rules of the verdicts, and the page."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments import findings
+from experiments.cells import CELLS, RANKS, Cell, Run, choose_runs, load_cells
+from experiments.findings import FINDINGS, KS, NOT_REPRODUCED, REPRODUCED, UNDECIDED, Finding, cgbn, frozen
+from experiments.outcomes import Outcomes, clearly_above, mean_and_spread
+from experiments.page import write_page
+from experiments.pretraining import SIDE, crops
+from experiments.results import Results, Row
+from experiments.training import Laboratory, Stop, describe, prune
+from horovod_megdet.config import load_config
+from horovod_megdet.data.synthetic import CLASSES
+from horovod_megdet.errors import EXIT_NON_FINITE_LOSS, UserError
+from horovod_megdet.solver.schedule import make_schedule
+
+
+def write_cell(folder: Path, name: str, text: str) -> None:
+    (folder / f"{name}.yaml").write_text(text)
+
+
+def line(cell: str, seed: int, ap: float | list[float] | None, **more: Any) -> Row:
+    """A line of results: a run with these APs by epoch, or a diverged one."""
+    by_epoch = [] if ap is None else [ap] if isinstance(ap, float) else ap
+    evaluations = [{"epoch": e, "step": 10 * e, "AP": v, "AP50": v} for e, v in enumerate(by_epoch, start=1)]
+    outcome = "diverged" if ap is None else "finished"
+    row = {"cell": cell, "hash": f"hash of {cell}", "seed": seed, "outcome": outcome, "evaluations": evaluations}
+    row |= {"diverged_at_step": 24 if ap is None else None, "mini_batch": 8 * int(cell[1:3]), "training": []}
+    row |= {"images_per_second": 40.0, "seconds": 300.0, "processor": "2 x A", "versions": {"torch": "2"}}
+    return row | {"weights": "abc", "date": "2026-01-01"} | more
+
+
+def lines(ap: dict[str, float | list[float] | None], seeds: int = 3, **more: Any) -> list[Row]:
+    """Lines of several cells, with a little spread between the seeds."""
+    spread = [0.0, 0.002, -0.002]
+    rows = []
+    for cell, value in ap.items():
+        for seed in range(seeds):
+            values = (
+                value if value is None else [v + spread[seed] for v in ([value] if isinstance(value, float) else value)]
+            )
+            rows.append(line(cell, seed, values, **more))
+    return rows
+
+
+def finding(key: str) -> Finding:
+    return next(found for found in FINDINGS if found.key == key)
+
+
+def verdict(key: str, rows: list[Row]) -> str:
+    return finding(key).verdict(Outcomes(rows)).word
+
+
+# Cells
+
+
+def test_every_cell_can_be_run_and_every_finding_has_its_cells() -> None:
+    cells, waiting = load_cells()
+    assert not waiting
+    assert len({cell.hash for cell in cells}) == len(cells), "two cells are the same"
+    for cell in cells:
+        schedule = make_schedule(cell.config.solver, 2311, RANKS, cell.config.data.images_per_rank)
+        assert schedule.mini_batch == 8 * int(cell.name[1:3])
+        if cell.config.batch_norm.bn_size != "world":
+            assert cell.config.batch_norm.bn_size == cell.config.data.images_per_rank
+    names = {cell.name for cell in cells}
+    assert {name for found in FINDINGS for name in found.cells} | {"k08_frozen_half_rate"} == names
+
+
+def test_bn_sizes_are_those_of_the_table() -> None:
+    cells = {cell.name: cell.config for cell in load_cells()[0]}
+    for size, name in findings.BN_SIZES.items():
+        data, batch_norm = cells[name].data, cells[name].batch_norm
+        together = RANKS * data.images_per_rank if batch_norm.bn_size == "world" else batch_norm.bn_size
+        assert together == size
+
+
+@pytest.mark.parametrize(
+    ("cell", "rate"), [(cgbn(k), 0.01 * k) for k in KS] + [("k16_half_rate", 0.08), ("k16_square_root", 0.04)]
+)
+def test_rates(cell: str, rate: float) -> None:
+    config = load_config(CELLS / f"{cell}.yaml")
+    schedule = make_schedule(config.solver, 2311, RANKS, config.data.images_per_rank)
+    assert schedule.peak_lr == pytest.approx(rate)
+    assert schedule.warmup_lr == pytest.approx(0.01)
+
+
+def test_the_hash_is_of_what_the_cell_and_its_base_say(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("solver:\n  epochs: 6\n")
+    folder = tmp_path / "cells"
+    folder.mkdir()
+    write_cell(folder, "a", "base: ../base.yaml\nmodel:\n  fpn_channels: 64\n")
+    write_cell(folder, "b", "# A comment.\nmodel: {fpn_channels: 64}\nbase: ../base.yaml\n")
+    write_cell(folder, "c", "base: ../base.yaml\nmodel:\n  fpn_channels: 32\n")
+    a, b, c = load_cells(folder)[0]
+    assert a.hash == b.hash != c.hash
+    before = a.hash
+    (tmp_path / "base.yaml").write_text("solver:\n  epochs: 7\n")
+    assert load_cells(folder)[0][0].hash != before
+    assert load_cells(folder, ("solver.epochs=6",))[0][0].hash == before
+    assert Run(a, 0).key != Run(a, 1).key
+
+
+def test_a_cell_with_an_unknown_key_waits(tmp_path: Path) -> None:
+    write_cell(tmp_path, "good", "solver: {epochs: 1}")
+    write_cell(tmp_path, "new", "solver: {not_there_yet: 1}")
+    cells, waiting = load_cells(tmp_path)
+    assert [cell.name for cell in cells] == ["good"]
+    assert "not_there_yet" in waiting["new"]
+
+
+def test_one_seed_of_every_cell_comes_first_and_patterns_keep_their_order() -> None:
+    cells, _ = load_cells()
+    runs = [(run.cell.name, run.seed) for run in choose_runs(cells, "k16_cgbn,k01_*", 2)]
+    assert runs == [(name, seed) for seed in (0, 1) for name in ("k16_cgbn", "k01_cgbn", "k01_frozen")]
+    assert len(choose_runs(cells, "", 3)) == 3 * len(cells)
+    with pytest.raises(UserError, match="k99"):
+        choose_runs(cells, "k01_cgbn,k99*", 1)
+
+
+# Results
+
+
+def test_an_incomplete_last_line_is_passed_over_and_removed(tmp_path: Path) -> None:
+    results = Results(tmp_path / "new" / "runs.jsonl")
+    assert results.rows() == []
+    assert not results.repair()
+    results.append(line("k01_cgbn", 0, 0.7))
+    whole = results.path.read_bytes()
+    results.path.write_bytes(whole + whole[:50])
+    assert [row["seed"] for row in results.rows()] == [0]
+    assert results.repair()
+    assert results.path.read_bytes() == whole
+    assert not results.repair()
+
+
+def test_a_line_after_an_incomplete_one_is_whole(tmp_path: Path) -> None:
+    results = Results(tmp_path / "runs.jsonl")
+    results.path.write_bytes(b'{"cell": "k01')
+    results.append(line("k02_cgbn", 1, None))
+    assert [(row["cell"], row["outcome"]) for row in results.rows()] == [("k02_cgbn", "diverged")]
+
+
+@pytest.mark.parametrize("bad", ["{", "[]", '{"cell": "k01_cgbn"}'])
+def test_a_damaged_line_is_named(tmp_path: Path, bad: str) -> None:
+    path = tmp_path / "runs.jsonl"
+    path.write_text(f"{json.dumps(line('k01_cgbn', 0, 0.7))}\n{bad}\n{json.dumps(line('k01_cgbn', 1, 0.7))}\n")
+    with pytest.raises(UserError, match="line 2"):
+        Results(path).rows()
+
+
+# One run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    (tmp_path / "backbone.pth").write_bytes(b"weights")
+    path = CELLS / "k08_frozen.yaml"
+    overrides = (f"model.weights={tmp_path / 'backbone.pth'}",)
+    return Run(Cell("k08_frozen", path, overrides, load_config(path, list(overrides))), 1)
+
+
+def test_a_diverged_run_is_described_with_its_step(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "log.txt").write_text("step 20\nerror: The loss is not finite at step 24: rank 1 on a, images [3].\n")
+    rows = [
+        {
+            "kind": "train",
+            "step": 10,
+            "epoch": 0.3,
+            "lr": 0.03,
+            "loss": 2.0,
+            "images_per_second": 30.0,
+            "memory_mb": 900,
+        },
+        {"kind": "train", "step": 20, "epoch": 0.6, "lr": 0.05, "loss": float("nan"), "images_per_second": 32.0}
+        | {"memory_mb": 950, "gradient_variance": 3.0, "squared_gradient": 0.5, "noise_scale": 6.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    row = describe(run, tmp_path, EXIT_NON_FINITE_LOSS, 61.0)
+    assert (row["outcome"], row["diverged_at_step"], row["evaluations"]) == ("diverged", 24, [])
+    assert (row["hash"], row["seed"], row["mini_batch"]) == (*run.key, 64)
+    assert row["training"] == [
+        {"epoch": 0.6, "step": 20, "lr": 0.05, "loss": None}
+        | {"gradient_variance": 3.0, "squared_gradient": 0.5, "noise_scale": 6.0}
+    ]
+    assert (row["images_per_second"], row["memory_mb"]) == (31.0, 950)
+    Results(tmp_path / "runs.jsonl").append(row)
+    assert Results(tmp_path / "runs.jsonl").rows() == [row]
+
+
+def test_a_finished_run_is_described_by_epochs(tmp_path: Path, run: Run) -> None:
+    rows: list[Row] = []
+    for step in range(1, 7):
+        measured = {"step": step, "epoch": step / 3, "lr": 0.08, "loss": 1 / step}
+        rows.append({"kind": "train", **measured, "images_per_second": 30.0, "memory_mb": 900})
+        if step % 3 == 0:
+            rows.append({"kind": "evaluation", "step": step, "epoch": step / 3, "AP": step / 10, "AP50": 0.9})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    row = describe(run, tmp_path, 0, 61.0)
+    assert [(e["epoch"], e["AP"]) for e in row["evaluations"]] == [(1.0, 0.3), (2.0, 0.6)]
+    assert [entry["step"] for entry in row["training"]] == [3, 6]
+    assert row["outcome"] == "finished"
+
+
+def test_a_run_that_another_driver_has_is_left_to_it(tmp_path: Path, run: Run) -> None:
+    """The lock is another process's, as it would be of another driver."""
+    folder = tmp_path / run.folder
+    folder.mkdir()
+    program = (
+        "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, str(folder / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout is not None
+    other.stdout.readline()
+    try:
+        laboratory = Laboratory(tmp_path, _NeverRuns(), print)
+        assert laboratory.make(run, Results(tmp_path / "runs.jsonl"), lambda row: None) is None
+    finally:
+        other.communicate(b"\n")
+
+
+def test_a_run_that_has_its_line_by_now_is_not_made_again(tmp_path: Path, run: Run) -> None:
+    results = Results(tmp_path / "runs.jsonl")
+    results.append(line("k08_frozen", run.seed, None) | {"hash": run.cell.hash})
+    assert Laboratory(tmp_path, _NeverRuns(), print).make(run, results, lambda row: None) is None
+
+
+class _NeverRuns(Stop):
+    def __init__(self) -> None:
+        pass
+
+    def run(self, *arguments: object, **more: object) -> int:
+        raise AssertionError("a run was started")
+
+
+def test_pruning_leaves_what_a_report_reads(tmp_path: Path) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "log.txt", "lock", "summary.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    prune(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "lock", "log.txt", "metrics.jsonl"]
+
+
+def test_crops_are_shapes_with_their_classes() -> None:
+    images, labels = crops(20)
+    again, _ = crops(20)
+    assert images.shape == (20, 3, SIDE, SIDE)
+    assert torch.equal(images, again)
+    assert len(labels) == 20
+    assert set(labels.tolist()) <= set(range(len(CLASSES)))
+
+
+# Verdicts
+
+TRAINED: dict[str, float | list[float] | None] = {cgbn(k): 0.7 for k in KS} | {frozen(k): 0.75 for k in KS}
+
+
+def test_statistics() -> None:
+    assert mean_and_spread([0.5, 0.52]) == "0.510 ± 0.014"
+    assert mean_and_spread([0.5]) == "0.500"
+    assert clearly_above([0.70, 0.71, 0.72], [0.60, 0.61, 0.62])
+    assert not clearly_above([0.70, 0.71, 0.72], [0.695, 0.705, 0.715]), "below the least difference"
+    assert not clearly_above([0.5, 0.9], [0.4, 0.8]), "within two standard errors"
+    assert not clearly_above([0.9], [0.1, 0.1]), "one run shows no spread"
+
+
+@pytest.mark.parametrize("found", FINDINGS, ids=lambda found: found.key)
+def test_without_runs_every_finding_is_undecided(found: Finding) -> None:
+    assert found.verdict(Outcomes([])).word == UNDECIDED
+    assert all("not run yet" in row or "–" in row for row in found.table(Outcomes([]))[1:])
+
+
+def test_batch_norm() -> None:
+    failing = TRAINED | {frozen(8): None, frozen(16): None}
+    assert verdict("batch-norm", lines(failing)) == REPRODUCED
+    assert verdict("batch-norm", lines(failing, seeds=2)) == UNDECIDED
+    assert verdict("batch-norm", lines(TRAINED)) == NOT_REPRODUCED
+    assert verdict("batch-norm", lines(failing | {cgbn(16): 0.02})) == NOT_REPRODUCED, "it learned nothing"
+    rows = lines(failing)
+    one_trains = [line(frozen(16), 2, 0.6) if (r["cell"], r["seed"]) == (frozen(16), 2) else r for r in rows]
+    assert verdict("batch-norm", one_trains) == NOT_REPRODUCED
+
+
+def test_warm_up() -> None:
+    without: dict[str, float | list[float] | None] = {"k08_no_warmup": 0.7, "k16_no_warmup": None}
+    assert verdict("warm-up", lines(TRAINED | without)) == REPRODUCED
+    assert verdict("warm-up", lines(TRAINED | without | {"k16_no_warmup": 0.6})) == REPRODUCED
+    assert verdict("warm-up", lines(TRAINED | without | {"k16_no_warmup": 0.7})) == NOT_REPRODUCED
+
+
+def test_bn_size() -> None:
+    ap: dict[str, float | list[float] | None] = dict.fromkeys(findings.BN_SIZES.values(), 0.7)
+    assert verdict("bn-size", lines(ap)) == NOT_REPRODUCED, "no size matters"
+    assert verdict("bn-size", lines(ap | {"k08_bn02": 0.6})) == REPRODUCED
+    growing = dict(zip(ap, (0.5, 0.55, 0.6, 0.65, 0.7, 0.75), strict=True))
+    assert verdict("bn-size", lines({**growing})) == NOT_REPRODUCED, "more is always better"
+
+
+def test_first_epochs() -> None:
+    small = [0.4, 0.5, 0.7]
+    assert verdict("first-epochs", lines({cgbn(1): small, cgbn(2): [0.3, 0.45, 0.7]})) == REPRODUCED
+    assert verdict("first-epochs", lines({cgbn(1): small, cgbn(2): [0.3, 0.4, 0.6]})) == NOT_REPRODUCED
+    assert verdict("first-epochs", lines({cgbn(1): small, cgbn(2): small})) == NOT_REPRODUCED
+
+
+def noisy(variance: dict[int, float], signal: float, ap: dict[int, float | list[float] | None]) -> list[Row]:
+    """Lines of the CGBN cells with measured noise; the rows below the full rate must not count."""
+    rows = []
+    for k in KS:
+        full = {"lr": 0.01 * k, "gradient_variance": variance[k], "squared_gradient": signal}
+        low = {"lr": 0.001 * k, "gradient_variance": 1e6, "squared_gradient": 1e-6}
+        rows += lines({cgbn(k): ap[k]}, training=[full, low, {"lr": 0.01 * k}])
+    return rows
+
+
+def test_variance() -> None:
+    ap: dict[int, float | list[float] | None] = dict.fromkeys(KS, 0.7)
+    level = dict.fromkeys(KS, 4.0)
+    assert verdict("variance", noisy(level, 0.1, ap)) == REPRODUCED
+    assert verdict("variance", noisy(level | {16: 9.0}, 0.1, ap)) == NOT_REPRODUCED
+    assert verdict("variance", lines({cgbn(k): 0.7 for k in KS})) == UNDECIDED, "nothing was measured"
+    noise = Outcomes(noisy(level, 0.1, ap))[cgbn(4)].noise
+    assert noise is not None
+    assert noise.scale == pytest.approx(40)
+    assert noise.per_image == pytest.approx(0.04**2 * 4 / 32**2)
+
+
+def test_linear_rule() -> None:
+    ap: dict[int, float | list[float] | None] = dict.fromkeys(KS, 0.7)
+    behind = ap | {8: 0.5, 16: None}
+    level = dict.fromkeys(KS, 4.0)
+    assert verdict("linear-rule", noisy(level, 0.1, behind)) == REPRODUCED, "64 images, B = 40"
+    assert verdict("linear-rule", noisy(level, 0.001, behind)) == NOT_REPRODUCED, "B = 4000"
+    assert verdict("linear-rule", noisy(level, 0.001, ap)) == REPRODUCED, "none behind, B = 4000"
+    assert verdict("linear-rule", noisy(level, 2.0, ap)) == NOT_REPRODUCED, "none behind, B = 2"
+    assert verdict("linear-rule", noisy(level, -0.1, behind)) == UNDECIDED, "no signal"
+
+
+def test_beyond_the_linear_rule() -> None:
+    ap: dict[str, float | list[float] | None] = dict.fromkeys(findings.BEYOND.values(), 0.5)
+    assert verdict("beyond", lines(ap)) == NOT_REPRODUCED
+    assert verdict("beyond", lines(ap | {"k16_agvm": 0.55})) == REPRODUCED
+    assert verdict("beyond", lines(ap | {"k16_cgbn": None})) == REPRODUCED
+    assert verdict("beyond", lines(ap | {"k16_half_rate": 0.55})) == NOT_REPRODUCED
+
+
+def test_accuracy() -> None:
+    assert verdict("accuracy", lines({cgbn(k): 0.7 for k in KS})) == REPRODUCED
+    assert verdict("accuracy", lines({cgbn(k): 0.7 for k in KS} | {cgbn(16): 0.6})) == NOT_REPRODUCED
+
+
+# The page
+
+
+def test_the_page_without_runs(tmp_path: Path) -> None:
+    write_page([], tmp_path / "none.json", tmp_path / "findings.md", tmp_path / "figures")
+    text = (tmp_path / "findings.md").read_text()
+    assert text.count("**Undecided.**") == len(FINDINGS)
+    assert "not run yet" in text
+    assert not (tmp_path / "figures").exists()
+
+
+def test_the_page_with_some_runs(tmp_path: Path) -> None:
+    rows = lines({frozen(1): 0.75, cgbn(1): 0.72, frozen(8): None}) + lines({cgbn(8): 0.5}, seeds=1)
+    mini_batch = {"ranks": 16, "images_per_rank": 16, "bn_size": 32, "gradient_difference": 2e-7, "date": "2026-01-01"}
+    steps = [{"step": 1, "loss": 2.5, "step_seconds": 9.0, "memory_mb": 800.0}]
+    (tmp_path / "one.json").write_text(json.dumps(mini_batch | {"processor": "2 x A", "steps": steps}))
+    for _ in range(2):
+        write_page(rows, tmp_path / "one.json", tmp_path / "findings.md", tmp_path / "figures")
+    text = (tmp_path / "findings.md").read_text()
+    assert "| 1 | 8 | 0.01 | 0.750 ± 0.002 (3) | 0.720 ± 0.002 (3) |" in text
+    assert "| 8 | 64 | 0.08 | diverged at step 24, 24, 24 (3) | 0.500 (1) |" in text
+    assert "| 1 | 2.500 | 9.0 | 800 |" in text
+    assert "2.0e-07" in text
+    links = [part.split(")")[0] for part in text.split("](")[1:]]
+    assert "figures/batch-norm.svg" in links
+    assert all((tmp_path / link).read_text().lstrip().startswith("<?xml") for link in links)
+
+
+def test_figures_do_not_change_when_results_do_not(tmp_path: Path) -> None:
+    drawn = []
+    for name in ("a", "b"):
+        write_page(lines(TRAINED), tmp_path / "none.json", tmp_path / name / "findings.md", tmp_path / name / "figures")
+        drawn.append((tmp_path / name / "figures/batch-norm.svg").read_bytes())
+    assert drawn[0] == drawn[1]
