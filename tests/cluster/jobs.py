@@ -14,7 +14,7 @@ from typing import Any
 from hosts import PROJECT, VENV_BIN, Host, Hosts, wait_for
 
 from horovod_megdet.engine import checkpoint
-from horovod_megdet.engine.startup import CONFIG_FILE
+from horovod_megdet.engine.run_folder import CONFIG_FILE
 
 TINY = PROJECT / "tests" / "parallel" / "tiny.yaml"
 INTERFACE = "eth0"
