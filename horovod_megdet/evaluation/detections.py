@@ -16,6 +16,16 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Boxes float32 (k, 4) xyxy, scores float32 (k,), labels int32 (k,)."""
 
 
+class Result(msgspec.Struct, gc=False):
+    """A detection in COCO's results format."""
+
+    image_id: int
+    category_id: int
+    bbox: list[float]
+    """x, y, width, height in pixels of the original image."""
+    score: float
+
+
 @dataclass(frozen=True)
 class Detections:
     """Detections in a set of images: 24 bytes each, where a Python list of dicts would take a kilobyte.
@@ -87,15 +97,12 @@ class Detections:
         xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
         return xywh.round(3), self.scores.astype(np.float64).round(7)
 
-    def to_coco(self, category_ids: list[int]) -> list[dict[str, Any]]:
-        """COCO's results format: a dict with image_id, category_id, bbox (x, y, width, height) and score for each one.
-
-        Boxes and scores are :meth:`rounded`, which halves the file.
-        """
+    def results(self, category_ids: list[int]) -> list[Result]:
+        """COCO's results; boxes and scores are :meth:`rounded`, which halves a file of them."""
         xywh, scores = self.rounded()
         return [
-            {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
-            for image_id, category_id, box, score in zip(
+            Result(*values)
+            for values in zip(
                 np.repeat(self.image_ids, self.counts).tolist(),
                 np.asarray(category_ids, np.int64)[self.labels - 1].tolist(),
                 xywh.tolist(),
@@ -105,9 +112,13 @@ class Detections:
         ]
 
     def write(self, path: str | Path, category_ids: list[int]) -> None:
-        """Writes COCO's results JSON in one step."""
+        """Writes COCO's results JSON, in one step."""
         with atomic_write(path) as file:
-            file.write(msgspec.json.encode(self.to_coco(category_ids)))
+            file.write(msgspec.json.encode(self.results(category_ids)))
+
+    def to_coco(self, category_ids: list[int]) -> list[dict[str, Any]]:
+        """:meth:`results` as dicts."""
+        return [msgspec.structs.asdict(result) for result in self.results(category_ids)]
 
     def to_annotations(self, category_ids: list[int]) -> list[dict[str, Any]]:
         """:meth:`to_coco` with the other keys of a COCO data set's annotations: id (from 1), area, iscrowd."""
