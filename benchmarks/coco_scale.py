@@ -110,14 +110,13 @@ def on_ranks(part: str, ranks: int, folder: Path) -> list[dict[str, Any]]:
 def start_rows(folder: Path) -> list[Row]:
     """The first start, without a cache, and a later one."""
     rows = []
-    for name in ("first", "later"):
-        if name == "first":
-            for path in folder.glob(".train.json.*"):
-                path.unlink()
-        ranks = on_ranks("start", RANKS, folder)
+    for path in folder.glob(".train.json.*"):
+        path.unlink()
+    for name, number in (("first", RANKS), ("later", os.cpu_count() or 1)):
+        ranks = on_ranks("start", number, folder)
         opened = sum((Counter(rank["opened"]) for rank in ranks), Counter[str]())
         rows += [
-            (f"{name} start, {RANKS} ranks: training set ready on the slowest",
+            (f"{name} start, {number} ranks: training set ready on the slowest",
              f"{max(rank['seconds'] for rank in ranks):.1f} s"),
             (f"{name} start: own memory of a rank for it, at most", f"{max(r['own'] for r in ranks) / MIB:.0f} MiB"),
             (f"{name} start: peak of a rank, with torch and Horovod", f"{max(r['peak'] for r in ranks) / MIB:.0f} MiB"),
@@ -171,7 +170,8 @@ def loader_rows(folder: Path) -> list[Row]:
         if number % (LOADED_IMAGES // 8) == 0:
             memory.append(sum(own_memory(process) for process in psutil.Process().children(recursive=True)))
     rate = (EPOCHS * LOADED_IMAGES - 2) / (time.perf_counter() - began)
-    slope = np.polyfit(np.arange(len(memory)), np.array(memory) / MIB, 1)[0] * 4
+    memory = memory[len(memory) // EPOCHS :]  # without the first epoch, in which buffers grow
+    slope = np.polyfit(np.arange(len(memory)), np.array(memory) / MIB, 1)[0] * 8
     return [
         ("loader, one worker, 800 px: images/s", f"{rate:.0f}"),
         (f"loader: memory of its processes, growth per {LOADED_IMAGES} images", f"{slope:+.1f} MiB"),
