@@ -177,13 +177,14 @@ def _training_images(config: Config) -> int:
 
 def _check_data(arguments: argparse.Namespace) -> int:
     from horovod_megdet.data.coco import check_dataset
-    from horovod_megdet.data.configured import split_paths
+    from horovod_megdet.data.configured import cache_folder, split_paths
 
     config = config_of(arguments)
+    check_images = "decode" if arguments.decode else config.data.check_images
     found = 0
     for training in (True, False):
         annotations, images = split_paths(config.data, training)
-        problems = check_dataset(annotations, images, "decode" if arguments.decode else config.data.check_images)
+        problems = check_dataset(annotations, images, check_images, cache_folder(config.data))
         for problem in problems:
             print(problem)
         print(f"{annotations}: {len(problems)} problems")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -17,8 +18,9 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     :class:`UserError` if the file system refuses.
     """
     path = Path(path)
-    # In the same folder, because a rename is atomic only within a file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # In the same folder, because a rename is atomic only within a file system; random, because processes of several
+    # hosts may write the same file.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

@@ -121,6 +121,20 @@ def gather_objects(value: T, name: str) -> list[T]:
         return hvd.allgather_object(value, name=name)
 
 
+def collect(rows: Tensor, name: str) -> Tensor | None:
+    """Returns the ranks' rows below each other, in rank order, on rank 0; None on the other ranks.
+
+    ``rows`` (n, ...) may have another n on each rank, also 0. Unlike :func:`gather`, only rank 0 receives anything.
+    """
+    if size() == 1:
+        return rows.clone()
+    splits = torch.zeros(size(), dtype=torch.int32)
+    splits[0] = len(rows)
+    with waiting_for(name):
+        collected, _ = hvd.alltoall(rows.contiguous(), splits=splits, name=name)
+    return collected if is_main() else None
+
+
 def broadcast_object(value: T, name: str, root: int = 0) -> T:
     """Returns the root's value on every rank."""
     if size() == 1:

@@ -149,8 +149,13 @@ class DataConfig(Section):
     """What to do about bad annotations and image files: `error` ends the run at the start and lists them; `skip` leaves
     them out, counts and reports them."""
 
-    check_images: Literal["open", "decode"] = "open"
-    """How the check at the start looks at each image file: `open` reads its header, `decode` all of it."""
+    check_images: Literal["open", "decode", "trust"] = "open"
+    """How the start checks image files that are new, or have changed since the last start: `open` reads their headers,
+    `decode` all of them; `trust` does not look at image files, and takes their sizes from the JSON."""
+
+    cache_dir: str = ""
+    """Folder for what a start finds out about annotations and images, which later starts map in a second; left out, it
+    is kept beside the JSON or, where that folder cannot be written, in the user's cache folder."""
 
     shorter_side_train: tuple[Positive, ...] = (800,)
     """Shorter side after resizing, in pixels; one is drawn per image and epoch (multi-scale training)."""
@@ -261,6 +266,13 @@ class SolverConfig(Section):
         return self
 
 
+class EvaluationConfig(Section):
+    """How detections are evaluated."""
+
+    backend: Literal["hotcoco", "pycocotools"] = "hotcoco"
+    """What computes COCO's metrics; both give the same bits, `pycocotools` takes much longer."""
+
+
 class RuntimeConfig(Section):
     """How a run uses the machine."""
 
@@ -320,6 +332,7 @@ class Config(Section):
     batch_norm: BatchNormConfig = BatchNormConfig()
     data: DataConfig = DataConfig()
     solver: SolverConfig = SolverConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     output: OutputConfig = OutputConfig()
 

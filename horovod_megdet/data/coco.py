@@ -1,55 +1,59 @@
 """A data set in COCO format: a COCO JSON and a folder of images, checked once and held compactly."""
 
-import contextlib
 import hashlib
-import io
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from horovod_megdet.data.annotations import Annotations, CheckImages, Problem, read_annotations
+from horovod_megdet.data.annotation_cache import Source
+from horovod_megdet.data.annotations import Annotations, Problem
+from horovod_megdet.data.image_files import CheckImages
 from horovod_megdet.data.images import read_image
+from horovod_megdet.data.reading import ALONE, Ranks, read_annotations
 from horovod_megdet.errors import UserError
 from horovod_megdet.wording import some
 
 SHOWN_PROBLEMS = 5
 """Problems that an error message lists; `megdet check-data` lists all of them."""
 
+ROWS_AT_A_TIME = 1 << 16
+"""Boxes that are copied at a time to be hashed: a copy of all of them would be as large as what is mapped."""
+
 
 class CocoDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Images with their boxes; made by :func:`load_dataset`.
 
-    Label ``k + 1`` stands for the category ``category_ids[k]``; label 0 is the background. Everything is held in a few
-    numpy arrays, so that each loader worker's copy is small.
+    Label ``k + 1`` stands for the category ``category_ids[k]``; label 0 is the background. The large arrays are mapped
+    from a file where possible: all ranks of a host and their loader workers share them.
     """
 
-    def __init__(self, found: Annotations, images: Path, *, training: bool, annotations: Path | None = None) -> None:
-        self.image_folder = images
-        self.annotations = annotations
+    def __init__(
+        self, found: Annotations, source: Source, *, training: bool, kept: NDArray[np.int64] | None = None
+    ) -> None:
+        """``kept`` holds the indices of the images that belong to the set; None stands for all."""
+        if kept is not None and len(kept) == len(found.image_ids):
+            kept = None
+        self.image_folder = source.images
+        self.annotations = source.annotations
         """The JSON file."""
         self.training = training
         self.category_ids = found.category_ids
         """Category ids in the JSON, sorted."""
         self.class_names = found.class_names
         """In the order of `category_ids`."""
-        self.image_ids = found.image_ids
+        self.image_ids = found.image_ids if kept is None else found.image_ids[kept]
         """int64 (n,), ids in the JSON."""
-        self.file_names = found.file_names
-        """(n,), relative to `image_folder`."""
-        self.sizes = found.sizes
+        self.sizes = found.sizes if kept is None else found.sizes[kept]
         """int32 (n, 2), (height, width) in pixels after EXIF orientation."""
         self.problems = found.problems
         """What was skipped, and why."""
-        self._first_box = found.first_box
-        self._boxes = found.boxes
-        self._labels = found.labels
-        self._areas = found.areas
-        self._crowd = found.crowd
+        self._found, self._kept = found, kept
         self.fingerprint = self._fingerprint()
         """SHA-256 of ids, names, sizes and annotations: equal on all hosts if, and only if, they have the same data."""
 
@@ -71,56 +75,55 @@ class CocoDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         """
         image = read_image(self.path(index), at_least)
         height, width = self.sizes[index]
-        rows = slice(self._first_box[index], self._first_box[index + 1])
-        boxes, labels = self._boxes[rows], self._labels[rows]
+        found, place = self._found, self._place(index)
+        rows = slice(found.first_box[place], found.first_box[place + 1])
+        boxes, labels = found.boxes[rows], found.labels[rows]
         if self.training:
-            boxes, labels = boxes[~self._crowd[rows]], labels[~self._crowd[rows]]
+            boxes, labels = boxes[~found.crowd[rows]], labels[~found.crowd[rows]]
         corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
         corners = corners.clip(0, [width, height, width, height])
         return image, torch.from_numpy(corners.astype(np.float32)), torch.from_numpy(labels.copy())
 
     def path(self, index: int) -> Path:
         """The image file."""
-        return self.image_folder / str(self.file_names[index])
+        return self.image_folder / self.file_name(index)
+
+    def file_name(self, index: int) -> str:
+        """The image file, relative to `image_folder`."""
+        return str(self._found.file_names[self._place(index)])
+
+    @property
+    def ground_truth(self) -> Annotations:
+        """The valid annotations of these images, including crowd regions; ids are those of the JSON."""
+        return self._found if self._kept is None else self._found.select(self._is_kept())
 
     def to_coco(self) -> COCO:
-        """The valid annotations, including crowd regions, for pycocotools; image and category ids are the JSON's.
+        """:attr:`ground_truth` for pycocotools."""
+        return self.ground_truth.to_coco()
 
-        Annotation ids count from 1, because to pycocotools a match with an annotation of id 0 is no match.
-        """
-        image_of_box = np.repeat(self.image_ids, np.diff(self._first_box)).tolist()
-        boxes, areas = self._boxes.tolist(), self._areas.tolist()
-        coco = COCO()
-        coco.dataset = {
-            "images": [
-                {"id": id, "file_name": name, "height": height, "width": width}
-                for id, name, (height, width) in zip(
-                    self.image_ids.tolist(), self.file_names.tolist(), self.sizes.tolist(), strict=True
-                )
-            ],
-            "categories": [
-                {"id": id, "name": name} for id, name in zip(self.category_ids, self.class_names, strict=True)
-            ],
-            "annotations": [
-                {
-                    "id": index + 1,
-                    "image_id": image_of_box[index],
-                    "category_id": self.category_ids[label - 1],
-                    "bbox": boxes[index],
-                    "area": areas[index],
-                    "iscrowd": int(self._crowd[index]),
-                }
-                for index, label in enumerate(self._labels.tolist())
-            ],
-        }
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco.createIndex()
-        return coco
+    def _place(self, index: int) -> int:
+        return index if self._kept is None else int(self._kept[index])
+
+    def _is_kept(self) -> NDArray[np.bool_]:
+        kept = np.ones(len(self._found.image_ids), bool)
+        if self._kept is not None:
+            kept[:] = False
+            kept[self._kept] = True
+        return kept
 
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256(repr((self.category_ids, self.class_names, self.file_names.tolist())).encode())
-        for array in (self.image_ids, self.sizes, self._first_box, self._boxes, self._labels, self._areas, self._crowd):
-            digest.update(array.tobytes())
+        found, kept = self._found, self._is_kept()
+        counts = np.diff(found.first_box)
+        names = found.file_names[kept].tolist()
+        digest = hashlib.sha256(repr((self.category_ids, self.class_names, names)).encode())
+        first_box = np.concatenate([[0], np.cumsum(counts[kept])])
+        for array in (self.image_ids, self.sizes, first_box):
+            digest.update(np.ascontiguousarray(array).data)
+        boxes_kept = np.repeat(kept, counts)
+        for array in (found.boxes, found.labels, found.areas, found.crowd):
+            for start in range(0, len(array), ROWS_AT_A_TIME):
+                rows = slice(start, start + ROWS_AT_A_TIME)
+                digest.update(array[rows][boxes_kept[rows]].data)
         return digest.hexdigest()
 
 
@@ -132,33 +135,41 @@ def load_dataset(
     keep_empty: bool = False,
     bad: Literal["error", "skip"] = "error",
     check_images: CheckImages = "open",
+    cache_dir: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> CocoDataset:
-    """Reads and checks a COCO JSON and its folder of images.
+    """Reads and checks a COCO JSON and its folder of images. Collective over ``ranks``.
 
     ``training`` leaves out crowd regions, images with only crowd regions or bad annotations and, without
     ``keep_empty``, images without annotations; evaluation keeps all images. ``bad`` says whether bad entries and image
-    files raise one error, or are skipped and listed in ``problems``. ``check_images`` says whether to read only the
-    header of each image file, or to decode all of it.
+    files raise one error, or are skipped and listed in ``problems``. ``check_images`` says whether to read the header
+    of each new image file, to decode all of it, or to trust the sizes in the JSON. The result is kept in ``cache_dir``,
+    by default beside the JSON or else in the user's cache folder.
 
     Raises :class:`UserError` if there are problems, or no image remains.
     """
-    annotations, images = Path(annotations), Path(images)
-    found = read_annotations(annotations, images, check_images)
-    if found.problems and bad == "error":
-        raise UserError(describe_problems(annotations, found.problems))
-    if training:
-        found = _trainable(found, keep_empty)
-    if len(found.image_ids) == 0:
-        raise UserError(_describe_nothing_left(annotations, found.problems, training))
-    return CocoDataset(found, images, training=training, annotations=annotations)
+    source = Source(Path(annotations), Path(images), check_images, cache_dir)
+    found = read_annotations(source, ranks)
+    with ranks.agreement("data"):
+        if found.problems and bad == "error":
+            raise UserError(describe_problems(source, found.problems))
+        kept = _trainable(found, keep_empty) if training else np.arange(len(found.image_ids))
+        if len(kept) == 0:
+            raise UserError(_describe_nothing_left(source, found.problems, training))
+    return CocoDataset(found, source, training=training, kept=kept)
 
 
-def check_dataset(annotations: str | Path, images: str | Path, check_images: CheckImages = "decode") -> list[Problem]:
+def check_dataset(
+    annotations: str | Path,
+    images: str | Path,
+    check_images: CheckImages = "decode",
+    cache_dir: Path | None = None,
+) -> list[Problem]:
     """All bad entries of a COCO JSON, and all bad image files.
 
     Raises :class:`UserError` if the file or the folder cannot be used at all.
     """
-    return read_annotations(Path(annotations), Path(images), check_images).problems
+    return read_annotations(Source(Path(annotations), Path(images), check_images, cache_dir)).problems
 
 
 def check_same_classes(train: CocoDataset, val: CocoDataset) -> None:
@@ -176,10 +187,10 @@ def check_same_classes(train: CocoDataset, val: CocoDataset) -> None:
     )
 
 
-def describe_problems(annotations: Path, problems: list[Problem]) -> str:
+def describe_problems(source: Source, problems: list[Problem]) -> str:
     """One message with the first few problems, and how many there are."""
     noun = "problem" if len(problems) == 1 else "problems"
-    lines = [f"{annotations}: {len(problems)} {noun} in the annotations or image files:"]
+    lines = [f"{source.annotations}: {len(problems)} {noun} in the annotations or the image files in {source.images}:"]
     lines += [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
     if len(problems) > SHOWN_PROBLEMS:
         lines.append(f"  ... and {len(problems) - SHOWN_PROBLEMS} more")
@@ -187,20 +198,23 @@ def describe_problems(annotations: Path, problems: list[Problem]) -> str:
     return "\n".join(lines)
 
 
-def _trainable(found: Annotations, keep_empty: bool) -> Annotations:
-    """Only the images to train on, with their boxes."""
+def _trainable(found: Annotations, keep_empty: bool) -> NDArray[np.int64]:
+    """Indices of the images to train on."""
     image_of_box = np.repeat(np.arange(len(found.image_ids)), np.diff(found.first_box))
     objects = np.bincount(image_of_box[~found.crowd], minlength=len(found.image_ids))
     keep = objects > 0
     if keep_empty:
         # An image with only crowd regions or bad boxes is not empty: it would teach that objects are background.
         keep |= ~found.annotated
-    return found.select(keep)
+    return np.flatnonzero(keep)
 
 
-def _describe_nothing_left(annotations: Path, problems: list[Problem], training: bool) -> str:
+def _describe_nothing_left(source: Source, problems: list[Problem], training: bool) -> str:
     if problems:
-        return f"{annotations}: no image is left.\n{describe_problems(annotations, problems)}"
+        return f"{source.annotations}: no image is left.\n{describe_problems(source, problems)}"
     if training:
-        return f"{annotations}: no image has annotations; `data.keep_empty_images: true` trains on images without any."
-    return f"{annotations}: no image is left."
+        return (
+            f"{source.annotations}: no image has annotations; `data.keep_empty_images: true` trains on images without "
+            "any."
+        )
+    return f"{source.annotations}: no image is left."

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from horovod_megdet.config import DataConfig
 from horovod_megdet.data.coco import CocoDataset, load_dataset
+from horovod_megdet.data.reading import ALONE, Ranks
 from horovod_megdet.data.synthetic import ensure_synthetic
 
 SYNTHETIC = "synthetic:"
@@ -27,8 +28,8 @@ def split_paths(data: DataConfig, training: bool) -> tuple[Path, Path]:
     return Path(data.root, annotations), Path(data.root, images)
 
 
-def load_split(data: DataConfig, training: bool) -> CocoDataset:
-    """Loads the training or validation set of a configuration."""
+def load_split(data: DataConfig, training: bool, ranks: Ranks = ALONE) -> CocoDataset:
+    """Loads the training or validation set of a configuration. Collective over ``ranks``."""
     annotations, images = split_paths(data, training)
     return load_dataset(
         annotations,
@@ -37,4 +38,11 @@ def load_split(data: DataConfig, training: bool) -> CocoDataset:
         keep_empty=data.keep_empty_images or not training,
         bad=data.bad_annotations,
         check_images=data.check_images,
+        cache_dir=cache_folder(data),
+        ranks=ranks,
     )
+
+
+def cache_folder(data: DataConfig) -> Path | None:
+    """Where to keep what was read, if the configuration says so."""
+    return Path(data.root, data.cache_dir) if data.cache_dir else None

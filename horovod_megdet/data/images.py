@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from horovod_megdet.errors import UserError
 
@@ -75,8 +75,8 @@ def _decode(content: bytes, at_least: tuple[int, int] | None) -> Tensor:
             reduced = at_least is not None and _reduce(image, at_least)
             oriented = _orientation(image) != 1
             if image.format == "JPEG" and image.mode in ("RGB", "L") and not oriented and not reduced:
-                # The same pixels as Pillow's in half the time.
-                return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+                # The same pixels as Pillow's in less time; the array is already in the order that resizing wants.
+                return torch.from_numpy(simplejpeg.decode_jpeg(content, "RGB")).permute(2, 0, 1)
             return to_tensor(ImageOps.exif_transpose(image) if oriented else image)
 
 

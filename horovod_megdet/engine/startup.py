@@ -83,10 +83,11 @@ def resume_from(trainer: Trainer, found: checkpoint.Checkpoint | None) -> None:
 def load_datasets(config: Config) -> tuple[CocoDataset, CocoDataset]:
     """Loads training and validation set on every rank and checks that all ranks see the same."""
     data = config.data
-    with comm.agreement("data"):
+    with comm.agreement("synthetic data"):
         make_synthetic(data)
-        train_set = load_split(data, training=True)
-        val_set = load_split(data, training=False)
+    train_set = load_split(data, training=True, ranks=comm)
+    val_set = load_split(data, training=False, ranks=comm)
+    with comm.agreement("classes"):
         check_same_classes(train_set, val_set)
     comm.check_same({"training data": train_set.fingerprint, "validation data": val_set.fingerprint}, "data")
     return train_set, val_set
@@ -128,9 +129,10 @@ def build_for_evaluation(
     """Builds the detector of a checkpoint and the validation set of a configuration."""
     with comm.agreement("device"):
         device = hardware.choose(config.runtime)
-    with comm.agreement("validation data"):
+    with comm.agreement("synthetic data"):
         make_synthetic(config.data)
-        val_set = load_split(config.data, training=False)
+    val_set = load_split(config.data, training=False, ranks=comm)
+    with comm.agreement("checkpoint description"):
         saved = checkpoint.read(path)
         if saved.run.class_names != val_set.class_names:
             raise UserError(

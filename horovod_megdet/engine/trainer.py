@@ -297,4 +297,11 @@ def evaluate_detector(config: Config, detector: Detector, dataset: CocoDataset, 
     loader = build_eval_loader(
         dataset, config.data, rank=comm.rank(), ranks=comm.size(), pin_memory=device.type == "cuda"
     )
-    return evaluate(detector, dataset, loader, device, lambda: hardware.autocast(config.runtime, device))
+    return evaluate(
+        detector,
+        dataset,
+        loader,
+        device,
+        lambda: hardware.autocast(config.runtime, device),
+        config.evaluation.backend,
+    )

@@ -1,8 +1,6 @@
 """Evaluation on all ranks: each predicts its shard of the images, rank 0 computes COCO's metrics of all detections."""
 
 import contextlib
-import io
-import json
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -12,16 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from horovod_megdet import comm
 from horovod_megdet.data.coco import CocoDataset
 from horovod_megdet.data.loader import Batch
 from horovod_megdet.errors import UserError
+from horovod_megdet.evaluation.backends import Backend, coco_metrics
 from horovod_megdet.evaluation.detections import Detections, in_original_pixels
-from horovod_megdet.evaluation.metrics import METRICS
-from horovod_megdet.files import atomic_write
 from horovod_megdet.models.detector import Detector
 from horovod_megdet.progress import noting_waits, progress
 
@@ -33,7 +28,7 @@ class Evaluation:
     """The result of an evaluation: small and equal on all ranks, except for ``detections``."""
 
     metrics: dict[str, float]
-    """The values of :data:`METRICS`, 0 to 1; NaN if there is no ground truth (of that size)."""
+    """The values of :data:`~horovod_megdet.evaluation.metrics.METRICS`, NaN without ground truth (of that size)."""
 
     per_class: dict[str, float]
     """AP of each class; NaN for a class without ground truth, which the mean AP leaves out as well."""
@@ -54,8 +49,7 @@ class Evaluation:
     def write_detections(self, path: str | Path) -> None:
         """Writes COCO's results JSON, which ``COCO.loadRes`` and evaluation servers read. Rank 0 only."""
         assert self.detections is not None, "only rank 0 holds the detections"
-        with atomic_write(path) as file:
-            file.write(json.dumps(self.detections.to_coco(self.category_ids)).encode())
+        self.detections.write(path, self.category_ids)
 
 
 def evaluate(
@@ -64,6 +58,7 @@ def evaluate(
     loader: Iterable[Batch],
     device: torch.device,
     autocast: Autocast = contextlib.nullcontext,
+    backend: Backend = "hotcoco",
 ) -> Evaluation:
     """Evaluates the detector on all images of ``dataset``. Collective; every rank returns the result.
 
@@ -75,9 +70,9 @@ def evaluate(
     with comm.agreement("evaluate"):
         shard = predict_shard(detector, loader, device, autocast)
     progress.set("merging detections")
-    shards = comm.gather_objects(shard, "evaluate.detections")
+    detections = collect_detections(shard)
     progress.set("computing COCO's metrics")
-    evaluation = _measure(Detections.merge(shards), dataset) if comm.is_main() else None
+    evaluation = _measure(detections, dataset, backend) if detections else None
     small = comm.broadcast_object(evaluation and replace(evaluation, detections=None), "evaluate.metrics")
     evaluation = evaluation or small
     assert evaluation is not None
@@ -112,50 +107,22 @@ def predict_shard(
     return Detections.of_images(images)
 
 
-def _measure(detections: Detections, dataset: CocoDataset) -> Evaluation:
+def collect_detections(shard: Detections) -> Detections | None:
+    """The detections of all ranks' shards on rank 0; None on the other ranks. Collective."""
+    images, found = shard.rows()
+    all_images = comm.collect(torch.from_numpy(images), "evaluate.images")
+    all_found = comm.collect(torch.from_numpy(found), "evaluate.detections")
+    if all_images is None or all_found is None:
+        return None
+    return Detections.from_rows(all_images.numpy(), all_found.numpy())
+
+
+def _measure(detections: Detections, dataset: CocoDataset, backend: Backend) -> Evaluation:
     expected = np.sort(np.asarray(dataset.image_ids, np.int64))
     assert np.array_equal(detections.image_ids, expected), "the ranks' shards are not exactly the data set"
-    metrics, class_aps = coco_metrics(dataset.to_coco(), detections, dataset.category_ids)
+    metrics, class_aps = coco_metrics(dataset.ground_truth, detections, backend)
     per_class = dict(zip(dataset.class_names, class_aps, strict=True))
     return Evaluation(metrics, per_class, len(expected), list(dataset.category_ids), detections)
-
-
-def coco_metrics(
-    ground_truth: COCO, detections: Detections, category_ids: list[int]
-) -> tuple[dict[str, float], list[float]]:
-    """COCO's twelve box metrics, and the AP of each of ``category_ids``, computed by pycocotools.
-
-    NaN if there is no ground truth. ``detections`` may be empty; its label k + 1 stands for category_ids[k].
-    """
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluator = COCOeval(ground_truth, _as_results(ground_truth, detections, category_ids), "bbox")
-        evaluator.params.catIds = list(category_ids)
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-    # precision: (IoU thresholds, recall thresholds, categories, areas, detections per image), -1 without ground truth
-    precision = evaluator.eval["precision"][:, :, :, 0, -1]
-    class_aps = [_mean_of_defined(precision[:, :, category]) for category in range(len(category_ids))]
-    metrics = {name: _nan_if_undefined(float(value)) for name, value in zip(METRICS, evaluator.stats, strict=True)}
-    return metrics, class_aps
-
-
-def _as_results(ground_truth: COCO, detections: Detections, category_ids: list[int]) -> COCO:
-    """Does what ``COCO.loadRes`` does for boxes, but accepts an empty list and does not copy the data set."""
-    results = COCO()
-    results.dataset = {key: ground_truth.dataset[key] for key in ("images", "categories")}
-    results.dataset["annotations"] = detections.to_annotations(category_ids)
-    results.createIndex()
-    return results
-
-
-def _mean_of_defined(precision: np.ndarray) -> float:
-    defined = precision[precision > -1]
-    return float(defined.mean()) if defined.size else math.nan
-
-
-def _nan_if_undefined(value: float) -> float:
-    return value if value > -1 else math.nan
 
 
 def _without_nan(values: dict[str, float]) -> dict[str, float | None]:

@@ -2,13 +2,28 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
+
+from horovod_megdet.files import atomic_write
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Boxes float32 (k, 4) xyxy, scores float32 (k,), labels int32 (k,)."""
+
+
+class Result(msgspec.Struct, gc=False):
+    """A detection in COCO's results format."""
+
+    image_id: int
+    category_id: int
+    bbox: list[float]
+    """x, y, width, height in pixels of the original image."""
+    score: float
 
 
 @dataclass(frozen=True)
@@ -47,10 +62,21 @@ class Detections:
             np.concatenate(labels),
         )
 
+    def rows(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The same as two tables: int64 (images, 2) with id and count, float32 (n, 6) with box, score and label."""
+        images = np.stack([self.image_ids, self.counts], axis=1)
+        # Labels are exact as float32: there are far fewer than 2^24 classes.
+        return images, np.concatenate([self.boxes, self.scores[:, None], self.labels[:, None]], 1, dtype=np.float32)
+
     @classmethod
-    def merge(cls, shards: Iterable["Detections"]) -> "Detections":
-        """Merges the shards of all ranks. The result does not depend on the number of shards."""
-        return cls.of_images(pair for shard in shards for pair in shard.per_image())
+    def from_rows(cls, images: NDArray[np.int64], found: NDArray[np.float32]) -> "Detections":
+        """Detections from the :meth:`rows` of one or several shards, one below the other, sorted by image id."""
+        order = np.argsort(images[:, 0], kind="stable")
+        image_ids, counts = images[order].T
+        starts = np.cumsum(images[:, 1]) - images[:, 1]
+        new_starts = np.cumsum(counts) - counts
+        found = found[np.repeat(starts[order] - new_starts, counts) + np.arange(len(found))]
+        return cls(image_ids, counts, found[:, :4], found[:, 4], found[:, 5].astype(np.int32))
 
     def per_image(self) -> list[tuple[int, Arrays]]:
         """(image id, (boxes, scores, labels)) for each image; the arrays are views."""
@@ -65,23 +91,34 @@ class Detections:
         counts = np.bincount(owner[keep], minlength=len(self.counts))
         return Detections(self.image_ids, counts, self.boxes[keep], self.scores[keep], self.labels[keep])
 
-    def to_coco(self, category_ids: list[int]) -> list[dict[str, Any]]:
-        """COCO's results format: a dict with image_id, category_id, bbox (x, y, width, height) and score for each one.
-
-        Boxes are rounded to 0.001 pixels and scores to 1e-7, which halves the file.
-        """
+    def rounded(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Boxes (n, 4) x, y, width, height, rounded to 0.001 pixels, and scores (n,), rounded to 1e-7."""
         corners = self.boxes.astype(np.float64)
-        xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).round(3)
+        xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+        return xywh.round(3), self.scores.astype(np.float64).round(7)
+
+    def results(self, category_ids: list[int]) -> list[Result]:
+        """COCO's results; boxes and scores are :meth:`rounded`, which halves a file of them."""
+        xywh, scores = self.rounded()
         return [
-            {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
-            for image_id, category_id, box, score in zip(
+            Result(*values)
+            for values in zip(
                 np.repeat(self.image_ids, self.counts).tolist(),
                 np.asarray(category_ids, np.int64)[self.labels - 1].tolist(),
                 xywh.tolist(),
-                self.scores.astype(np.float64).round(7).tolist(),
+                scores.tolist(),
                 strict=True,
             )
         ]
+
+    def write(self, path: str | Path, category_ids: list[int]) -> None:
+        """Writes COCO's results JSON, in one step."""
+        with atomic_write(path) as file:
+            file.write(msgspec.json.encode(self.results(category_ids)))
+
+    def to_coco(self, category_ids: list[int]) -> list[dict[str, Any]]:
+        """:meth:`results` as dicts."""
+        return [msgspec.structs.asdict(result) for result in self.results(category_ids)]
 
     def to_annotations(self, category_ids: list[int]) -> list[dict[str, Any]]:
         """:meth:`to_coco` with the other keys of a COCO data set's annotations: id (from 1), area, iscrowd."""

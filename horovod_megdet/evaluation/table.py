@@ -12,8 +12,8 @@ def render(evaluation: Evaluation) -> Table:
     table.add_column("metric")
     table.add_column("over")
     table.add_column("%", justify="right")
-    for name, meaning in METRICS.items():
-        table.add_row(name, meaning, percent(evaluation.metrics[name]), style="bold" if name == "AP" else None)
+    for name, metric in METRICS.items():
+        table.add_row(name, metric.meaning, percent(evaluation.metrics[name]), style="bold" if name == "AP" else None)
     table.add_section()
     for name, value in evaluation.per_class.items():
         table.add_row("AP of", name, percent(value))

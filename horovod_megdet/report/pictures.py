@@ -91,7 +91,7 @@ def _card(dataset: CocoDataset, index: int, truth: GroundTruth, detections: Arra
         for entry in zip(boxes.tolist(), labels.tolist(), scores.tolist(), verdicts, strict=True)
     ]
     return Card(
-        name=str(dataset.file_names[index]),
+        name=dataset.file_name(index),
         height=int(dataset.sizes[index][0]),
         width=int(dataset.sizes[index][1]),
         objects=_scaled_down(draw_marks(image, objects)),

@@ -168,7 +168,8 @@ BAD_DATA = [
 def test_bad_data(change: Callable[[dict[str, Any], Path], None], data: Path, tmp_path: Path) -> None:
     arguments = broken_annotations(change, data, tmp_path)
     launcher = "mpirun" if change is _remove_file else "python"
-    output = expect(EXIT_USER_ERROR, "broken.json", arguments=arguments, folder=tmp_path, launcher=launcher)
+    sentence = f"error: {tmp_path / 'broken.json'}: "
+    output = expect(EXIT_USER_ERROR, sentence, arguments=arguments, folder=tmp_path, launcher=launcher)
     assert change is _empty or "megdet check-data" in output
 
 

@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import math
-import pickle
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 from torch import Tensor, nn
 
 from horovod_megdet.config import DataConfig
+from horovod_megdet.data.annotations import Annotations
 from horovod_megdet.data.coco import CocoDataset, load_dataset
 from horovod_megdet.data.loader import Batch, build_eval_loader
 from horovod_megdet.data.synthetic import ensure_synthetic
 from horovod_megdet.errors import UserError
-from horovod_megdet.evaluation.coco import Evaluation, coco_metrics, evaluate, predict_shard
+from horovod_megdet.evaluation.backends import BACKENDS, Backend, coco_metrics
+from horovod_megdet.evaluation.coco import Evaluation, evaluate, predict_shard
 from horovod_megdet.evaluation.detections import Detections, in_original_pixels
 from horovod_megdet.evaluation.metrics import METRICS
 from horovod_megdet.evaluation.table import render
 from horovod_megdet.files import atomic_write
 
 CPU = torch.device("cpu")
+BCCD = Path(__file__).parents[3] / "shared" / "data" / "bccd"
 CATEGORY_IDS = [2, 3, 7]
 
 
@@ -40,21 +42,25 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
     return load_dataset(paths["val_annotations"], paths["val_images"], training=False)
 
 
-def ground_truth(boxes_of_images: dict[int, list[tuple[int, list[float]]]]) -> COCO:
-    """A COCO with (category id, x y width height) boxes for each image id."""
-    entries = [(image, *entry) for image, boxes in boxes_of_images.items() for entry in boxes]
-    coco = COCO()
-    coco.dataset = {
-        "images": [{"id": image, "height": 200, "width": 200} for image in boxes_of_images],
-        "categories": [{"id": category, "name": f"class {category}"} for category in CATEGORY_IDS],
-        "annotations": [
-            {"id": n, "image_id": i, "category_id": c, "bbox": b, "area": b[2] * b[3], "iscrowd": 0}
-            for n, (i, c, b) in enumerate(entries, start=1)
-        ],
+def ground_truth(boxes_of_images: dict[int, list[tuple[int, list[float]]]], **others: Any) -> Annotations:
+    """Annotations with (category id, x y width height) boxes for each image id."""
+    entries = [entry for boxes in boxes_of_images.values() for entry in boxes]
+    boxes = np.array([box for _, box in entries], np.float64).reshape(-1, 4)
+    given = {
+        "category_ids": CATEGORY_IDS,
+        "class_names": [f"class {category}" for category in CATEGORY_IDS],
+        "image_ids": np.array(list(boxes_of_images), np.int64),
+        "file_names": np.array([f"{image}.jpg" for image in boxes_of_images], np.str_),
+        "sizes": np.full((len(boxes_of_images), 2), 200, np.int32),
+        "annotated": np.array([bool(boxes) for boxes in boxes_of_images.values()], bool),
+        "first_box": np.cumsum([0, *(len(boxes) for boxes in boxes_of_images.values())]),
+        "boxes": boxes,
+        "labels": np.array([CATEGORY_IDS.index(category) + 1 for category, _ in entries], np.int64),
+        "areas": boxes[:, 2] * boxes[:, 3],
+        "crowd": np.zeros(len(boxes), bool),
+        "problems": [],
     }
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
+    return Annotations(**(given | others))  # type: ignore[arg-type]
 
 
 def detections_of(images: dict[int, list[tuple[list[float], float, int]]]) -> Detections:
@@ -67,7 +73,7 @@ def detections_of(images: dict[int, list[tuple[list[float], float, int]]]) -> De
     return Detections.of_images((image, arrays(entries)) for image, entries in images.items())
 
 
-def random_case(seed: int) -> tuple[COCO, Detections]:
+def random_case(seed: int) -> tuple[Annotations, Detections]:
     """Ten images with random boxes, and detections near them, some of a wrong class."""
     random = np.random.default_rng(seed)
     truth: dict[int, list[tuple[int, list[float]]]] = {}
@@ -85,31 +91,105 @@ def random_case(seed: int) -> tuple[COCO, Detections]:
     return ground_truth(truth), detections_of(found)
 
 
+@pytest.mark.parametrize("backend", ["hotcoco", "pycocotools"])
 @pytest.mark.parametrize("seed", range(5))
-def test_metrics_are_those_of_pycocotools_for_the_file_it_writes(seed: int, tmp_path: Path) -> None:
+def test_metrics_are_those_of_pycocotools_for_the_file_it_writes(seed: int, backend: Backend, tmp_path: Path) -> None:
     truth, detections = random_case(seed)
     evaluation = Evaluation({}, {}, 10, CATEGORY_IDS, detections)
     evaluation.write_detections(tmp_path / "new" / "detections.json")
     with contextlib.redirect_stdout(io.StringIO()):
-        oracle = COCOeval(truth, truth.loadRes(str(tmp_path / "new" / "detections.json")), "bbox")
+        coco = truth.to_coco()
+        oracle = COCOeval(coco, coco.loadRes(str(tmp_path / "new" / "detections.json")), "bbox")
         oracle.evaluate()
         oracle.accumulate()
         oracle.summarize()
-    metrics, class_aps = coco_metrics(truth, detections, CATEGORY_IDS)
+    metrics, class_aps = coco_metrics(truth, detections, backend)
     assert list(metrics) == list(METRICS)
-    assert list(metrics.values()) == pytest.approx([math.nan if v == -1 else v for v in oracle.stats], nan_ok=True)
+    assert repr(list(metrics.values())) == repr([math.nan if v == -1 else float(v) for v in oracle.stats]), "every bit"
     assert 0.1 < metrics["AP"] < 0.9
     assert np.mean(class_aps) == pytest.approx(metrics["AP"])
 
 
-def test_metrics_are_quiet(capfd: pytest.CaptureFixture[str]) -> None:
-    coco_metrics(*random_case(0), CATEGORY_IDS)
+@pytest.mark.parametrize("backend", ["hotcoco", "pycocotools"])
+def test_metrics_are_quiet(backend: Backend, capfd: pytest.CaptureFixture[str]) -> None:
+    coco_metrics(*random_case(0), backend)
     assert capfd.readouterr() == ("", "")
+
+
+SIDES = st.sampled_from([0.5, 8.0, 31.9, 32.0, 32.1, 64.0, 95.9, 96.0, 96.1, 150.0])
+"""Of boxes; squares of 32 and 96 are on the edges of COCO's area ranges."""
+CORNERS = st.integers(0, 12).map(lambda number: 8.0 * number)
+SCORES = st.integers(1, 6).map(lambda number: number / 8)
+"""Few, so that many are equal."""
+IMAGE_IDS = st.one_of(st.integers(-(2**62), 2**62), st.integers(0, 9))
+AREAS = st.sampled_from([0.0, 900.0, 32.0**2, 96.0**2, 96.0**2 + 0.5])
+
+
+@st.composite
+def any_case(draw: st.DrawFn) -> tuple[Annotations, Detections]:
+    """Images with gaps between their ids, some of them empty; crowds; ties; boxes on the edges of area ranges."""
+    images = draw(st.lists(IMAGE_IDS, min_size=1, max_size=6, unique=True))
+    truth: dict[int, list[tuple[int, list[float]]]] = {}
+    found: dict[int, list[tuple[list[float], float, int]]] = {}
+    for image in images:
+        boxes = draw(st.lists(st.tuples(CORNERS, CORNERS, SIDES, SIDES), max_size=6))
+        truth[image] = [(draw(st.sampled_from(CATEGORY_IDS[:2])), list(box)) for box in boxes]
+        near = [box for box in boxes if draw(st.booleans())] + draw(
+            st.lists(st.tuples(CORNERS, CORNERS, SIDES, SIDES), max_size=4)
+        )
+        entries = [([x, y, x + w, y + h], draw(SCORES), draw(st.integers(1, 3))) for x, y, w, h in near]
+        found[image] = sorted(entries, key=lambda entry: -entry[1])
+    number = sum(len(boxes) for boxes in truth.values())
+    crowd = np.array(draw(st.lists(st.booleans(), min_size=number, max_size=number)), bool)
+    areas = np.array(draw(st.lists(AREAS, min_size=number, max_size=number)), np.float64)
+    return ground_truth(truth, crowd=crowd, areas=areas), detections_of(found)
+
+
+@settings(deadline=None, max_examples=150)
+@given(any_case())
+def test_hotcoco_gives_the_bits_of_pycocotools(case: tuple[Annotations, Detections]) -> None:
+    reference, other = (backend(*case) for backend in (BACKENDS["pycocotools"], BACKENDS["hotcoco"]))
+    np.testing.assert_array_equal(other.precision, reference.precision)
+    np.testing.assert_array_equal(other.recall, reference.recall)
+    assert repr(coco_metrics(*case, "hotcoco")) == repr(coco_metrics(*case, "pycocotools"))
+
+
+def test_many_detections_in_one_image() -> None:
+    """More than the 100 that COCO looks at, many with equal scores."""
+    random = np.random.default_rng(0)
+    corners = random.uniform(0, 150, (400, 2)).round(1)
+    boxes = np.concatenate([corners, corners + random.uniform(5, 50, (400, 2)).round(1)], 1).tolist()
+    truth = ground_truth({5: [(2, [x1, y1, x2 - x1, y2 - y1]) for x1, y1, x2, y2 in boxes[:60]], 3: []})
+    found = detections_of({5: [(box, 1 - number // 40 / 10, 1) for number, box in enumerate(boxes)], 3: []})
+    assert repr(coco_metrics(truth, found, "hotcoco")) == repr(coco_metrics(truth, found, "pycocotools"))
+    assert coco_metrics(truth, found)[0]["AP"] > 0.1
+
+
+@pytest.mark.skipif(not BCCD.is_dir(), reason=f"needs the real data set at {BCCD}")
+def test_backends_agree_on_real_data(tmp_path: Path) -> None:
+    dataset = load_dataset(
+        BCCD / "annotations" / "instances_val.json", BCCD / "images", training=False, bad="skip", cache_dir=tmp_path
+    )
+    oracle = Oracle()
+    detections = predict_shard(oracle, oracle.watch(eval_loader(dataset)), CPU)
+    assert repr(coco_metrics(dataset.ground_truth, detections, "hotcoco")) == repr(
+        coco_metrics(dataset.ground_truth, detections, "pycocotools")
+    )
+
+
+def test_without_hotcoco_pycocotools_computes_the_metrics(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    case = random_case(0)
+    expected = coco_metrics(*case, "hotcoco")
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
+    assert repr(coco_metrics(*case, "hotcoco")) == repr(expected)
+    assert "hotcoco cannot be imported" in capfd.readouterr().err
 
 
 def test_no_detections_at_all_are_zero_everywhere() -> None:
     truth, _ = random_case(0)
-    metrics, class_aps = coco_metrics(truth, detections_of({image: [] for image in truth.imgs}), CATEGORY_IDS)
+    metrics, class_aps = coco_metrics(truth, detections_of({image: [] for image in truth.image_ids.tolist()}))
     assert set(metrics.values()) <= {0.0} | {value for value in metrics.values() if math.isnan(value)}
     assert metrics["AP"] == metrics["AR_100"] == 0.0
     assert class_aps == [0.0, 0.0, 0.0]
@@ -118,7 +198,7 @@ def test_no_detections_at_all_are_zero_everywhere() -> None:
 def test_a_class_without_ground_truth_is_undefined_and_left_out_of_the_mean() -> None:
     truth = ground_truth({1: [(2, [10, 10, 50, 50])], 2: [(7, [20, 20, 60, 60])]})
     detections = detections_of({1: [([10, 10, 60, 60], 0.9, 1), ([0, 0, 9, 9], 0.8, 2)], 2: []})
-    metrics, class_aps = coco_metrics(truth, detections, CATEGORY_IDS)
+    metrics, class_aps = coco_metrics(truth, detections)
     assert class_aps == pytest.approx([1.0, math.nan, 0.0], nan_ok=True)
     assert metrics["AP"] == pytest.approx(0.5)
     assert math.isnan(metrics["AP_small"])
@@ -129,9 +209,7 @@ def test_a_class_without_ground_truth_is_undefined_and_left_out_of_the_mean() ->
 
 
 def test_a_data_set_without_any_ground_truth_is_undefined_everywhere() -> None:
-    metrics, class_aps = coco_metrics(
-        ground_truth({1: [], 2: []}), detections_of({1: [([0, 0, 5, 5], 0.5, 1)], 2: []}), CATEGORY_IDS
-    )
+    metrics, class_aps = coco_metrics(ground_truth({1: [], 2: []}), detections_of({1: [([0, 0, 5, 5], 0.5, 1)], 2: []}))
     assert all(math.isnan(value) for value in [*metrics.values(), *class_aps])
 
 
@@ -162,7 +240,8 @@ def assert_same(first: Detections, second: Detections) -> None:
 def test_merged_shards_do_not_depend_on_which_rank_predicted_which_image(case: Any) -> None:
     images, ranks = case
     alone = detections_of(images)
-    merged = Detections.merge([detections_of({image: images[image] for image in shard}) for shard in ranks])
+    shards = [detections_of({image: images[image] for image in shard}).rows() for shard in ranks]
+    merged = Detections.from_rows(*(np.concatenate(tables) for tables in zip(*shards, strict=True)))
     assert_same(merged, alone)
     assert [image for image, _ in merged.per_image()] == sorted(images)
     for image, (boxes, scores, labels) in merged.per_image():
@@ -185,7 +264,7 @@ def test_a_detection_costs_24_bytes_on_its_way_to_rank_0() -> None:
         (image, (random.random((100, 4), np.float32), random.random(100, np.float32), np.ones(100, np.int32)))
         for image in range(images)
     )
-    assert len(pickle.dumps(detections)) < 24 * 100 * images + 16 * images + 1000
+    assert sum(rows.nbytes for rows in detections.rows()) == 24 * 100 * images + 16 * images
 
 
 def test_results_have_the_category_ids_of_the_json_and_corners_become_sizes() -> None:

@@ -202,7 +202,7 @@ def program(tmp_path: Path, paths: dict[str, str]) -> Any:
         text=True,
         bufsize=1,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2]}:{os.environ.get('PYTHONPATH', '')}"},
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"

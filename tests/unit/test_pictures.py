@@ -6,6 +6,7 @@ import html.parser
 import io
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from horovod_megdet.data.annotation_cache import Source
 from horovod_megdet.data.coco import CocoDataset, load_dataset
 from horovod_megdet.data.synthetic import ensure_synthetic
 from horovod_megdet.evaluation.coco import Evaluation
@@ -314,7 +316,7 @@ def test_detections_with_low_scores_are_not_drawn(dataset: CocoDataset, tmp_path
 
 def test_the_key_lists_the_classes_that_occur(dataset: CocoDataset, tmp_path: Path) -> None:
     page = write_page(tmp_path / "page.html", dataset, evaluation_of(dataset), count=1)
-    key = page.text.split("missed object")[1].split(str(dataset.file_names[0]))[0]
+    key = page.text.split("missed object")[1].split(dataset.file_name(0))[0]
     labels = set(dataset.read(0)[2].tolist())
     assert [name in key for name in dataset.class_names] == [
         label in labels for label in range(1, len(dataset.class_names) + 1)
@@ -322,10 +324,9 @@ def test_the_key_lists_the_classes_that_occur(dataset: CocoDataset, tmp_path: Pa
     assert "crowd" not in page.text
 
 
-def test_crowd_regions_are_explained_and_not_counted(
-    dataset: CocoDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dataset, "_crowd", np.ones_like(dataset._crowd))
-    page = write_page(tmp_path / "page.html", dataset, evaluation_of(dataset), count=9)
+def test_crowd_regions_are_explained_and_not_counted(dataset: CocoDataset, tmp_path: Path) -> None:
+    found = replace(dataset.ground_truth, crowd=np.ones_like(dataset.ground_truth.crowd))
+    crowds = CocoDataset(found, Source(dataset.annotations, dataset.image_folder), training=False)
+    page = write_page(tmp_path / "page.html", crowds, evaluation_of(dataset), count=9)
     assert "crowd of name" in page.text
     assert counts(page)[0] == (0, 0, 0)

@@ -63,7 +63,7 @@ def test_detections_are_those_of_an_evaluation(run_dir: Path, images: Path, tmp_
     loader = build_eval_loader(dataset, config.data, rank=0, ranks=1)
     expected = predict_shard(detector, loader, CPU).to_coco(CATEGORY_IDS)
     assert len(expected) > 20
-    names = dict(zip(dataset.image_ids.tolist(), dataset.file_names.tolist(), strict=True))
+    names = {image_id: dataset.file_name(index) for index, image_id in enumerate(dataset.image_ids.tolist())}
     key = ("category_id", "bbox", "score")
     by_image = {
         name: [[entry[part] for part in key] for entry in expected if names[entry["image_id"]] == name]

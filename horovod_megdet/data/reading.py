@@ -1,0 +1,243 @@
+"""Reading a data set together: of the ranks that see the same files, one parses and all check image files.
+
+Nothing here imports Horovod, which loader workers must not load: the ranks are an argument, which is either
+:mod:`horovod_megdet.comm` or :data:`ALONE`.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from horovod_megdet import launched
+from horovod_megdet.data import annotation_cache
+from horovod_megdet.data.annotation_cache import Cache, JsonState, Listed, Source
+from horovod_megdet.data.annotation_json import read_annotation_file
+from horovod_megdet.data.annotations import Annotations
+from horovod_megdet.data.image_files import CheckedFiles, check_files, list_files
+from horovod_megdet.errors import UserError
+from horovod_megdet.printing import say
+
+T = TypeVar("T")
+
+REPORT_SECONDS = 5.0
+"""Seconds between two lines about the progress of a check."""
+
+
+class Ranks(Protocol):
+    """What reading needs of :mod:`horovod_megdet.comm`."""
+
+    def rank(self) -> int:
+        """This rank."""
+
+    def gather_objects(self, value: T, name: str) -> list[T]:
+        """The ranks' values, in rank order, on every rank."""
+
+    def agreement(self, name: str) -> AbstractContextManager[None]:
+        """A :class:`UserError` in the block on any rank becomes one on all of them."""
+
+
+class _Alone:
+    """One process that does not communicate."""
+
+    def rank(self) -> int:
+        return 0
+
+    def gather_objects(self, value: T, name: str) -> list[T]:
+        return [value]
+
+    @contextlib.contextmanager
+    def agreement(self, name: str) -> Iterator[None]:
+        yield
+
+
+ALONE: Ranks = _Alone()
+"""The ranks of a process that has been started without a launcher, or that reads for itself."""
+
+
+def read_annotations(source: Source, ranks: Ranks = ALONE) -> Annotations:
+    """The valid entries of a COCO JSON whose image files are good; mapped from a cache where there can be one.
+
+    Collective over ``ranks``. Raises :class:`UserError` on all of them if nothing can be used: a missing file or
+    folder, invalid JSON, a missing section, no images.
+    """
+    team = _Team(source, ranks)
+    leader = _Leader(source)
+    plan = team.by_leader(leader.begin, "data: look for the cache")
+    digest = plan.digest
+    if digest is None:
+        mine = check_files(source.images, plan.names[team.place :: team.size], source.check_images, team.show_progress)
+        parts = ranks.gather_objects(mine, "data: checked image files")
+        digest = team.by_leader(lambda: leader.finish([parts[rank] for rank in team.members]), "data: build the cache")
+    return team.share(digest, leader)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the leader of a team tells its members."""
+
+    digest: str | None
+    """Of a cache that is up to date; None if there is none."""
+    names: list[str]
+    """Image files that have to be checked first."""
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """All that a cache file is made of."""
+
+    found: Annotations
+    listed: Listed
+    state: JsonState
+
+    def keep(self, source: Source, seconds: float) -> str:
+        """Writes the cache and says where, or why not; returns its digest, which is empty if there is none."""
+        digest, path, reason = annotation_cache.save(source, self.found, self.listed, self.state)
+        where = f"{launched.host()}: {source.annotations}: read with {len(self.listed.names):,} images"
+        if path:
+            say(f"{where} in {seconds:.1f} s; the next start finds the result in {path}.")
+        else:
+            say(f"warning: {where} in {seconds:.1f} s, and at every start, because the result cannot be kept: {reason}")
+        return digest
+
+
+class _Leader:
+    """What one rank does for all that see the same files."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.started = time.monotonic()
+        self.reading: _Reading
+
+    def begin(self) -> _Plan:
+        """Finds a cache that is up to date, or else parses the JSON and finds out which image files to check."""
+        source = self.source
+        cache = annotation_cache.find(source)
+        if cache is not None and self._is_up_to_date(cache):
+            return _Plan(cache.mapping.digest, [])
+        self.state = JsonState.of(source.annotations)  # before reading, so that a later change will be noticed
+        self.file = read_annotation_file(source.annotations)
+        names = [image.file for image in self.file.images]
+        if source.check_images == "trust":
+            self.listed = Listed(names, np.zeros((len(names), 2), np.int64), self.file.sizes_as_written())
+        else:
+            self.listed = Listed(names, list_files(source.images, names), CheckedFiles.unknown(len(names)))
+            if cache is not None:
+                self.listed.take_over(cache.listed())
+        self.unchecked = self.listed.checked.unchecked()
+        return _Plan(None, [names[index] for index in self.unchecked])
+
+    def finish(self, parts: list[CheckedFiles]) -> str:
+        """Puts together what the members found out about the files, and writes the cache; returns its digest."""
+        for place, part in enumerate(parts):
+            self.listed.checked.put(self.unchecked[place :: len(parts)], part)
+        state = replace(self.state, sha256=self.file.sha256)
+        self.reading = _Reading(self.file.pack(self.listed.checked), self.listed, state)
+        del self.file
+        return self.reading.keep(self.source, time.monotonic() - self.started)
+
+    def _is_up_to_date(self, cache: Cache) -> bool:
+        source, recorded, listed = self.source, cache.json, cache.listed()
+        state = JsonState.of(source.annotations)
+        if not state.shows_no_change_since(recorded):
+            state = replace(state, sha256=annotation_cache.sha256_of(source.annotations))
+            if state.sha256 != recorded.sha256:
+                return False
+            recorded = state
+        if source.check_images != "trust" and not listed.is_unchanged(list_files(source.images, listed.names)):
+            return False
+        self.reading = _Reading(cache.annotations(), listed, recorded)
+        if recorded != cache.json:
+            annotation_cache.save(source, self.reading.found, listed, recorded)
+        return True
+
+
+class _Team:
+    """The ranks that see the same files: those of one host, or of all that share a file system."""
+
+    def __init__(self, source: Source, ranks: Ranks) -> None:
+        self.source, self.ranks = source, ranks
+        with ranks.agreement("data: files"):
+            identity = _identity(source)
+        identities = ranks.gather_objects(identity, "data: files")
+        self.members = [rank for rank, other in enumerate(identities) if other == identity]
+        self.place, self.size = self.members.index(ranks.rank()), len(self.members)
+        self.leads = self.place == 0
+        self.shown = time.monotonic()
+
+    def by_leader(self, work: Callable[[], T], name: str) -> T:
+        """Every leader does the work; returns, or raises, on each rank what its own did. Collective."""
+        value: T | None = None
+        error = ""
+        if self.leads:
+            try:
+                value = work()
+            except UserError as caught:
+                error = str(caught)
+        results = self.ranks.gather_objects((value, error), name)
+        value, error = results[self.members[0]]
+        if any(error for _, error in results):
+            with self.ranks.agreement(name):
+                if error:
+                    raise UserError(error)
+        assert value is not None
+        return value
+
+    def show_progress(self, count: int) -> None:
+        """Says how far the check of image files has come, from time to time."""
+        if self.leads and time.monotonic() - self.shown > REPORT_SECONDS:
+            self.shown = time.monotonic()
+            say(f"{launched.host()}: {self.source.images}: checked {count * self.size:,} image files so far.")
+
+    def share(self, digest: str, leader: _Leader) -> Annotations:
+        """The result on all ranks: mapped, or else a copy of the leader's. Collective.
+
+        A rank may not see the cache: it could not be written, or it is in a folder that each host has for itself. Then
+        one rank of each such host writes a cache of its own.
+        """
+        ranks, host = self.ranks, launched.host()
+        cache = annotation_cache.find(self.source, digest) if digest else None
+        views = ranks.gather_objects((host, cache is not None), "data: see the cache")
+        if all(sees for _, sees in views):
+            assert cache is not None
+            return cache.annotations()
+        blind = [member for member in self.members if not views[member][1]]
+        reading = ranks.gather_objects(leader.reading if self.leads and blind else None, "data: annotations")
+        mine = reading[self.members[0]]
+        writer = next((member for member in blind if views[member][0] == host), None)
+        failed_here = not digest and host == views[self.members[0]][0]
+        kept = ""
+        if writer == ranks.rank() and not failed_here:
+            assert mine is not None
+            kept = mine.keep(self.source, time.monotonic() - leader.started)
+        digests = ranks.gather_objects(kept, "data: caches of other hosts")
+        if cache is None and writer is not None and digests[writer]:
+            cache = annotation_cache.find(self.source, digests[writer])
+        if cache is not None:
+            return cache.annotations()
+        assert mine is not None
+        return mine.found
+
+
+def _identity(source: Source) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What is equal on two hosts only if they see the same files, or copies of a whole file system.
+
+    The time of the last change of an inode cannot be set: files that were copied one by one have another.
+    """
+    try:
+        annotations = source.annotations.stat()
+    except FileNotFoundError:
+        raise UserError(f"{source.annotations}: no such annotation file.") from None
+    except OSError as error:
+        raise UserError(f"{source.annotations}: the annotation file cannot be read: {error}.") from None
+    if not source.images.is_dir():
+        raise UserError(f"{source.images}: no such image folder (the images of {source.annotations}).")
+    folder = source.images.stat()
+    return (
+        (annotations.st_size, annotations.st_ino, annotations.st_mtime_ns, annotations.st_ctime_ns),
+        (folder.st_ino, folder.st_mtime_ns, folder.st_ctime_ns),
+    )
