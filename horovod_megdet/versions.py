@@ -4,15 +4,15 @@ import platform
 from importlib import metadata
 
 NUMERICAL = (
-    *("horovod", "mpi4py", "torch", "torchvision", "timm", "numpy", "pillow", "pycocotools", "hotcoco"),
+    *("horovod", "mpi4py", "torch", "torchvision", "pytorch-optimizer", "numpy", "pillow", "pycocotools", "hotcoco"),
     *("pyyaml", "pydantic", "simplejpeg"),
 )
 """What could change the numbers of a run."""
 
 PACKAGES = (*NUMERICAL, "msgspec", "safetensors", "psutil", "rich", "matplotlib", "tensorboard", "jinja2")
 
-OPTIONAL = ("mpi4py", "timm", "hotcoco")
-"""mpi4py serves Horovod's MPI controller only, timm only the LARS optimizer; pycocotools replaces hotcoco."""
+OPTIONAL = ("mpi4py", "pytorch-optimizer", "hotcoco")
+"""mpi4py serves Horovod's MPI controller only, pytorch-optimizer only the LARS optimizer; pycocotools replaces hotcoco."""
 
 MISSING = "missing"
 """The version of a package that is not installed."""

@@ -123,7 +123,7 @@ def test_healthy_machines(hosts: int) -> None:
 
 
 def test_gloo_without_mpi4py_is_healthy() -> None:
-    software = part(0, "software", versions={"Python": "3.11.7", "mpi4py": "missing", "timm": "missing"})
+    software = part(0, "software", versions={"Python": "3.11.7", "mpi4py": "missing", "pytorch-optimizer": "missing"})
     build = {"build": Build("gloo", "", GLOO_ONLY)}
     assert bad(examine(with_faults(**software, **build))) == []
 
@@ -450,14 +450,14 @@ def test_what_is_not_known_is_passed_over(field: dataclasses.Field[Any]) -> None
 
 
 def test_an_optimizer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "timm.optim", None)
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     arguments = argparse.Namespace(config=str(DEFAULT_CONFIG), overrides=["solver.optimizer=lars"], run_dir=None)
     config, config_error = command.read_config(arguments)
     assert config
     assert config.solver.optimizer == "lars"
     findings = examine(with_faults(config_error=config_error))
     assert [finding.severity for finding in bad(findings)] == ["error"]
-    assert "lars needs the package timm" in bad(findings)[0].sentence
+    assert "lars needs the package pytorch_optimizer" in bad(findings)[0].sentence
 
 
 def test_facts_of_this_process(tmp_path: Path) -> None:
