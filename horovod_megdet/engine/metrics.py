@@ -86,7 +86,6 @@ class MetricsLog:
         """Writes one row of training metrics, the means since the row before."""
         self._write({"kind": "train", **row})
         self._progress.update(self._task, completed=row["images_seen"])
-        noise = row.get("noise_scale")
         remaining = round(max(0, self.total_images - row["images_seen"]) / row["images_per_second"])
         parts = " ".join(f"{key.removeprefix('loss_')} {value:.3f}" for key, value in row.items() if "loss_" in key)
         self.console.print(
@@ -94,7 +93,7 @@ class MetricsLog:
             f"{row['images_per_second']:.1f} images/s  step {row['step_seconds']:.2f} s "
             f"(ranks {row['step_seconds_min']:.2f} to {row['step_seconds_max']:.2f})  "
             f"data {row['data_seconds']:.2f} s  memory {row['memory_mb']:.0f} MB  "
-            + (f"{gain_in_words(noise, row['mini_batch'])}  " if noise else "")
+            + (f"{gain_in_words(row['noise_scale'], row['mini_batch'])}  " if "noise_scale" in row else "")
             + f"ETA {timedelta(seconds=remaining)}"
         )
 

@@ -220,7 +220,9 @@ def gain_table(noise_scale: float, mini_batch: int, reference: int) -> list[tupl
     ]
 
 
-def gain_in_words(noise_scale: float, mini_batch: int) -> str:
-    """What the noise scale means for a mini-batch, for the end of a line of the log."""
+def gain_in_words(noise_scale: float | None, mini_batch: int) -> str:
+    """What the noise scale, None if it cannot be told, means for a mini-batch; for the end of a line of the log."""
+    if noise_scale is None:
+        return "noise scale unknown: so far the noise hides the gradient"
     saved = 1 - (1 + noise_scale / (2 * mini_batch)) / (1 + noise_scale / mini_batch)
     return f"noise scale {noise_scale:.3g} images: twice the mini-batch would save {saved:.0%} of the steps"

@@ -175,6 +175,10 @@ def test_what_a_mini_batch_gains_and_loses() -> None:
     assert numbers(table["instead of 16 images"]) == pytest.approx([2 / 17, 2 / (17 / 16)], rel=1e-2)
 
 
+def test_a_noise_scale_that_cannot_be_told_is_said_to_be_unknown() -> None:
+    assert gain_in_words(None, 16).startswith("noise scale unknown")
+
+
 @given(noise_scale=st.floats(1, 1e6), mini_batch=st.integers(1, 100_000))
 def test_twice_the_mini_batch_saves_at_most_half_of_the_steps(noise_scale: float, mini_batch: int) -> None:
     words = gain_in_words(noise_scale, mini_batch)
