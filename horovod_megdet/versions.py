@@ -12,7 +12,7 @@ NUMERICAL = (
 PACKAGES = (*NUMERICAL, "msgspec", "safetensors", "psutil", "rich", "matplotlib", "tensorboard", "jinja2")
 
 OPTIONAL = ("mpi4py", "pytorch-optimizer", "hotcoco")
-"""mpi4py serves Horovod's MPI controller only, pytorch-optimizer only the LARS optimizer; pycocotools replaces hotcoco."""
+"""mpi4py serves Horovod's MPI controller only, pytorch-optimizer the LARS optimizer; pycocotools replaces hotcoco."""
 
 MISSING = "missing"
 """The version of a package that is not installed."""
