@@ -234,8 +234,8 @@ def metrics_table(runs: Sequence[Run]) -> Table:
     comparable = not _validation_sets(runs)
     rows = [("at epoch", [Cell(f"{row['epoch']:.1f}" if row else NONE) for row in last])]
     rows += [
-        (f"{name}, {meaning}", _percents([row.get(name) for row in last], comparable))
-        for name, meaning in METRICS.items()
+        (f"{name}, {metric.meaning}", _percents([row.get(name) for row in last], comparable))
+        for name, metric in METRICS.items()
     ]
     rows += [
         (f"{MAIN_METRIC} of {name}", _percents([row.get("per_class", {}).get(name) for row in last], comparable))
