@@ -269,6 +269,8 @@ def configs(draw: st.DrawFn) -> Config:
         solver["gammas"] = [0.5] * len(solver["milestones"])
     if solver.get("mini_batch"):
         solver["accumulation"] = 1
+    if solver.get("lr_modulation") == "agvm":
+        solver.pop("measure_noise", None)  # it has to be measured
     if "anchor_sizes" in model:
         model["anchor_sizes"] = (model["anchor_sizes"] * 5)[:5]
     return Config.model_validate(tree)
