@@ -10,6 +10,8 @@ from horovod_megdet.cluster.launch import command as launch
 from horovod_megdet.config import Config
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
 
+Commands = argparse._SubParsersAction  # argparse has no public name for it
+
 
 def main() -> int:
     """Entry point of the ``megdet`` console script; returns the exit code."""
@@ -26,26 +28,40 @@ def _parser() -> argparse.ArgumentParser:
         prog="megdet", description="Plan, check, evaluate and look at training runs of horovod_megdet; train.py trains."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add_command in (
+        _add_plan,
+        _add_check_data,
+        _add_synth,
+        _add_evaluate,
+        _add_predict,
+        _add_doctor,
+        _add_launch,
+        _add_report,
+    ):
+        add_command(commands)
+    return parser
 
-    plan = commands.add_parser("plan", help="print the schedule that a configuration has on so many ranks")
-    add_config_arguments(plan)
-    plan.add_argument("--ranks", type=positive, required=True, help="number of ranks (GPUs)")
-    plan.add_argument("--images", type=positive, help="images of the training set, where the data is not at hand")
-    plan.add_argument(
+
+def _add_plan(commands: Commands) -> None:
+    parser = commands.add_parser("plan", help="print the schedule that a configuration has on so many ranks")
+    add_config_arguments(parser)
+    parser.add_argument("--ranks", type=positive, required=True, help="number of ranks (GPUs)")
+    parser.add_argument("--images", type=positive, help="images of the training set, where the data is not at hand")
+    parser.add_argument(
         "--latency-us",
         type=float,
         default=100.0,
         help="microseconds of a small allreduce between two ranks, as `megdet doctor` measures it (default: "
         "%(default)g, between two processes of one machine)",
     )
-    plan.add_argument(
+    parser.add_argument(
         "--bandwidth-gbs",
         type=float,
         default=1.0,
         help="gigabytes per second of a large allreduce (default: %(default)g, one 10 Gbit/s link)",
     )
-    plan.add_argument("--step-seconds", type=float, help="time of a step on one rank, to predict the whole step")
-    noise = plan.add_mutually_exclusive_group()
+    parser.add_argument("--step-seconds", type=float, help="time of a step on one rank, to predict the whole step")
+    noise = parser.add_mutually_exclusive_group()
     noise.add_argument(
         "--noise-scale",
         type=positive,
@@ -55,80 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     noise.add_argument(
         "--run", dest="noise_of", type=Path, metavar="DIR", help="the same, as this run measured it last"
     )
-    plan.set_defaults(run=_plan)
-
-    check = commands.add_parser("check-data", help="list everything that is wrong with the data of a configuration")
-    add_config_arguments(check)
-    check.add_argument(
-        "--decode", action="store_true", help="decode every image completely: slow, finds truncated files"
-    )
-    check.set_defaults(run=_check_data)
-
-    synth = commands.add_parser("synth", help="generate the embedded data set (train.py does it by itself)")
-    synth.add_argument("folder", type=Path)
-    synth.add_argument("--train", type=positive, default=600, help="training images (default: %(default)s)")
-    synth.add_argument("--val", type=positive, default=100, help="validation images (default: %(default)s)")
-    synth.add_argument("--seed", type=int, default=0, help="other seeds give other images (default: %(default)s)")
-    synth.set_defaults(run=_synth)
-
-    evaluate = commands.add_parser("evaluate", help="COCO metrics of a checkpoint; also under mpirun or horovodrun")
-    evaluate.add_argument("checkpoint", help="a checkpoint folder, or a run directory for its newest")
-    add_set_argument(evaluate)
-    evaluate.set_defaults(run=_evaluate)
-
-    predict = commands.add_parser("predict", help="detections of a checkpoint on images, as JSON and drawn")
-    predict.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run directory for its newest")
-    predict.add_argument("images", nargs="+", type=Path, help="image files or folders")
-    predict.add_argument(
-        "--output", type=Path, default=Path("predictions"), help="folder to write (default: %(default)s)"
-    )
-    predict.add_argument("--score", type=float, default=0.5, help="lowest score drawn (default: %(default)s)")
-    predict.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
-    predict.set_defaults(run=_predict)
-
-    doctor = commands.add_parser(
-        "doctor", help="say what would make training fail or slow on these machines; under the launcher of the training"
-    )
-    add_config_arguments(doctor)
-    doctor.add_argument(
-        "--json",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="write everything as JSON, to standard output or a file (horovodrun marks the lines of standard output)",
-    )
-    doctor.add_argument("--plot", metavar="FILE", type=Path, help="draw the times of allreduces, as PNG, PDF or SVG")
-    doctor.add_argument(
-        "--no-data", action="store_true", help="leave out data set and weights: reading a large set takes minutes"
-    )
-    doctor.add_argument(
-        "--timeout",
-        type=positive,
-        default=600,
-        metavar="SECONDS",
-        help="give up when ranks wait for each other for so long (default: %(default)s)",
-    )
-    doctor.set_defaults(run=_doctor)
-
-    start = commands.add_parser(
-        "launch", help="start a program on the machines of a host file, with mpirun or horovodrun"
-    )
-    launch.add_arguments(start)
-    start.set_defaults(run=launch.run_launch)
-
-    report = commands.add_parser(
-        "report", help="compare runs on one HTML page, or look at one and draw its curves again"
-    )
-    report.add_argument(
-        "run_dirs", metavar="RUN", nargs="+", type=Path, help="a run directory, also of a run in progress"
-    )
-    report.add_argument(
-        "--output",
-        type=Path,
-        help="the page to write (default: report.html, in the run directory or, for several runs, in this folder)",
-    )
-    report.set_defaults(run=_report)
-    return parser
+    parser.set_defaults(run=_plan)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -175,6 +118,15 @@ def _training_images(config: Config) -> int:
         raise UserError(f"{error}\nTo plan without the data, give the number of its images: --images 117266.") from None
 
 
+def _add_check_data(commands: Commands) -> None:
+    parser = commands.add_parser("check-data", help="list everything that is wrong with the data of a configuration")
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--decode", action="store_true", help="decode every image completely: slow, finds truncated files"
+    )
+    parser.set_defaults(run=_check_data)
+
+
 def _check_data(arguments: argparse.Namespace) -> int:
     from horovod_megdet.data.coco import check_dataset
     from horovod_megdet.data.configured import cache_folder, split_paths
@@ -192,12 +144,47 @@ def _check_data(arguments: argparse.Namespace) -> int:
     return EXIT_USER_ERROR if found else 0
 
 
+def _add_synth(commands: Commands) -> None:
+    parser = commands.add_parser("synth", help="generate the embedded data set (train.py does it by itself)")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--train", type=positive, default=600, help="training images (default: %(default)s)")
+    parser.add_argument("--val", type=positive, default=100, help="validation images (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="other seeds give other images (default: %(default)s)")
+    parser.set_defaults(run=_synth)
+
+
 def _synth(arguments: argparse.Namespace) -> int:
     from horovod_megdet.data.synthetic import ensure_synthetic
 
     ensure_synthetic(arguments.folder, arguments.train, arguments.val, arguments.seed)
     print(f"{arguments.folder}: {arguments.train} training and {arguments.val} validation images")
     return 0
+
+
+def _add_doctor(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "doctor", help="say what would make training fail or slow on these machines; under the launcher of the training"
+    )
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write everything as JSON, to standard output or a file (horovodrun marks the lines of standard output)",
+    )
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the times of allreduces, as PNG, PDF or SVG")
+    parser.add_argument(
+        "--no-data", action="store_true", help="leave out data set and weights: reading a large set takes minutes"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=positive,
+        default=600,
+        metavar="SECONDS",
+        help="give up when ranks wait for each other for so long (default: %(default)s)",
+    )
+    parser.set_defaults(run=_doctor)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -213,10 +200,29 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return run_doctor(arguments)
 
 
+def _add_evaluate(commands: Commands) -> None:
+    parser = commands.add_parser("evaluate", help="COCO metrics of a checkpoint; also under mpirun or horovodrun")
+    parser.add_argument("checkpoint", help="a checkpoint folder, or a run directory for its newest")
+    add_set_argument(parser)
+    parser.set_defaults(run=_evaluate)
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     from horovod_megdet.run import evaluate_checkpoint
 
     return evaluate_checkpoint(arguments.checkpoint, arguments.overrides)
+
+
+def _add_predict(commands: Commands) -> None:
+    parser = commands.add_parser("predict", help="detections of a checkpoint on images, as JSON and drawn")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run directory for its newest")
+    parser.add_argument("images", nargs="+", type=Path, help="image files or folders")
+    parser.add_argument(
+        "--output", type=Path, default=Path("predictions"), help="folder to write (default: %(default)s)"
+    )
+    parser.add_argument("--score", type=float, default=0.5, help="lowest score drawn (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    parser.set_defaults(run=_predict)
 
 
 def _predict(arguments: argparse.Namespace) -> int:
@@ -229,6 +235,29 @@ def _predict(arguments: argparse.Namespace) -> int:
     )
     print(results)
     return 0
+
+
+def _add_launch(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "launch", help="start a program on the machines of a host file, with mpirun or horovodrun"
+    )
+    launch.add_arguments(parser)
+    parser.set_defaults(run=launch.run_launch)
+
+
+def _add_report(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "report", help="compare runs on one HTML page, or look at one and draw its curves again"
+    )
+    parser.add_argument(
+        "run_dirs", metavar="RUN", nargs="+", type=Path, help="a run directory, also of a run in progress"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="the page to write (default: report.html, in the run directory or, for several runs, in this folder)",
+    )
+    parser.set_defaults(run=_report)
 
 
 def _report(arguments: argparse.Namespace) -> int:
