@@ -29,6 +29,7 @@ from horovod_megdet.engine.run_folder import RunFolder
 from horovod_megdet.engine.signals import StopRequest
 from horovod_megdet.errors import EXIT_NOT_SAVED, EXIT_STOPPED, UserError
 from horovod_megdet.evaluation.coco import Evaluation, evaluate
+from horovod_megdet.evaluation.metrics import MAIN_METRIC
 from horovod_megdet.layers.cross_gpu_bn import average_running_statistics
 from horovod_megdet.models.detector import Detector
 from horovod_megdet.models.weights import load_checkpoint
@@ -198,7 +199,7 @@ class Trainer:
         progress.set("evaluating")
         average_running_statistics(self.evaluated_detector)
         evaluation = evaluate_detector(self.config, self.evaluated_detector, self.val_set, self.device)
-        ap, position = evaluation.metrics["AP"], self.position
+        ap, position = evaluation.metrics[MAIN_METRIC], self.position
         is_best = ap > position.best_ap or position.best_checkpoint is None or math.isnan(position.best_ap)
         if is_best:
             position.best_ap, position.best_checkpoint = ap, checkpoint.name(position.step)
