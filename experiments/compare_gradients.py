@@ -68,7 +68,7 @@ def loss_of_all_ranks(trainer: Trainer) -> Tensor:
         parts.append(trainer.detector.forward_losses(batch.images, batch.targets))
     loss = torch.zeros(())
     for name in parts[0].values:
-        samples = max(1, sum(part.counts[name] for part in parts))
+        samples = torch.stack([part.counts[name] for part in parts]).sum().clamp(min=1)
         loss = loss + sum(part.values[name] * (part.counts[name] / samples) for part in parts)
     return loss
 

@@ -1,6 +1,5 @@
 """Batches for training and evaluation, read and resized in worker processes."""
 
-import math
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -43,6 +43,8 @@ class Batch:
     error: str | None = None
     """A sentence that names the image files that could not be read. They are left out; if no image remains, a black
     one without objects replaces the batch, so that its rank takes part in the collectives of the forward pass."""
+    packed: "_Packed | None" = field(default=None, repr=False)
+    """What the tensors are views of, if they are."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -54,39 +56,64 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self._pack().map(lambda tensor: tensor.pin_memory()).unpack()
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on ``device``; images stay uint8, a quarter of the bytes of float32."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same batch on ``device``, in three copies; images stay uint8, a quarter of the bytes of float32."""
+        if device.type == "cpu":
+            return self
+        return self._pack().map(lambda tensor: tensor.to(device, non_blocking=True)).unpack()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A worker sends each tensor through its own file descriptor and connection. One tensor for the whole batch is
-        # twice as fast, and large batches do not run out of descriptors.
-        # Decoded and resized images are channels-last in memory; packed in that order, nothing has to be transposed.
+        packed = self._pack()
+        # A worker sends each tensor through its own file descriptor and connection: the small ones go as arrays.
+        return _unpickle, (packed.pixels, packed.boxes.numpy(), packed.labels.numpy(), packed.rest, packed.error)
+
+    def _pack(self) -> "_Packed":
+        if self.packed is not None:
+            return self.packed
+        # Decoded and resized images are channels-last in memory; packed in that order, nothing is transposed.
         rows = [image.permute(1, 2, 0) for image in self.images]
-        pixels = torch.cat([part.reshape(-1) for part in rows] or [torch.empty(0, dtype=torch.uint8)])
-        targets = [
-            {name: value.numpy() if isinstance(value, Tensor) else value for name, value in target.items()}
-            for target in self.targets
+        boxes = [torch.zeros(0, 4), *(target["boxes"] for target in self.targets)]
+        labels = [torch.zeros(0, dtype=torch.int64), *(target["labels"] for target in self.targets)]
+        rest = [
+            (row.shape, {key: value for key, value in target.items() if key not in ("boxes", "labels")}, len(own))
+            for row, target, own in zip(rows, self.targets, boxes[1:], strict=True)
         ]
-        return _unpack, (pixels, [tuple(part.shape) for part in rows], targets, self.error)
+        pixels = torch.cat([torch.zeros(0, dtype=torch.uint8), *(row.reshape(-1) for row in rows)])
+        return _Packed(pixels, torch.cat(boxes), torch.cat(labels), rest, self.error)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+
+@dataclass
+class _Packed:
+    """A batch in three tensors: each of those that go to another process or device has its own costs."""
+
+    pixels: Tensor
+    boxes: Tensor
+    labels: Tensor
+    rest: list[tuple[torch.Size, dict[str, Any], int]]
+    """For each image its (h, w, 3), what else its target has, and the number of its objects."""
+    error: str | None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "_Packed":
+        return _Packed(change(self.pixels), change(self.boxes), change(self.labels), self.rest, self.error)
+
+    def unpack(self) -> Batch:
+        """The batch, whose tensors are views of these."""
+        objects = [count for _, _, count in self.rest]
+        pixels = self.pixels.split([shape.numel() for shape, _, _ in self.rest])
+        images = [part.view(shape).permute(2, 0, 1) for part, (shape, _, _) in zip(pixels, self.rest, strict=True)]
         targets = [
-            {name: change(value) if isinstance(value, Tensor) else value for name, value in target.items()}
-            for target in self.targets
+            {"boxes": boxes, "labels": labels, **other}
+            for boxes, labels, (_, other, _) in zip(
+                self.boxes.split(objects), self.labels.split(objects), self.rest, strict=True
+            )
         ]
-        return Batch([change(image) for image in self.images], targets, self.error)
+        return Batch(images, targets, self.error, self)
 
 
-def _unpack(pixels: Tensor, shapes: list[tuple[int, ...]], targets: list[dict[str, Any]], error: str | None) -> Batch:
-    parts = pixels.split([math.prod(shape) for shape in shapes]) if shapes else ()
-    for target in targets:
-        target["boxes"] = torch.from_numpy(target["boxes"])
-        target["labels"] = torch.from_numpy(target["labels"])
-    images = [part.view(shape).permute(2, 0, 1) for part, shape in zip(parts, shapes, strict=True)]
-    return Batch(images, targets, error)
+def _unpickle(pixels: Tensor, boxes: NDArray[np.float32], labels: NDArray[np.int64], *others: Any) -> Batch:
+    return _Packed(pixels, torch.from_numpy(boxes), torch.from_numpy(labels), *others).unpack()
 
 
 class BatchReader(Dataset[Batch]):

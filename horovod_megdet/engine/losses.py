@@ -2,9 +2,9 @@
 
 torchvision averages each loss over the anchors or RoIs that its rank sampled, and the ranks' numbers of samples differ.
 Weighting each loss by ``count * ranks / counts of all ranks`` makes the average over ranks the loss of one process that
-holds the whole mini-batch. So before each backward pass one message sums the counts, which are known on the host. The
-losses, and what a rank alone knows beside them, are summed in a second message when the backward passes are done: no
-rank waits for the losses of its device, or of another rank, in between.
+holds the whole mini-batch. So before each backward pass one message sums the counts, on the losses' device. The losses,
+and what a rank alone knows beside them, are summed in a second message when the backward passes are done: no rank waits
+for the losses of its device, or of another rank, in between.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import Tensor
 from horovod_megdet import comm, launched
 from horovod_megdet.data.loader import Batch
 from horovod_megdet.errors import NonFiniteLossError, UserError
-from horovod_megdet.models.detector import Losses
+from horovod_megdet.models.detector import COUNT_OF_LOSS, Losses
 from horovod_megdet.printing import say
 
 
@@ -27,10 +27,10 @@ class PassReport:
     images_read: int
     error: str | None
     """Which images could not be read; None if all could."""
-    sums: dict[str, Tensor]
-    """Each loss times the number of samples of this rank, () float64 on the losses' device."""
-    all_counts: list[float]
-    """The samples of all ranks, by loss."""
+    sums: Tensor
+    """Each loss times the number of samples of this rank, (losses,) float64 on their device."""
+    all_counts: Tensor
+    """The number of samples of all ranks, likewise."""
 
 
 def weigh_losses(batch: Batch, losses: Losses) -> tuple[Tensor, PassReport]:
@@ -38,17 +38,16 @@ def weigh_losses(batch: Batch, losses: Losses) -> tuple[Tensor, PassReport]:
 
     The average of the first over the ranks is the loss of the pass. Collective.
     """
-    counts = torch.tensor([losses.counts[name] for name in losses.values], dtype=torch.float64)
-    all_counts = comm.sum_(counts.clone(), "sample_counts").clamp(min=1)  # a loss without samples on any rank is 0
-    values = torch.stack([value.float() for value in losses.values.values()])
+    counts = torch.stack([losses.counts[name] for name in COUNT_OF_LOSS]).double()
+    all_counts = comm.sum_(counts.clone(), "sample_counts").clamp_(min=1)  # a loss without samples on any rank is 0
+    values = torch.stack([losses.values[name].float() for name in COUNT_OF_LOSS])
     loss = (values * (counts * comm.size() / all_counts).to(values)).sum()
-    sums = values.detach().double() * counts.to(values.device)
     report = PassReport(
         image_ids=[target["image_id"] for target in batch.targets],
         images_read=batch.images_read,
         error=batch.error,
-        sums=dict(zip(losses.values, sums, strict=True)),
-        all_counts=all_counts.tolist(),
+        sums=values.detach().double() * counts,
+        all_counts=all_counts,
     )
     return loss, report
 
@@ -70,10 +69,12 @@ def agree_on_step(reports: list[PassReport], stop_requested: bool, step: int, sk
     :class:`NonFiniteLossError` if a loss of any of them is not finite.
     """
     errors = [report.error for report in reports if report.error is not None]
-    names = list(reports[0].sums)
-    mine = torch.stack([report.sums[name] for report in reports for name in names]).cpu()
+    # All that the host has to know of a step is fetched here, when the device has nothing else to do for it.
+    fetched = torch.stack([torch.cat([report.sums, report.all_counts]) for report in reports]).cpu()
+    mine, all_counts = fetched.chunk(2, dim=1)
     flags = torch.tensor([stop_requested, bool(errors)], dtype=torch.float64)
-    sums, (stops, unreadable) = comm.sum_(torch.cat([mine, flags]), "losses").split([len(mine), 2])
+    message = comm.sum_(torch.cat([mine.flatten(), flags]), "losses")
+    sums, (stops, unreadable) = message[:-2].view_as(mine), message[-2:]
     if unreadable and not skip_unreadable:
         with comm.agreement("images"):
             if errors:
@@ -82,13 +83,12 @@ def agree_on_step(reports: list[PassReport], stop_requested: bool, step: int, sk
         say(f"warning: rank {comm.rank()} on {launched.host()} trains without an image: {error}")
     if not torch.isfinite(sums).all():
         _raise_not_finite(reports, step)
-    all_counts = torch.tensor([report.all_counts for report in reports], dtype=torch.float64)
-    means = (sums.view_as(all_counts) / all_counts).mean(0)
-    return Agreement(dict(zip(names, means.tolist(), strict=True)), bool(stops))
+    means = (sums / all_counts).mean(0)
+    return Agreement(dict(zip(COUNT_OF_LOSS, means.tolist(), strict=True)), bool(stops))
 
 
 def _raise_not_finite(reports: list[PassReport], step: int) -> None:
-    bad = [report for report in reports if not all(value.isfinite() for value in report.sums.values())]
+    bad = [report for report in reports if not report.sums.isfinite().all()]
     images = [image for report in bad for image in report.image_ids]
     mine = f"rank {comm.rank()} on {launched.host()}, images {images}" if images else None
     ranks = [where for where in comm.gather_objects(mine, "not_finite") if where]

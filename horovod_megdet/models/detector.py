@@ -1,5 +1,6 @@
 """The detector: torchvision's Faster R-CNN on a ResNet and FPN with the chosen norms."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
@@ -18,7 +20,8 @@ from horovod_megdet.config import BatchNormConfig, ModelConfig
 from horovod_megdet.layers.kernels import widened
 from horovod_megdet.models.backbone import build_backbone
 from horovod_megdet.models.norms import Norms
-from horovod_megdet.models.sampling import SAMPLED_ANCHORS, SAMPLED_ROIS, SeededRoIHeads, SeededRPN
+from horovod_megdet.models.roi_heads import SAMPLED_ROIS, RoIHeads
+from horovod_megdet.models.rpn import RPN, SAMPLED_ANCHORS
 
 IMAGE_MEAN = [0.485, 0.456, 0.406]
 IMAGE_STD = [0.229, 0.224, 0.225]
@@ -45,8 +48,8 @@ class Losses:
     values: dict[str, Tensor]
     """``loss_objectness``, ``loss_rpn_box_reg`` (mean over the sampled anchors), ``loss_classifier`` and
     ``loss_box_reg`` (mean over the sampled RoIs): 0-d float tensors. A loss without samples is 0."""
-    counts: dict[str, int]
-    """The number of samples of each, on this rank."""
+    counts: dict[str, Tensor]
+    """The number of samples of each, on this rank: () int64, on the losses' device."""
 
 
 class Detector(GeneralizedRCNN):
@@ -56,22 +59,21 @@ class Detector(GeneralizedRCNN):
     dict has the keys of torchvision's detection models.
     """
 
-    def forward(self, images: list[Tensor], targets: list[dict[str, Any]] | None = None) -> Any:
-        """torchvision's interface; see :meth:`forward_losses` and :meth:`predict`."""
-        return super().forward([self._in_unit_range(image) for image in images], targets)
-
     def forward_losses(self, images: list[Tensor], targets: list[dict[str, Any]]) -> Losses:
         """The losses in training mode. Collective within the group of the normalization layers.
 
         Each target has ``boxes`` (k, 4) float xyxy in pixels of the image, ``labels`` (k,) int64 from 1, and ``seed``,
         an int that decides which anchors and RoIs of the image are sampled.
         """
-        found = self(images, targets)
-        counts = {name: found[count] for name, count in COUNT_OF_LOSS.items()}
-        # The mean of no samples is NaN. Zero instead, still a function of the weights: the backward pass through the
-        # normalization layers is collective.
-        values = {name: found[name] if count else found[name].nan_to_num() for name, count in counts.items()}
-        return Losses(values, counts)
+        batch, _ = self.transform(images)
+        features = self.backbone(batch.tensors)
+        proposals, of_anchors = self.rpn(batch, features, targets)
+        _, of_rois = self.roi_heads(features, proposals, batch.image_sizes, targets)
+        found = of_anchors | of_rois
+        return Losses(
+            {name: found[name] for name in COUNT_OF_LOSS},
+            {name: found[count] for name, count in COUNT_OF_LOSS.items()},
+        )
 
     @torch.no_grad()
     def predict(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
@@ -83,10 +85,6 @@ class Detector(GeneralizedRCNN):
         assert not self.training, "predict() needs eval()"
         detections: list[dict[str, Tensor]] = self(images)
         return detections
-
-    def _in_unit_range(self, image: Tensor) -> Tensor:
-        dtype = self.roi_heads.box_predictor.cls_score.weight.dtype
-        return image.to(dtype) / 255 if image.dtype == torch.uint8 else image.to(dtype)
 
 
 def build_detector(
@@ -110,12 +108,12 @@ def build_detector(
     return Detector(backbone, rpn, roi_heads, _Transform(channels_last))
 
 
-def _build_rpn(model: ModelConfig) -> SeededRPN:
+def _build_rpn(model: ModelConfig) -> RPN:
     anchors = AnchorGenerator(
         sizes=tuple((size,) for size in model.anchor_sizes),
         aspect_ratios=(tuple(model.anchor_aspect_ratios),) * len(model.anchor_sizes),
     )
-    return SeededRPN(
+    return RPN(
         anchors,
         _RPNHead(model.fpn_channels, anchors.num_anchors_per_location()[0]),
         fg_iou_thresh=0.7,
@@ -127,15 +125,14 @@ def _build_rpn(model: ModelConfig) -> SeededRPN:
     )
 
 
-def _build_roi_heads(model: ModelConfig, norms: Norms, num_classes: int) -> SeededRoIHeads:
-    return SeededRoIHeads(
+def _build_roi_heads(model: ModelConfig, norms: Norms, num_classes: int) -> RoIHeads:
+    return RoIHeads(
         _build_roi_pool(model),
         _build_box_head(model, norms),
         _Predictor(model.box_head_channels, num_classes + 1),
         fg_iou_thresh=0.5,
         bg_iou_thresh=0.5,
         rois_per_image=model.rois_per_image,
-        bbox_reg_weights=None,
         score_thresh=model.score_threshold,
         nms_thresh=model.nms_threshold,
         detections_per_img=model.detections_per_image,
@@ -179,13 +176,36 @@ class _Transform(GeneralizedRCNNTransform):
     def __init__(self, channels_last: bool) -> None:
         super().__init__(0, 0, IMAGE_MEAN, IMAGE_STD)
         self.channels_last = channels_last
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
+        for name, values in (("pixel_mean", IMAGE_MEAN), ("pixel_std", IMAGE_STD)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
-    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
-        return image, target
+    def forward(self, images: list[Tensor], targets: Any = None) -> tuple[ImageList, Any]:
+        """The images as one batch, padded with 0 to a multiple of 32 pixels; the targets as they are."""
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        batch = self._normalized(self.batch_images(images, self.size_divisible))
+        for image, (height, width) in zip(batch, sizes, strict=True):
+            image[:, height:] = 0
+            image[:, :, width:] = 0
+        return ImageList(batch, sizes), targets
 
     def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
-        batch = super().batch_images(images, size_divisible)
-        return batch.contiguous(memory_format=torch.channels_last) if self.channels_last else batch
+        """The images in one tensor (n, 3, H, W) of their type."""
+        height, width = (
+            math.ceil(max(image.shape[side] for image in images) / size_divisible) * size_divisible for side in (1, 2)
+        )
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        size = (len(images), 3, height, width)
+        batch = torch.empty(size, dtype=images[0].dtype, device=images[0].device, memory_format=layout).zero_()
+        for place, image in zip(batch, images, strict=True):
+            place[:, : image.shape[1], : image.shape[2]].copy_(image)
+        return batch
+
+    def _normalized(self, batch: Tensor) -> Tensor:
+        pixels = batch.to(self.pixel_mean)
+        pixels = pixels / 255 if batch.dtype == torch.uint8 else pixels
+        return (pixels - self.pixel_mean) / self.pixel_std
 
 
 class _RPNHead(RPNHead):

@@ -91,7 +91,9 @@ def from_single_images(detector: Detector, images: list[Tensor], targets: list[d
     rows: dict[str, list[Tensor]] = {module: [] for module in MODULES}
     for image, target in zip(images, targets, strict=True):
         losses = detector.forward_losses([image], [target])
-        assert set(losses.counts.values()) == {32}, "the loss of a mini-batch is the mean of its images' losses"
+        assert {int(count) for count in losses.counts.values()} == {32}, (
+            "the loss of a mini-batch is the mean of its images' losses"
+        )
         sum(losses.values.values()).backward()
         for module in MODULES:
             rows[module].append(torch.cat([p.grad.flatten() for p in parameters[module]]))

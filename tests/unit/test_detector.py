@@ -15,7 +15,6 @@ from horovod_megdet.errors import UserError
 from horovod_megdet.layers.cross_gpu_bn import CrossGPUBatchNorm
 from horovod_megdet.models.detector import Detector, build_detector
 from horovod_megdet.models.norms import bn_group
-from horovod_megdet.models.sampling import SeededSampler
 
 SMALL = {"backbone": "resnet18", "weights": "none", "fpn_channels": 16, "box_head_channels": 32}
 SMALL |= {"proposals_train": 100, "rois_per_image": 32, "anchors_per_image": 32, "anchor_sizes": (8, 16, 32, 64, 128)}
@@ -161,28 +160,6 @@ def test_a_loss_without_samples_is_zero_and_can_be_differentiated() -> None:
     sum(losses.values.values()).backward()
     assert all(torch.isfinite(each.grad).all() for each in detector.parameters())
     assert not detector.roi_heads.box_predictor.cls_score.weight.grad.any()
-
-
-def test_sampling_depends_on_the_seed_of_the_image_alone() -> None:
-    labels = torch.cat([torch.ones(30), torch.zeros(50), -torch.ones(9)])
-    other = torch.zeros(70)
-
-    def sample(images: list[Tensor], seeds: list[int]) -> list[Tensor]:
-        sampler = SeededSampler(seeds, 20, 0.5)
-        positive, negative = sampler(images)
-        assert sampler.sampled == 20 * len(images)
-        return [torch.stack(pair) for pair in zip(positive, negative, strict=True)]
-
-    state = torch.get_rng_state()
-    first, second = sample([labels, other], [5, 6])
-    assert torch.equal(sample([other, labels], [6, 5])[1], first)
-    assert not torch.equal(sample([labels], [7])[0], first)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert first.sum(1).tolist() == [10, 10]
-    assert second.sum(1).tolist() == [0, 20]
-    assert not first[0][30:].any()
-    assert not first[1][:30].any()
-    assert not first[1][80:].any()
 
 
 def test_losses_do_not_depend_on_the_images_of_the_first_step() -> None:
