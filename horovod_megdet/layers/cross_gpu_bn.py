@@ -140,15 +140,15 @@ class _Normalize(torch.autograd.Function):
         group: comm.Group,
         name: str,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, statistics.values)
+        ctx.save_for_backward(x, weight, statistics.values, statistics.narrow)
         ctx.kernels, ctx.group, ctx.name, ctx.has_bias = kernels, group, name, bias is not None
         return kernels.normalize(x, weight, bias, statistics)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, values = ctx.saved_tensors
-        statistics = Statistics(values)
+        x, weight, values, narrow = ctx.saved_tensors
+        statistics = Statistics(values, narrow)
         sums = ctx.kernels.gradient_sums(dy, x, statistics)
         dbias, dweight = (None, None) if weight is None else sums.to(weight.dtype, copy=True)
         dx = None

@@ -4,18 +4,19 @@ There are three implementations of one interface: compiled functions for the CPU
 operators, which define what the others compute. :func:`kernels_for` chooses.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 from horovod_megdet.layers.kernels.compiled import CompiledKernels
-from horovod_megdet.layers.kernels.cuda import CUDAKernels
 from horovod_megdet.layers.kernels.empty import EmptyInputKernels
 from horovod_megdet.layers.kernels.plain import PlainKernels
 from horovod_megdet.layers.kernels.statistics import Statistics
 
 __all__ = ["PlainKernels", "Statistics", "kernels_for", "widened"]
 
-_PLAIN, _COMPILED, _CUDA = PlainKernels(), CompiledKernels(), CUDAKernels()
+_PLAIN, _COMPILED = PlainKernels(), CompiledKernels()
 _COMPILED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -23,10 +24,18 @@ def kernels_for(x: Tensor) -> PlainKernels:
     """The kernels for activations of the device, type and number of ``x``."""
     kernels = _PLAIN
     if x.is_cuda:
-        kernels = _CUDA
+        kernels = _cuda_kernels()
     elif x.device.type == "cpu" and x.dtype in _COMPILED_TYPES:
         kernels = _COMPILED
     return kernels if x.numel() else EmptyInputKernels(kernels)
+
+
+@functools.cache
+def _cuda_kernels() -> PlainKernels:
+    # Triton comes with builds of PyTorch for GPUs only, and takes a while to import.
+    from horovod_megdet.layers.kernels.cuda import CUDAKernels
+
+    return CUDAKernels()
 
 
 def widened(x: Tensor) -> Tensor:

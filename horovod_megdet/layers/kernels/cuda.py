@@ -1,8 +1,9 @@
-"""PyTorch's own CUDA kernels for synchronized batch normalization."""
+"""PyTorch's own CUDA kernels for synchronized batch normalization, and what they need before and after a message."""
 
 import torch
 from torch import Tensor
 
+from horovod_megdet.layers.kernels import channels
 from horovod_megdet.layers.kernels.layout import dense
 from horovod_megdet.layers.kernels.plain import PlainKernels
 from horovod_megdet.layers.kernels.statistics import Statistics
@@ -11,13 +12,17 @@ _TINY = 1e-12
 
 
 class CUDAKernels(PlainKernels):
-    """For activations on a GPU. What is (C,) or happens once per layer in float64 stays with the plain operators."""
+    """For activations on a GPU. Between PyTorch's kernels and the messages, in float64, one kernel each."""
 
     def sums(self, x: Tensor) -> Tensor:
         mean, invstd = torch.batch_norm_stats(dense(x), _TINY)
-        mean, var = mean.double(), (invstd.double().pow(-2) - _TINY).clamp_min(0)
-        count = x.numel() // x.shape[1]
-        return torch.cat([mean.new_full((1,), count), mean * count, (var + mean.square()) * count])
+        return channels.sums(mean, invstd, _TINY, x.numel() // x.shape[1])
+
+    def statistics(self, sums: Tensor, eps: float) -> Statistics:
+        return channels.statistics(sums, eps)
+
+    def update_running(self, running_mean: Tensor, running_var: Tensor, statistics: Statistics, factor: float) -> None:
+        channels.update_running(running_mean, running_var, statistics, factor)
 
     def normalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Statistics) -> Tensor:
         mean, invstd = _in_kernel_type(x, statistics)
@@ -25,17 +30,16 @@ class CUDAKernels(PlainKernels):
         return torch.batch_norm_elemt(dense(x), _like(weight, mean), _like(bias, mean), mean, invstd, 0.0)
 
     def gradient_sums(self, dy: Tensor, x: Tensor, statistics: Statistics) -> Tensor:
-        first, second, _, _ = torch.batch_norm_backward_reduce(
+        sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
             dense(dy), dense(x), *_in_kernel_type(x, statistics), None, True, False, False
         )
-        return torch.stack([first.double(), second.double() * statistics.invstd])
+        return channels.gradient_sums(sum_dy, sum_dy_xmu, statistics)
 
     def input_gradient(
         self, dy: Tensor, x: Tensor, weight: Tensor | None, statistics: Statistics, total: Tensor
     ) -> Tensor:
         mean, invstd = _in_kernel_type(x, statistics)
-        sum_dy, sum_dy_xmu = total[0].to(mean), (total[1] / statistics.invstd).to(mean)
-        count = statistics.count.to(torch.int32).view(1)
+        sum_dy, sum_dy_xmu, count = channels.kernel_sums(total, statistics, mean.dtype)
         return torch.batch_norm_backward_elemt(
             dense(dy), dense(x), mean, invstd, _like(weight, mean), sum_dy, sum_dy_xmu, count
         )
@@ -43,6 +47,8 @@ class CUDAKernels(PlainKernels):
 
 def _in_kernel_type(x: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
     """Mean and 1 / sqrt(var + eps) in the type that the kernels compute in."""
+    if x.dtype != torch.float64 and statistics.narrow is not None:
+        return statistics.narrow[0], statistics.narrow[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
     return statistics.mean.to(dtype), statistics.invstd.to(dtype)
 

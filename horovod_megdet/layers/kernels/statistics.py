@@ -12,6 +12,8 @@ class Statistics:
 
     values: Tensor
     """(3C + 1,) float64: the count, the means, the variances, and 1 / sqrt(var + eps)."""
+    narrow: Tensor | None = None
+    """(2, C) float32: the means and 1 / sqrt(var + eps) once more, for kernels that need them in this type."""
 
     @classmethod
     def of(cls, count: Tensor, mean: Tensor, var: Tensor, eps: float) -> "Statistics":
