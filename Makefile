@@ -2,6 +2,7 @@
 
 VENV ?= .venv
 NP ?= 2
+KIT ?= .kit
 ARGS ?=
 
 BIN := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(VENV)/bin
@@ -18,7 +19,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo experiments test test-cluster lint ruff mypy format clean distclean
+.PHONY: help setup gpu-kit demo experiments test test-cluster lint ruff mypy format clean distclean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +41,10 @@ setup: ## Make the environment, or complete it: venv, packages, MPI and Horovod
 	    exit 2; \
 	fi; \
 	VENV="$(VENV)" "$$python" scripts/setup_env.py
+
+gpu-kit: ## Collect a folder for 'make setup OFFLINE=' on a GPU machine without a package index
+	$(or $(PYTHON),python3) scripts/offline_kit.py --folder $(KIT) $(if $(PYTHON_VERSION),--python $(PYTHON_VERSION)) \
+	    $(if $(INSTALLED),--installed $(INSTALLED)) $(if $(MPI),--mpi $(MPI))
 
 demo: setup ## Train a small detector on a synthetic data set with NP ranks
 	$(IN_VENV) horovodrun -np $(NP) "$(BIN)/python" train.py --config configs/demo.yaml $(ARGS)

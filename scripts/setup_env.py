@@ -170,7 +170,13 @@ class Setup:
         self.state, self.version = {"options": self.options}, RUNNING
         self.record(version=RUNNING)
         base = getattr(sys, "_base_executable", None) or sys.executable
-        self.runner.run("venv", f"making {self.venv} with Python {RUNNING}", [base, "-m", "venv", str(self.venv)])
+        # Where the folder has pip, the Python need not (Debian and Ubuntu have ensurepip in a package of its own).
+        pip = next(Path(self.options["OFFLINE"]).glob("pip-*.whl"), None) if "OFFLINE" in self.options else None
+        venv = [base, "-m", "venv", *(["--without-pip"] if pip else []), str(self.venv)]
+        self.runner.run("venv", f"making {self.venv} with Python {RUNNING}", venv)
+        if pip:
+            run_wheel = [str(self.python), f"{pip}/pip", "install", "--no-deps", str(pip)]
+            self.runner.run("pip", f"installing {pip.name}", run_wheel)
         if self.options.get("TORCH") == "installed":
             outer = site.getsitepackages() + ([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])
             site_packages = next(self.venv.glob("lib/python3*/site-packages"))
@@ -250,7 +256,9 @@ class Setup:
         sources = horovod_wheel.get_sources(self.runner, self.python, self.folder / "build")
         if sources.suffix == ".whl":
             return sources
-        variables = self.build_variables()
+        # The CMake of a venv's Python (TORCH=installed) need not be in PATH, nor old enough for Horovod's files.
+        cmake = {"HOROVOD_CMAKE": f"{found.cmake_folder}/cmake", "CMAKE_POLICY_VERSION_MINIMUM": "3.5"}
+        variables = self.build_variables() | cmake
         nccl = Path(found.torch_folder).parent / "nvidia" / "nccl"
         if self.gpu and nccl.exists() and not any(name.startswith("HOROVOD_NCCL_") for name in variables):
             variables |= {"HOROVOD_NCCL_HOME": str(nccl), "HOROVOD_NCCL_LINK": "SHARED"}
