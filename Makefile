@@ -27,6 +27,7 @@ help: ## Print this list
 	@echo "Variables: VENV=.venv  NP=2 (ranks of the demo)  ARGS=... (more arguments for the demo or pytest)"
 	@echo "           PYTHON=python3.11  MPI=wheel|system|none  GPU=0|1  TORCH=x.y.z TORCHVISION=a.b.c  TORCH=installed"
 	@echo "           OFFLINE=folder (of the set-up)"
+	@echo "           KIT=.kit  PYTHON_VERSION=3.12  INSTALLED=list (of 'pip list --format=freeze' there; of the kit)"
 	@echo "'python3 scripts/setup_env.py --help' explains those of the set-up."
 
 setup: ## Make the environment, or complete it: venv, packages, MPI and Horovod

@@ -2,8 +2,8 @@
 """Collect one folder of wheels and sources, from which the set-up makes an environment on a machine that reaches no
 package index ('make setup OFFLINE=FOLDER'). It is what 'make gpu-kit' runs, on a machine that does reach one.
 
-In the folder: Horovod's sources, pip, and the packages of both lock files for the Python of that machine, without torch,
-torchvision and what only they need (that machine has them: TORCH=installed) and without the tools of 'make lint'.
+In the folder: Horovod's sources, pip, and the packages of both lock files for the Python of that machine, without the
+tools of 'make lint' and without torch, torchvision and what only they need (that machine has them: TORCH=installed).
 """
 
 import argparse

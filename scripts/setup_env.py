@@ -15,7 +15,8 @@ value with which the environment was made.
   TORCHVISION=a.b.c its torchvision ('TORCH=lock' goes back)
   TORCH=installed   the torch and torchvision that PYTHON has already
   OFFLINE=FOLDER    take everything from this folder of wheels and sources, in the versions that are there, and nothing
-                    from a package index ('OFFLINE=no' goes back). To fill it where there is an index:
+                    from a package index ('OFFLINE=no' goes back). To fill it where there is an index: 'make gpu-kit'
+                    for TORCH=installed and another Python, or for this one with torch:
                       pip download -d FOLDER -r requirements.lock -r requirements-dev.lock
                       pip download -d FOLDER --no-deps --no-binary=horovod horovod==0.28.1
   XDG_CACHE_HOME    built Horovod wheels are kept in $XDG_CACHE_HOME/horovod_megdet/wheels (default: ~/.cache)
@@ -170,11 +171,12 @@ class Setup:
         self.state, self.version = {"options": self.options}, RUNNING
         self.record(version=RUNNING)
         base = getattr(sys, "_base_executable", None) or sys.executable
-        # Where the folder has pip, the Python need not (Debian and Ubuntu have ensurepip in a package of its own).
         pip = next(Path(self.options["OFFLINE"]).glob("pip-*.whl"), None) if "OFFLINE" in self.options else None
-        venv = [base, "-m", "venv", *(["--without-pip"] if pip else []), str(self.venv)]
-        self.runner.run("venv", f"making {self.venv} with Python {RUNNING}", venv)
-        if pip:
+        # The pip of the folder serves a Python without ensurepip, which Debian and Ubuntu have in a package of its own.
+        without_pip = ["--without-pip"] if pip else []
+        message = f"making {self.venv} with Python {RUNNING}"
+        self.runner.run("venv", message, [base, "-m", "venv", *without_pip, str(self.venv)])
+        if pip:  # a wheel of pip runs as it is
             run_wheel = [str(self.python), f"{pip}/pip", "install", "--no-deps", str(pip)]
             self.runner.run("pip", f"installing {pip.name}", run_wheel)
         if self.options.get("TORCH") == "installed":

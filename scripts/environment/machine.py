@@ -48,11 +48,12 @@ def check_compilers(environ: Mapping[str, str]) -> None:
             "it with CC= and CXX=."
         )
     headers = Path(sysconfig.get_path("include"))
-    folders = [headers, *filter(None, environ.get("CPATH", "").split(os.pathsep))]
+    folders = [str(headers), *filter(None, environ.get("CPATH", "").split(os.pathsep))]
     if not any(Path(folder, "Python.h").exists() for folder in folders):
         raise SetupError(
             f"{headers}/Python.h is missing, and Horovod is compiled with it: install the headers of Python (Debian, "
-            f"Ubuntu: apt install {headers.name}-dev; Fedora, RHEL: dnf install {headers.name}-devel), or name a folder with them in CPATH."
+            f"Ubuntu: apt install {headers.name}-dev; Fedora, RHEL: dnf install {headers.name}-devel), or "
+            "name a folder that has them in CPATH."
         )
 
 
