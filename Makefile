@@ -18,6 +18,20 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
+# For the set-up and the kit, which run outside of the environment.
+define FIND_PYTHON
+python="$(PYTHON)"; \
+for candidate in python3.11 python3.12 python3.13 python3; do \
+    test -z "$$python" || break; \
+    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; fi; \
+done; \
+if ! command -v "$$python" >/dev/null; then \
+    echo "setup: Python 3.11 or newer is needed and $${python:-none} was not found: install it (for example" \
+        "'apt install python3.11 python3.11-venv' or 'module load python') or name it with PYTHON=." >&2; \
+    exit 2; \
+fi
+endef
+
 .DEFAULT_GOAL := help
 .PHONY: help setup gpu-kit demo experiments test test-cluster lint ruff mypy format clean distclean
 
@@ -31,21 +45,13 @@ help: ## Print this list
 	@echo "'python3 scripts/setup_env.py --help' explains those of the set-up."
 
 setup: ## Make the environment, or complete it: venv, packages, MPI and Horovod
-	@python="$(PYTHON)"; \
-	for candidate in python3.11 python3.12 python3.13 python3; do \
-	    test -z "$$python" || break; \
-	    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; fi; \
-	done; \
-	if ! command -v "$$python" >/dev/null; then \
-	    echo "setup: Python 3.11 or newer is needed and $${python:-none} was not found: install it (for example" \
-	        "'apt install python3.11 python3.11-venv' or 'module load python') or name it with PYTHON=." >&2; \
-	    exit 2; \
-	fi; \
+	@$(FIND_PYTHON); \
 	VENV="$(VENV)" "$$python" scripts/setup_env.py
 
 gpu-kit: ## Collect a folder for 'make setup OFFLINE=' on a GPU machine without a package index
-	$(or $(PYTHON),python3) scripts/offline_kit.py --folder $(KIT) $(if $(PYTHON_VERSION),--python $(PYTHON_VERSION)) \
-	    $(if $(INSTALLED),--installed $(INSTALLED)) $(if $(MPI),--mpi $(MPI))
+	@$(FIND_PYTHON); \
+	"$$python" scripts/offline_kit.py --folder "$(KIT)" $(if $(PYTHON_VERSION),--python $(PYTHON_VERSION)) \
+	    $(if $(INSTALLED),--installed "$(INSTALLED)") $(if $(MPI),--mpi $(MPI))
 
 demo: setup ## Train a small detector on a synthetic data set with NP ranks
 	$(IN_VENV) horovodrun -np $(NP) "$(BIN)/python" train.py --config configs/demo.yaml $(ARGS)

@@ -90,7 +90,7 @@ def collect(folder: Path, python: str, arch: str, mpi: str, installed: set[str])
         new.replace(folder)
     files = list(folder.iterdir())
     mib = sum(file.stat().st_size for file in files) / 1024**2
-    say(f"{folder} has {len(files)} files, {mib:.0f} MiB. Copy it beside the checkout, then there:")
+    say(f"{folder} has {len(files)} files, {mib:.0f} MiB. Copy it into the checkout there, then run in the checkout:")
     say(f"  make setup OFFLINE={folder.name} MPI={mpi} TORCH=installed GPU=1 PYTHON=python3")
 
 
