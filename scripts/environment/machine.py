@@ -1,5 +1,6 @@
 """One sentence for each thing that the machine lacks."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -47,10 +48,12 @@ def check_compilers(environ: Mapping[str, str]) -> None:
             "it with CC= and CXX=."
         )
     headers = Path(sysconfig.get_path("include"))
-    if not (headers / "Python.h").exists():
+    folders = [str(headers), *filter(None, environ.get("CPATH", "").split(os.pathsep))]
+    if not any(Path(folder, "Python.h").exists() for folder in folders):
         raise SetupError(
             f"{headers}/Python.h is missing, and Horovod is compiled with it: install the headers of Python (Debian, "
-            f"Ubuntu: apt install {headers.name}-dev; Fedora, RHEL: dnf install {headers.name}-devel)."
+            f"Ubuntu: apt install {headers.name}-dev; Fedora, RHEL: dnf install {headers.name}-devel), or "
+            "name a folder that has them in CPATH."
         )
 
 

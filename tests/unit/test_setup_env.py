@@ -8,6 +8,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import pip
 import pytest
 
 import setup_env
@@ -194,13 +195,13 @@ class TestSteps:
         assert "as an editable package" not in printed[1]
 
     def test_torch_without_cuda(self, complete):
-        python_of(complete, """echo '["2.14.1+cpu", null, "/torch", "cpython-311", ""]'""")
+        python_of(complete, """echo '["2.14.1+cpu", null, "/torch", "cpython-311", "", "/cmake"]'""")
         with pytest.raises(SetupError, match=r"GPU=1 needs a torch with CUDA, and torch 2.14.1\+cpu has none"):
             Setup({"GPU": "1", "HOROVOD_CUDA_HOME": "/opt/cuda"}, complete).install_horovod()
 
     def test_a_cached_wheel_is_installed_and_imported(self, complete, tmp_path):
         log = tmp_path / "commands"
-        facts = '["2.14.1+cu130", "13.0", "/torch", "cpython-311", "4.1.8"]'
+        facts = '["2.14.1+cu130", "13.0", "/torch", "cpython-311", "4.1.8", "/cmake"]'
         python_of(complete, f"""echo "$*" >> '{log}'; test "$1" != -I || echo '{facts}'""")
         setup = Setup({"XDG_CACHE_HOME": str(tmp_path)}, complete)
         key = horovod_wheel.wheel_key("2.14.1+cu130", "cpython-311", "4.1.8", setup.build_variables())
@@ -259,6 +260,25 @@ class TestOffline:
         else:
             with pytest.raises(SetupError, match=r"has nothing that fits Python \S+ for aa, cc: add it"):
                 setup.install_packages()
+
+    def test_pip_comes_from_the_folder_where_python_has_no_ensurepip(self, setup, monkeypatch):
+        """The wheel of pip is run, and installs itself; Python's venv is asked for no pip."""
+        files = [path for path in Path(pip.__file__).parent.rglob("*") if path.suffix != ".pyc"]
+        folder = Path(setup.options["OFFLINE"])
+        wheel(folder, "pip", pip.__version__)
+        with zipfile.ZipFile(folder / f"pip-{pip.__version__}-py3-none-any.whl", "a") as file:
+            for path in files:
+                file.write(path, path.relative_to(Path(pip.__file__).parent.parent))
+        without_ensurepip = folder / "python"
+        executable(
+            without_ensurepip, f"""case "$*" in *--without-pip*) exec '{sys.executable}' "$@";; *) exit 1;; esac"""
+        )
+        monkeypatch.setattr(sys, "_base_executable", str(without_ensurepip))
+        monkeypatch.setattr(machine, "check_disk", lambda folder: None)
+        setup.folder.mkdir()
+        setup.make_venv()
+        command = [setup.python, "-I", "-c", "import pip; print(pip.__file__)"]
+        assert subprocess.check_output(command, text=True).startswith(str(setup.venv))
 
     def test_horovod_may_come_as_a_wheel(self, setup, tmp_path):
         found = horovod_wheel.get_sources(setup.runner, Path(sys.executable), tmp_path / "work")

@@ -194,6 +194,8 @@ class TestMachine:
         monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "python3.11"))
         with pytest.raises(SetupError, match=r"Python.h is missing.*apt install python3.11-dev"):
             machine.check_compilers(environ)
+        executable(tmp_path / "headers" / "Python.h")
+        machine.check_compilers({**environ, "CPATH": f":{tmp_path}/headers"})
         executable(tmp_path / "python3.11" / "Python.h")
         machine.check_compilers(environ)
 
