@@ -55,7 +55,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
         }
         folder = tmp_path_factory.mktemp(script.stem)
         job = launching.Job(launcher, ranks, [str(each) for each in arguments], folder, script, environment)
-        code = job.wait(timeout)
+        code = job.wait(timeout if DEVICE.type == "cuda" else 10 * timeout)
         if code:
             pytest.fail(f"{script.name} on {ranks} ranks ended with {code}:\n{job.output}", pytrace=False)
         return job.output
