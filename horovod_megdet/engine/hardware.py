@@ -1,7 +1,4 @@
-"""The only place, besides the kernels of CGBN, that knows about devices.
-
-Nothing here has been run on a GPU by the project's own tests, which run on CPUs.
-"""
+"""The only place, besides the kernels of CGBN, that knows about devices."""
 
 import contextlib
 import ctypes

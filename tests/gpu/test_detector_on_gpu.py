@@ -41,7 +41,7 @@ def test_losses_and_gradients_in_float64(device: torch.device, backbone: str, ch
 
 
 def test_losses_and_gradients_of_the_rpn_in_float32(device: torch.device) -> None:
-    """Which RoIs are sampled depends on comparisons of scores, and rounding may change it; the RPN's losses are smooth."""
+    """Which RoIs are sampled depends on comparisons, which rounding may change; the RPN's losses are smooth."""
     detector = common.build()
     losses, gradient, _ = losses_and_gradients(detector, device, common.LOSSES[:2])
     reference_losses, reference_gradient, _ = losses_and_gradients(detector, "cpu", common.LOSSES[:2])

@@ -1,9 +1,9 @@
 """The CUDA kernels of batch normalization against the plain operators in float64.
 
 The kernels compute in float32 (float64 for float64 input), whose unit is u. A variance loses by its condition number
-kappa = sqrt(1 + (mean / std)^2) (Chan and Lewis 1979), and so do all that are computed from x - mean. Tree and chunks of
-a sum over millions of values take some ten roundings each, so that C kappa u with C = 32 holds for everything; an output
-of 16 bits is rounded once more, to its own type.
+kappa = sqrt(1 + (mean / std)^2) (Chan and Lewis 1979), and so does all that is computed from x - mean. The sums of
+millions of values take few roundings in sequence, so that C kappa u with C = 32 holds for everything; an output of 16
+bits is rounded once more, to its own type.
 """
 
 import math

@@ -63,9 +63,7 @@ def alone(detector: Detector) -> Detector:
     return detector
 
 
-def agreement_with_one_process(
-    dtype: torch.dtype, names: tuple[str, ...], device: torch.device | str = "cpu"
-) -> float:
+def agreement_with_one_process(dtype: torch.dtype, names: tuple[str, ...], device: torch.device | str = "cpu") -> float:
     """Norm of the difference between the two gradients, relative to the gradient's."""
     images, targets = on_device(device, *make_images([(64, 64)] * IMAGES))
     detector = build(dtype, box_head_norm="cgbn").to(device)

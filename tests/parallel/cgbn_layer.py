@@ -53,9 +53,7 @@ CASES = {
 }
 
 
-def compare(
-    case: Case, algorithm: str, group: comm.Group, device: torch.device | str = "cpu"
-) -> dict[str, float]:
+def compare(case: Case, algorithm: str, group: comm.Group, device: torch.device | str = "cpu") -> dict[str, float]:
     """This rank's relative errors, with the layer on ``device`` and the reference on the CPU."""
     generator = torch.Generator().manual_seed(7)
     reference = nn.BatchNorm1d(CHANNELS, **case.layer).double()
