@@ -52,7 +52,6 @@ def use_deterministic_kernels() -> None:
     # cuBLAS is deterministic only with a workspace of its own for each stream.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a help to find bugs, which takes time
     # torchvision's deterministic RoIAlign is a Python function that it compiles. Without: no compiler is needed on the
     # hosts, nobody waits for it, and what it generates cannot differ between runs.
     torch.compiler.set_stance("force_eager")
