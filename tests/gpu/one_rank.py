@@ -141,7 +141,7 @@ def main() -> None:
         "mixed precision": {amp: mixed_precision(amp) for amp in ("float16", "bfloat16")},
         "change of device": {
             f"{first} to {second}, {amp}": change_of_device(first, second, amp)
-            for first, second in ((DEVICE, "cpu"), ("cpu", DEVICE))
+            for first, second in sorted({(DEVICE, "cpu"), ("cpu", DEVICE)})
             for amp in ("none", "float16")
         },
         "nccl": nccl(),
