@@ -33,7 +33,7 @@ fi
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gpu-kit demo experiments test test-cluster lint ruff mypy format clean distclean
+.PHONY: help setup gpu-kit demo experiments test test-gpu test-cluster lint ruff mypy format clean distclean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +61,9 @@ experiments: setup ## Make the missing runs of docs/findings.md, and the page (O
 
 test: setup ## Run the unit tests and the tests with several ranks
 	$(IN_VENV) python -m pytest $(TESTS) $(ARGS)
+
+test-gpu: setup ## Run the tests that need an NVIDIA GPU
+	$(IN_VENV) python -m pytest tests/gpu $(ARGS)
 
 test-cluster: setup ## Run the tests that need several hosts
 	$(IN_VENV) python -m pytest tests/cluster $(ARGS)

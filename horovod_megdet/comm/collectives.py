@@ -1,10 +1,11 @@
 """Ranks, groups of ranks, and the collectives that they call: every rank of a group in the same order."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import horovod.torch as hvd
 import torch
@@ -91,6 +92,14 @@ def split_world(ranks_per_group: int) -> Group:
     return mine
 
 
+def gpu_is_shared() -> bool:
+    """Whether several ranks of a host use one GPU, and exchange GPU tensors through the host's memory: for tests only.
+
+    NCCL refuses two ranks on one GPU, so HOROVOD_MEGDET_SHARE_GPU=1 has to be set on all ranks.
+    """
+    return os.environ.get("HOROVOD_MEGDET_SHARE_GPU") == "1"
+
+
 def sum_(tensor: Tensor, name: str, group: Group | None = None) -> Tensor:
     """Replaces ``tensor`` by its sum over the group's ranks, and returns it.
 
@@ -99,10 +108,11 @@ def sum_(tensor: Tensor, name: str, group: Group | None = None) -> Tensor:
     group = group or world()
     if group.size == 1:
         return tensor
+    message = tensor.cpu() if gpu_is_shared() else tensor
     progress.wait_for(name)
-    total = hvd.allreduce_(tensor, op=hvd.Sum, name=name, process_set=group.process_set)
+    hvd.allreduce_(message, op=hvd.Sum, name=name, process_set=group.process_set)
     progress.finished_waiting()
-    return total
+    return tensor if message is tensor else tensor.copy_(message)
 
 
 def gather(tensor: Tensor, name: str) -> Tensor:
@@ -151,9 +161,14 @@ def broadcast_(tensor: Tensor, name: str) -> None:
 
 def broadcast_weights(module: nn.Module) -> None:
     """Copies rank 0's parameters and buffers to all ranks."""
-    if size() > 1:
-        with waiting_for("starting weights"):
-            hvd.broadcast_parameters(module.state_dict(), root_rank=0)
+    if size() == 1:
+        return
+    weights = module.state_dict()
+    messages = {name: value.cpu() for name, value in weights.items()} if gpu_is_shared() else weights
+    with waiting_for("starting weights"):
+        hvd.broadcast_parameters(messages, root_rank=0)
+    if messages is not weights:
+        module.load_state_dict(messages)
 
 
 def barrier() -> None:
@@ -190,15 +205,32 @@ def distributed_optimizer(
 
     ``fp16`` sends them as float16.
     """
+    compression: Any = hvd.Compression.fp16 if fp16 else hvd.Compression.none
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     distributed: DistributedOptimizer = hvd.DistributedOptimizer(
         optimizer,
         named_parameters=named,
-        compression=hvd.Compression.fp16 if fp16 else hvd.Compression.none,
+        compression=_ThroughHost(compression) if gpu_is_shared() else compression,
         backward_passes_per_step=passes_per_step,
         op=hvd.Average,
     )
     return distributed
+
+
+@dataclass(frozen=True)
+class _ThroughHost:
+    """A compression of Horovod's, after which the gradient is sent from the host's memory."""
+
+    compression: Any
+
+    def compress(self, gradient: Tensor) -> tuple[Tensor, Any]:
+        compressed, context = self.compression.compress(gradient)
+        return compressed.cpu(), (gradient.device, context)
+
+    def decompress(self, message: Tensor, context: Any) -> Tensor:
+        device, inner = context
+        gradient: Tensor = self.compression.decompress(message.to(device), inner)
+        return gradient
 
 
 def synchronize(optimizer: DistributedOptimizer) -> None:

@@ -295,7 +295,7 @@ class RuntimeConfig(Section):
     """Store activations with channels last, which GPUs with mixed precision prefer; `auto` does so on GPUs only."""
 
     deterministic: bool = False
-    """Fix the order of all sums, so that runs with more than two ranks repeat bit for bit; slower."""
+    """Fix the order of all sums, so that runs with more than two ranks, or on GPUs, repeat bit for bit; slower."""
 
     stall_timeout: Annotated[float, Field(ge=0.0)] = 600.0
     """Seconds without progress on any rank after which the job ends and says what each rank is stuck in; 0 never ends

@@ -1,7 +1,4 @@
-"""The only place, besides the kernels of CGBN, that knows about devices.
-
-Nothing here has been run on a GPU by the project's own tests, which run on CPUs.
-"""
+"""The only place, besides the kernels of CGBN, that knows about devices."""
 
 import contextlib
 import ctypes
@@ -34,14 +31,30 @@ def choose(runtime: RuntimeConfig) -> torch.device:
         keep_freed_memory()
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if comm.local_rank() >= count:
+    number = comm.local_rank() % count if comm.gpu_is_shared() else comm.local_rank()
+    if number >= count:
         raise UserError(
             f"Local rank {comm.local_rank()} has no GPU: {launched.host()} has {count}, and {comm.local_size()} ranks "
             "run on it. Start one rank for each GPU (slots= in the hostfile), or set runtime.device: cpu."
         )
-    device = torch.device("cuda", comm.local_rank())
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
+    if runtime.deterministic:
+        use_deterministic_kernels()
     return device
+
+
+def use_deterministic_kernels() -> None:
+    """Makes PyTorch take kernels that give the same bits in every run, or say that there is none. For GPUs.
+
+    To be called before the first matrix product. The CPU's kernels are deterministic for a given number of threads.
+    """
+    # cuBLAS is deterministic only with a workspace of its own for each stream.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # torchvision's deterministic RoIAlign is a Python function that it compiles. Without: no compiler is needed on the
+    # hosts, nobody waits for it, and what it generates cannot differ between runs.
+    torch.compiler.set_stance("force_eager")
 
 
 def threads_per_rank() -> int:

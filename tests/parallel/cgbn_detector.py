@@ -29,6 +29,14 @@ def make_images(sizes: list[tuple[int, int]]) -> tuple[list[Tensor], list[dict[s
     return images, targets
 
 
+def on_device(
+    device: torch.device | str, images: list[Tensor], targets: list[dict[str, Any]]
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """The same images and targets on ``device``."""
+    moved = [target | {name: target[name].to(device) for name in ("boxes", "labels")} for target in targets]
+    return [image.to(device) for image in images], moved
+
+
 def build(dtype: torch.dtype = torch.float32, **changes: Any) -> Detector:
     """The same small detector on every rank."""
     torch.manual_seed(1)
@@ -55,10 +63,10 @@ def alone(detector: Detector) -> Detector:
     return detector
 
 
-def agreement_with_one_process(dtype: torch.dtype, names: tuple[str, ...]) -> float:
+def agreement_with_one_process(dtype: torch.dtype, names: tuple[str, ...], device: torch.device | str = "cpu") -> float:
     """Norm of the difference between the two gradients, relative to the gradient's."""
-    images, targets = make_images([(64, 64)] * IMAGES)
-    detector = build(dtype, box_head_norm="cgbn")
+    images, targets = on_device(device, *make_images([(64, 64)] * IMAGES))
+    detector = build(dtype, box_head_norm="cgbn").to(device)
     reference = alone(detector)
     losses = reference.forward_losses(images, targets)
     sum(losses.values[name] for name in names).backward()

@@ -53,32 +53,39 @@ CASES = {
 }
 
 
-def compare(case: Case, algorithm: str, group: comm.Group) -> dict[str, float]:
-    """This rank's relative errors."""
+def compare(case: Case, algorithm: str, group: comm.Group, device: torch.device | str = "cpu") -> dict[str, float]:
+    """This rank's relative errors, with the layer on ``device`` and the reference on the CPU."""
     generator = torch.Generator().manual_seed(7)
     reference = nn.BatchNorm1d(CHANNELS, **case.layer).double()
     if reference.affine:
         nn.init.uniform_(reference.weight, 0.5, 1.5, generator=generator)
         nn.init.normal_(reference.bias, generator=generator)
     dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
-    layer = convert_batch_norm(copy.deepcopy(reference).to(dtype), group=group, algorithm=algorithm, path="test")
+    layer = convert_batch_norm(
+        copy.deepcopy(reference).to(device, dtype), group=group, algorithm=algorithm, path="test"
+    )
     for _ in range(case.steps):
         inputs, gradients = _data(case, generator), _data(Case(case.shape, empty_rank=case.empty_rank), generator)
-        errors = _compare_step(case, layer, reference, inputs, gradients)
+        errors = _compare_step(case, layer, reference, inputs, gradients, device)
     for name, buffer in reference.named_buffers():
         errors[name] = common.relative_error(layer.get_buffer(name), buffer)
     return errors
 
 
 def _compare_step(
-    case: Case, layer: CrossGPUBatchNorm, reference: nn.Module, inputs: list[Tensor], gradients: list[Tensor]
+    case: Case,
+    layer: CrossGPUBatchNorm,
+    reference: nn.Module,
+    inputs: list[Tensor],
+    gradients: list[Tensor],
+    device: torch.device | str,
 ) -> dict[str, float]:
     """Forward and backward pass of this rank, and of one process with all inputs; ``inputs`` has one per rank."""
     group, rank = layer.group, comm.rank()
     x = inputs[rank].clone(memory_format=case.layout if inputs[rank].numel() else torch.contiguous_format)
-    x.requires_grad_()
+    x = x.to(device).requires_grad_()
     y = layer(x)
-    y.backward(gradients[rank].to(y.dtype))
+    y.backward(gradients[rank].to(y))
     whole = torch.cat([_rows(inputs[other]) for other in group.ranks]).double().requires_grad_()
     whole_y = reference(whole)
     reference.zero_grad()

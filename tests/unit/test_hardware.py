@@ -5,8 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from horovod_megdet import comm
+from horovod_megdet.config import RuntimeConfig
 from horovod_megdet.engine import hardware
+from horovod_megdet.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +56,17 @@ def test_alone_nothing_changes() -> None:
     before = os.sched_getaffinity(0)
     hardware.bind_to_cores()
     assert os.sched_getaffinity(0) == before
+
+
+def test_a_rank_without_a_gpu_is_an_error_unless_tests_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comm, "local_rank", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    runtime = RuntimeConfig(device="cuda", bind_cores=False, threads_per_rank=torch.get_num_threads())
+    with pytest.raises(UserError, match="Local rank 1 has no GPU"):
+        hardware.choose(runtime)
+    monkeypatch.setenv("HOROVOD_MEGDET_SHARE_GPU", "1")
+    assert hardware.choose(runtime) == torch.device("cuda", 0)
 
 
 PAGE_FAULTS = """
