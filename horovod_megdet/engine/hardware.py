@@ -39,6 +39,7 @@ def choose(runtime: RuntimeConfig) -> torch.device:
         )
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")  # TF32, as PyTorch's convolutions have it by default
     if runtime.deterministic:
         use_deterministic_kernels()
     return device
