@@ -3,7 +3,8 @@
 The kernels compute in float32 (float64 for float64 input), whose unit is u. A variance loses by its condition number
 kappa = sqrt(1 + (mean / std)^2) (Chan and Lewis 1979), and so does all that is computed from x - mean. The sums of
 millions of values take few roundings in sequence, so that C kappa u with C = 32 holds for everything; an output of 16
-bits is rounded once more, to its own type.
+bits is rounded once more, to its own type. The message to the other ranks has sums of squares, from which the variance
+comes with kappa^2 units of float64.
 """
 
 import math
@@ -39,8 +40,8 @@ MEANS = {"small mean": 0.5, "large mean": 1000.0}
 
 def bound(dtype: torch.dtype, mean: float) -> float:
     """Relative error of what is computed in the kernels' own type from values with ``mean``, in their deviations."""
-    unit = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    return C * unit * math.hypot(1, mean)
+    unit, kappa = torch.finfo(torch.promote_types(dtype, torch.float32)).eps, math.hypot(1, mean)
+    return C * (unit * kappa + torch.finfo(torch.float64).eps * kappa**2)
 
 
 def output_bound(dtype: torch.dtype, mean: float) -> float:
