@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection import roi_heads
 
 from horovod_megdet.models.boxes import encode
-from horovod_megdet.models.sampling import IGNORED, Targets, box_loss, image_seeds, match, padded, sample
+from horovod_megdet.models.sampling import IGNORED, Objects, Proposals, Targets, box_loss, image_seeds, match, sample
 
 SAMPLED_ROIS = "sampled_rois"
 """Beside the losses: how many RoIs of all images they are the mean of, () int64."""
@@ -37,13 +36,13 @@ class RoIHeads(roi_heads.RoIHeads):
     def forward(
         self,
         features: dict[str, Tensor],
-        proposals: list[Tensor],
+        proposals: Proposals,
         image_shapes: list[tuple[int, int]],
         targets: Targets | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """The detections of each image in evaluation; in training the losses and their count."""
         if not self.training or targets is None:
-            return super().forward(features, proposals, image_shapes, targets)
+            return super().forward(features, proposals.of_each_image(), image_shapes, targets)
         rois, labels, expected = self._sample(proposals, targets)
         pooled = self.box_roi_pool(features, rois, image_shapes)
         logits, offsets = self.box_predictor(self.box_head(pooled))
@@ -57,22 +56,19 @@ class RoIHeads(roi_heads.RoIHeads):
         }
 
     @torch.no_grad()
-    def _sample(self, proposals: list[Tensor], targets: Targets) -> tuple[list[Tensor], Tensor, Tensor]:
+    def _sample(self, proposals: Proposals, targets: Targets) -> tuple[list[Tensor], Tensor, Tensor]:
         """The sampled RoIs of each image, (k, 4), and for all of them the labels (n,) and expected offsets (n, 4)."""
-        objects, object_labels = padded(targets, "boxes").to(proposals[0].dtype), padded(targets, "labels")
-        matches, boxes = [], []
-        for proposed, own, target in zip(proposals, objects, targets, strict=True):
-            own = own[: len(target["boxes"])]
-            boxes.append(torch.cat([proposed, own]))
-            matches.append(match(own, boxes[-1], 0.5, 0.5, keep_best=False))
-        all_matches = pad_sequence(matches, batch_first=True, padding_value=IGNORED)
-        seeds = 2 * image_seeds(targets, all_matches.device) + 1  # others than the RPN's
-        samples = sample(all_matches, seeds, self.rois_per_image, 0.25)
+        objects = Objects.of(targets, proposals.boxes.dtype)
+        boxes = torch.cat([proposals.boxes, objects.boxes], dim=1)
+        valid = torch.cat([proposals.valid, objects.valid], dim=1)
+        matches = match(objects, boxes, 0.5, 0.5, keep_best=False).masked_fill_(~valid, IGNORED)
+        seeds = 2 * image_seeds(targets, boxes.device) + 1  # others than the RPN's
+        samples = sample(matches, seeds, self.rois_per_image, 0.25)
         # The head's batch normalization must see real RoIs only, so that here, once, a GPU is waited for.
+        counts = samples.valid.sum(dim=1).tolist()
         image, place = samples.valid.nonzero(as_tuple=True)
         index = samples.indices[image, place]
-        rois, matched = pad_sequence(boxes, batch_first=True)[image, index], all_matches[image, index]
+        rois, matched = boxes[image, index], matches[image, index]
         positive, matched = matched >= 0, matched.clamp(min=0)
-        labels = torch.where(positive, object_labels[image, matched], 0)
-        expected = encode(objects[image, matched], rois, WEIGHTS)
-        return list(rois.split(samples.valid.sum(dim=1).tolist())), labels, expected
+        labels = torch.where(positive, objects.labels[image, matched], 0)
+        return list(rois.split(counts)), labels, encode(objects.boxes[image, matched], rois, WEIGHTS)

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
-from torchvision.ops import batched_nms, remove_small_boxes
 
 from horovod_megdet.models.boxes import decode, encode
-from horovod_megdet.models.sampling import Targets, box_loss, image_seeds, match, padded, sample, take
+from horovod_megdet.models.sampling import Objects, Proposals, Targets, box_loss, image_seeds, match, sample, take
+from horovod_megdet.models.suppression import not_suppressed
 
 SAMPLED_ANCHORS = "sampled_anchors"
 """Beside the losses: how many anchors of all images they are the mean of, () int64."""
@@ -32,8 +32,8 @@ class RPN(RegionProposalNetwork):
 
     def forward(
         self, images: ImageList, features: dict[str, Tensor], targets: Targets | None = None
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """The proposals of each image, (k, 4) by falling objectness, and in training the losses and their count."""
+    ) -> tuple[Proposals, dict[str, Tensor]]:
+        """The proposals by falling objectness, and in training the losses and their count."""
         levels = list(features.values())
         objectness_levels, offset_levels = self.head(levels)
         anchor_levels = self._anchors(images.tensors, levels, offset_levels[0].dtype)
@@ -55,13 +55,12 @@ class RPN(RegionProposalNetwork):
         return anchors
 
     def _losses(self, anchors: Tensor, objectness: Tensor, offsets: Tensor, targets: Targets) -> dict[str, Tensor]:
-        objects = padded(targets, "boxes").to(anchors.dtype)
-        own = [boxes[: len(target["boxes"])] for boxes, target in zip(objects, targets, strict=True)]
-        matches = torch.stack([match(boxes, anchors, 0.7, 0.3, keep_best=True) for boxes in own])
+        objects = Objects.of(targets, anchors.dtype)
+        matches = match(objects, anchors[None], 0.7, 0.3, keep_best=True)
         samples = sample(matches, 2 * image_seeds(targets, anchors.device), self.anchors_per_image, 0.5)
         matches = matches.gather(1, samples.indices)
         positive = samples.valid & (matches >= 0)
-        expected = encode(take(objects, matches.clamp(min=0)), anchors[samples.indices], WEIGHTS)
+        expected = encode(take(objects.boxes, matches.clamp(min=0)), anchors[samples.indices], WEIGHTS)
         count = samples.valid.sum()
         logits = objectness.gather(1, samples.indices)
         entropy = F.binary_cross_entropy_with_logits(logits, positive.to(logits), samples.valid, reduction="sum")
@@ -79,19 +78,15 @@ class RPN(RegionProposalNetwork):
         offsets: Tensor,
         level_sizes: list[int],
         image_sizes: list[tuple[int, int]],
-    ) -> list[Tensor]:
+    ) -> Proposals:
         """The best anchors of each level, moved by their offsets, without those that others suppress."""
         top = self._get_top_n_idx(objectness, level_sizes)
         boxes = decode(take(offsets, top), anchors[top], WEIGHTS)
         limits = torch.tensor([[width, height] * 2 for height, width in image_sizes], dtype=boxes.dtype)
         boxes = boxes.clamp(min=0).minimum(limits.to(boxes.device, non_blocking=True)[:, None])
         scores = objectness.gather(1, top).sigmoid()
-        per_level = [min(size, self.pre_nms_top_n()) for size in level_sizes]
-        level = torch.cat([top.new_full((count,), number) for number, count in enumerate(per_level)])
-        return [self._suppressed(*of_image, level) for of_image in zip(boxes, scores, strict=True)]
-
-    def _suppressed(self, boxes: Tensor, scores: Tensor, level: Tensor) -> Tensor:
-        large = remove_small_boxes(boxes, self.min_size)
-        boxes = boxes[large]
-        kept = batched_nms(boxes, scores[large], level[large], self.nms_thresh)
-        return boxes[kept[: self.post_nms_top_n()]]
+        large = (boxes[..., 2:] - boxes[..., :2] >= self.min_size).all(dim=2)
+        sizes = [min(size, self.pre_nms_top_n()) for size in level_sizes]
+        scores = scores.masked_fill(~(large & not_suppressed(boxes, scores, large, sizes, self.nms_thresh)), -1)
+        best, places = scores.topk(min(self.post_nms_top_n(), scores.shape[1]))
+        return Proposals(take(boxes, places), best >= 0)

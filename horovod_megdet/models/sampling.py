@@ -12,29 +12,84 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import box_iou
 
 Targets = list[dict[str, Any]]
 
 BACKGROUND, IGNORED = -1, -2
 """Stand for the number of an object where a box matches none, and where it shall not be learned from."""
 
+AT_ONCE = 2**25
+"""Pairs of an object and a box that a GPU compares at once: some 1 GB."""
 
-def match(objects: Tensor, boxes: Tensor, high: float, low: float, keep_best: bool) -> Tensor:
-    """The object (k, 4) that each of the ``boxes`` (n, 4) shall find: (n,) int64, 0 to k - 1.
+
+@dataclass(frozen=True)
+class Proposals:
+    """What the RPN proposes, in rows of one length."""
+
+    boxes: Tensor
+    """(images, n, 4) xyxy."""
+    valid: Tensor
+    """(images, n) bool: False where an image has no more proposals."""
+
+    def of_each_image(self) -> list[Tensor]:
+        """The proposals of each image, (k, 4)."""
+        return [boxes[valid] for boxes, valid in zip(self.boxes, self.valid, strict=True)]
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The annotated objects of all images, in rows of one length: at least one column, filled up with 0."""
+
+    boxes: Tensor
+    """(images, k, 4) xyxy."""
+    labels: Tensor
+    """(images, k) int64, from 1."""
+    valid: Tensor
+    """(images, k) bool: False where an image has no more objects."""
+
+    @classmethod
+    def of(cls, targets: Targets, dtype: torch.dtype) -> "Objects":
+        """From ``boxes`` (n, 4) and ``labels`` (n,) of each target; the boxes become ``dtype``."""
+        counts = [len(target["labels"]) for target in targets]
+        boxes, labels = (pad_sequence([target[key] for target in targets], True) for key in ("boxes", "labels"))
+        if not max(counts):
+            boxes, labels = boxes.new_zeros(len(targets), 1, 4), labels.new_zeros(len(targets), 1)
+        place = torch.arange(labels.shape[1], device=labels.device)
+        return cls(boxes.to(dtype), labels, place < on_device(counts, labels.device)[:, None])
+
+
+def match(objects: Objects, boxes: Tensor, high: float, low: float, keep_best: bool) -> Tensor:
+    """The object that each box shall find: (images, n) int64, 0 to k - 1, for ``boxes`` (images or 1, n, 4).
 
     A box is matched to the object with which its IoU is the largest if that is ``high`` or more; below ``low`` it is
     :data:`BACKGROUND`, in between :data:`IGNORED`. ``keep_best`` also matches the boxes that no other exceeds in IoU
     with some object, so that every object has one (Ren et al. 2015, section 3.1.2).
     """
-    if not len(objects):
-        return boxes.new_full((len(boxes),), BACKGROUND, dtype=torch.int64)
-    iou = box_iou(objects, boxes)
-    best, matches = iou.max(dim=0)
-    matched = torch.where(best < high, IGNORED, matches).masked_fill_(best < low, BACKGROUND)
-    if keep_best:
-        matched = torch.where((iou == iou.amax(dim=1, keepdim=True)).any(dim=0), matches, matched)
-    return matched
+    images, most = objects.valid.shape
+    at_once = max(1, AT_ONCE // (most * boxes.shape[1] + 1)) if boxes.is_cuda else 1  # a CPU's caches are small
+    parts = []
+    for part in torch.arange(images).split(at_once):
+        rows = slice(int(part[0]), int(part[-1]) + 1)
+        iou = _iou(objects.boxes[rows], boxes if len(boxes) == 1 else boxes[rows])
+        best, matches = iou.max(dim=1)
+        matched = torch.where(best < high, IGNORED, matches).masked_fill_(best < low, BACKGROUND)
+        if keep_best:
+            is_best = (iou == iou.amax(dim=2, keepdim=True)) & objects.valid[rows, :, None]
+            matched = torch.where(is_best.any(dim=1), matches, matched)
+        parts.append(matched)
+    return torch.cat(parts)
+
+
+def _iou(objects: Tensor, boxes: Tensor) -> Tensor:
+    """Intersection over union of each of ``objects`` (images, k, 4) and ``boxes`` (images or 1, n, 4)."""
+    one, other = objects[:, :, None], boxes[:, None]
+    sides = (torch.minimum(one[..., 2:], other[..., 2:]) - torch.maximum(one[..., :2], other[..., :2])).clamp_(min=0)
+    shared = sides[..., 0] * sides[..., 1]
+    return shared / (_area(one) + _area(other) - shared)
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
 @dataclass(frozen=True)
@@ -81,13 +136,12 @@ def _shifted(state: Tensor, bits: int) -> Tensor:
 
 def image_seeds(targets: Targets, device: torch.device) -> Tensor:
     """The seeds of the images: (images,) int64."""
-    return torch.tensor([target["seed"] for target in targets]).to(device, non_blocking=True)
+    return on_device([target["seed"] for target in targets], device)
 
 
-def padded(targets: Targets, key: str) -> Tensor:
-    """``boxes`` or ``labels`` of all images, (images, most objects, ...): at least one column, filled up with 0."""
-    rows = pad_sequence([target[key] for target in targets], batch_first=True)
-    return rows if rows.shape[1] else rows.new_zeros(len(rows), 1, *rows.shape[2:])
+def on_device(numbers: list[int], device: torch.device) -> Tensor:
+    """The numbers, int64, on a device that the host does not wait for."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
 
 
 def take(rows: Tensor, indices: Tensor) -> Tensor:

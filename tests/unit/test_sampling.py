@@ -14,11 +14,20 @@ from torchvision.models.detection import roi_heads as torchvision_roi_heads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou
 
-from horovod_megdet.models import rpn
+from horovod_megdet.models import suppression
 from horovod_megdet.models.boxes import decode, encode
 from horovod_megdet.models.roi_heads import SAMPLED_ROIS
 from horovod_megdet.models.rpn import SAMPLED_ANCHORS
-from horovod_megdet.models.sampling import BACKGROUND, IGNORED, image_seeds, match, random_keys, sample
+from horovod_megdet.models.sampling import (
+    BACKGROUND,
+    IGNORED,
+    Objects,
+    Proposals,
+    image_seeds,
+    match,
+    random_keys,
+    sample,
+)
 
 
 def random_boxes(count: int, seed: int, grid: float = 4.0) -> Tensor:
@@ -29,18 +38,26 @@ def random_boxes(count: int, seed: int, grid: float = 4.0) -> Tensor:
     return torch.cat([corners, corners + sizes], dim=1) * grid
 
 
-@given(objects=st.integers(1, 5), boxes=st.integers(1, 40), seed=st.integers(0, 10**6), keep_best=st.booleans())
-def test_matches_are_those_of_torchvision(objects: int, boxes: int, seed: int, keep_best: bool) -> None:
-    truth, proposed = random_boxes(objects, seed), random_boxes(boxes, seed + 1)
-    expected = _utils.Matcher(0.5, 0.3, allow_low_quality_matches=keep_best)(box_iou(truth, proposed))
+def as_objects(boxes: list[Tensor]) -> Objects:
+    return Objects.of(
+        [{"boxes": each, "labels": torch.ones(len(each), dtype=torch.int64)} for each in boxes], torch.float
+    )
+
+
+@given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=3), boxes=st.integers(1, 40), seed=st.integers(0, 10**6))
+@pytest.mark.parametrize("keep_best", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_matches_are_those_of_torchvision(
+    counts: list[int], boxes: int, seed: int, keep_best: bool, shared: bool
+) -> None:
+    truth = [random_boxes(count, seed + number) for number, count in enumerate(counts)]
+    proposed = torch.stack([random_boxes(boxes, seed - 1 - number) for number in range(1 if shared else len(truth))])
+    found = match(as_objects(truth), proposed, 0.5, 0.3, keep_best)
+    matcher = _utils.Matcher(0.5, 0.3, allow_low_quality_matches=keep_best)
     names = {_utils.Matcher.BELOW_LOW_THRESHOLD: BACKGROUND, _utils.Matcher.BETWEEN_THRESHOLDS: IGNORED}
-    assert match(truth, proposed, 0.5, 0.3, keep_best).tolist() == [
-        names.get(int(each), int(each)) for each in expected
-    ]
-
-
-def test_without_objects_all_is_background() -> None:
-    assert match(torch.zeros(0, 4), random_boxes(3, 0), 0.7, 0.3, keep_best=True).tolist() == [BACKGROUND] * 3
+    for objects, own, matches in zip(truth, proposed.expand(len(truth), -1, -1), found, strict=True):
+        expected = matcher(box_iou(objects, own)).tolist() if len(objects) else [BACKGROUND] * boxes
+        assert matches.tolist() == [names.get(each, each) for each in expected]
 
 
 @given(seed=st.integers(0, 10**6))
@@ -120,7 +137,7 @@ def test_losses_and_proposals_of_the_rpn_are_those_of_torchvision() -> None:
         torch.nn.init.normal_(detector.rpn.head.bbox_pred.weight, std=0.01 * scale)
         proposals, losses = detector.rpn(batch, features, targets)
         anchors = detector.rpn.anchor_generator(batch, list(features.values()))[0]
-        matches = torch.stack([match(target["boxes"], anchors, 0.7, 0.3, keep_best=True) for target in targets])
+        matches = match(as_objects([target["boxes"] for target in targets]), anchors[None], 0.7, 0.3, keep_best=True)
         samples = sample(matches, 2 * image_seeds(targets, anchors.device), 32, 0.5)
         detector.rpn.fg_bg_sampler = Given(matches, samples)
         expected, expected_losses = RegionProposalNetwork.forward(detector.rpn, batch, features, targets)
@@ -128,7 +145,7 @@ def test_losses_and_proposals_of_the_rpn_are_those_of_torchvision() -> None:
         assert losses.keys() == expected_losses.keys()
         for name, loss in losses.items():
             torch.testing.assert_close(loss, expected_losses[name])
-        for ours, theirs in zip(proposals, expected, strict=True):
+        for ours, theirs in zip(proposals.of_each_image(), expected, strict=True):
             assert torch.equal(ours, theirs)
 
 
@@ -137,15 +154,13 @@ def test_losses_of_the_roi_heads_are_those_of_torchvision() -> None:
     heads = detector.roi_heads
     batch, _ = detector.transform(images)
     features = {name: level.detach() for name, level in detector.backbone(batch.tensors).items()}
-    proposals = [8.0 * random_boxes(40 + number, number, 1.0) for number in range(3)]
+    proposals = [8.0 * random_boxes(40, number, 1.0) for number in range(3)]
     torch.nn.init.normal_(heads.box_predictor.bbox_pred.weight, std=0.1)
-    _, losses = heads(features, proposals, batch.image_sizes, targets)
-    boxes = [torch.cat([each, target["boxes"]]) for each, target in zip(proposals, targets, strict=True)]
-    matches = torch.nn.utils.rnn.pad_sequence(
-        [match(target["boxes"], each, 0.5, 0.5, keep_best=False) for each, target in zip(boxes, targets, strict=True)],
-        batch_first=True,
-        padding_value=IGNORED,
-    )
+    rows, valid = torch.stack(proposals), torch.ones(3, 40, dtype=torch.bool)
+    _, losses = heads(features, Proposals(rows, valid), batch.image_sizes, targets)
+    objects = as_objects([target["boxes"] for target in targets])
+    matches = match(objects, torch.cat([rows, objects.boxes], dim=1), 0.5, 0.5, keep_best=False)
+    matches = matches.masked_fill(~torch.cat([valid, objects.valid], dim=1), IGNORED)
     heads.fg_bg_sampler = Given(matches, sample(matches, 2 * image_seeds(targets, matches.device) + 1, 32, 0.25))
     _, expected = torchvision_roi_heads.RoIHeads.forward(heads, features, proposals, batch.image_sizes, targets)
     assert 60 < losses.pop(SAMPLED_ROIS) <= 96
@@ -170,10 +185,10 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_where_the_host_waits_in_a_forward_pass(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The suppression of proposals waits itself, in another way on each device.
-    monkeypatch.setattr(rpn, "batched_nms", lambda boxes, *_: torch.arange(min(100, len(boxes))))
+    # On a GPU the suppression of proposals is another, which does not wait.
+    monkeypatch.setattr(suppression, "batched_nms", lambda boxes, *_: torch.arange(min(100, len(boxes))))
     detector, batch = build().train(), example(count)
     with Waits() as waits:
         detector.forward_losses(*batch)
-    # For each image which proposals are large enough, once the sampled RoIs, and for each level of RoIAlign its RoIs.
-    assert waits.counts == {"aten::nonzero": count + 1 + 4, "aten::_local_scalar_dense": 0, "aten::masked_select": 0}
+    # For the sampled RoIs, and in RoIAlign for those of each level.
+    assert waits.counts == {"aten::nonzero": 1 + 4, "aten::_local_scalar_dense": 0, "aten::masked_select": 0}
