@@ -68,8 +68,8 @@ def match(objects: Objects, boxes: Tensor, high: float, low: float, keep_best: b
     images, most = objects.valid.shape
     at_once = max(1, AT_ONCE // (most * boxes.shape[1] + 1)) if boxes.is_cuda else 1  # a CPU's caches are small
     parts = []
-    for part in torch.arange(images).split(at_once):
-        rows = slice(int(part[0]), int(part[-1]) + 1)
+    for first in range(0, images, at_once):
+        rows = slice(first, first + at_once)
         iou = _iou(objects.boxes[rows], boxes if len(boxes) == 1 else boxes[rows])
         best, matches = iou.max(dim=1)
         matched = torch.where(best < high, IGNORED, matches).masked_fill_(best < low, BACKGROUND)
