@@ -14,19 +14,19 @@ def not_suppressed(boxes: Tensor, scores: Tensor, valid: Tensor, level_sizes: li
     compared.
     """
     boxes = boxes.masked_fill(~valid[..., None], 0)  # without area they overlap none
-    suppression = _on_gpu if boxes.is_cuda else _on_cpu
+    suppression = _all_at_once if boxes.is_cuda else _image_by_image
     return suppression(boxes, scores, level_sizes, threshold)
 
 
-def _on_cpu(boxes: Tensor, scores: Tensor, level_sizes: list[int], threshold: float) -> Tensor:
-    level = torch.cat([torch.full((size,), number) for number, size in enumerate(level_sizes)])
+def _image_by_image(boxes: Tensor, scores: Tensor, level_sizes: list[int], threshold: float) -> Tensor:
+    level = torch.cat([boxes.new_full((size,), number) for number, size in enumerate(level_sizes)])
     kept = torch.zeros_like(scores, dtype=torch.bool)
     for of_image, image_boxes, image_scores in zip(kept, boxes, scores, strict=True):
         of_image[batched_nms(image_boxes, image_scores, level, threshold)] = True
     return kept
 
 
-def _on_gpu(boxes: Tensor, scores: Tensor, level_sizes: list[int], threshold: float) -> Tensor:
+def _all_at_once(boxes: Tensor, scores: Tensor, level_sizes: list[int], threshold: float) -> Tensor:
     # torchvision's operator goes through the boxes of an image one after the other, and its host waits for them.
     from horovod_megdet.models import suppression_gpu  # Triton comes with builds of PyTorch for GPUs only
 
