@@ -27,6 +27,7 @@ import coco_scale_data
 import numpy as np
 import psutil
 import torch
+from document import write_section
 
 from horovod_megdet import comm
 from horovod_megdet.config import DataConfig
@@ -194,12 +195,6 @@ def section(rows: list[Row], photos: bool) -> str:
         *(f"| {figure} | {measured} |" for figure, measured in rows),
     ]
     return "\n".join(lines) + "\n"
-
-
-def write_section(path: Path, text: str) -> None:
-    """Replaces the section in the file, or appends it."""
-    others = re.sub(r"## COCO's size\n.*?(?=^## |\Z)", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
-    path.write_text(f"{others.rstrip()}\n\n{text}")
 
 
 def main() -> None:
