@@ -156,13 +156,15 @@ class Launcher:
         self.steps = steps
         self.settings = settings
 
-    def ours(self, ranks: int, **variants: tuple[str, ...]) -> dict[str, Measured]:
+    def ours(
+        self, ranks: int, environment: dict[str, str] | None = None, **variants: tuple[str, ...]
+    ) -> dict[str, Measured]:
         """Our trainer; several variants take turns in one launch."""
         config = self.folder / "config.yaml"
         config.write_text(our_config(self.settings, self.folder).to_yaml())
         command = [_program("mpirun"), "--oversubscribe", "--bind-to", "none", "-np", str(ranks), sys.executable]
         command += [str(HERE / "detector_step.py"), "--steps", str(self.steps), "--config", str(config)]
-        found = self._run([*command, "--variants", json.dumps(variants)])
+        found = self._run([*command, "--variants", json.dumps(variants)], environment or {})
         images = ranks * self.settings.images_per_rank
         return {name: Measured(images, Timing(times), found["peak_mb"]) for name, times in found["seconds"].items()}
 
@@ -172,13 +174,13 @@ class Launcher:
         command += [str(HERE / "torchvision_trainer.py"), "--steps", str(WARM_UP + self.steps)]
         for name, value in dataclasses.asdict(self.settings).items():
             command += [f"--{name.replace('_', '-')}", str(value)]
-        found = self._run(command)
+        found = self._run(command, {})
         return Measured(ranks * self.settings.images_per_rank, Timing(found["seconds"][WARM_UP:]), found["peak_mb"])
 
-    def _run(self, command: list[str]) -> dict[str, Any]:
+    def _run(self, command: list[str], environment: dict[str, str]) -> dict[str, Any]:
         result = Path(tempfile.mkdtemp(dir=self.folder)) / "result.json"
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        run = subprocess.run([*command, "--result", str(result)], env=environment, capture_output=True, text=True)
+        variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+        run = subprocess.run([*command, "--result", str(result)], env=variables, capture_output=True, text=True)
         if run.returncode:
             raise SystemExit(f"{' '.join(command)}\n{run.stdout}{run.stderr}")
         return json.loads(result.read_text())
@@ -248,15 +250,29 @@ def pairs(launcher: Launcher, rounds: int) -> list[Row]:
 
 
 def synchronization(launcher: Launcher, rounds: int) -> list[Row]:
-    """CGBN against statistics of one rank, in turns step by step."""
+    """CGBN against statistics of one rank."""
     rows = []
     for name, precision in (("float32", FLOAT32), ("bfloat16, channels last", BFLOAT16)):
-        of_rounds = [launcher.ours(2, cgbn=precision, local=precision + LOCAL_BN) for _ in range(rounds)]
-        cgbn, local = ([found[kind].timing.median for found in of_rounds] for kind in ("cgbn", "local"))
-        ratio = statistics.median(found["cgbn"].timing.ratio(found["local"].timing) for found in of_rounds)
-        figures = (f"{statistics.median(cgbn):.2f}", f"{statistics.median(local):.2f}", f"{ratio:.2f}")
-        rows.append((f"the same step, {name}: s, CGBN / local batch normalization", *figures))
+        of_rounds = [launcher.ours(2, first=precision, second=precision + LOCAL_BN) for _ in range(rounds)]
+        rows.append((f"the same step, {name}: s, CGBN / local batch normalization", *in_turns(of_rounds)))
     return rows
+
+
+def instructions(launcher: Launcher, rounds: int) -> list[Row]:
+    """Both precisions by the instructions that convolutions may use, on one rank."""
+    rows = []
+    for name, isa in (("all instructions", "DEFAULT"), ("no AMX", "AVX512_CORE_BF16")):
+        variables = {"ONEDNN_MAX_CPU_ISA": isa}
+        of_rounds = [launcher.ours(1, variables, first=BFLOAT16, second=FLOAT32) for _ in range(rounds)]
+        rows.append((f"the same step, one rank, {name}: s, bfloat16, channels last / float32", *in_turns(of_rounds)))
+    return rows
+
+
+def in_turns(of_rounds: list[dict[str, Measured]]) -> tuple[str, str, str]:
+    """Seconds of two variants that took turns in each launch, and their ratio."""
+    medians = (statistics.median(found[name].timing.median for found in of_rounds) for name in ("first", "second"))
+    ratio = statistics.median(found["first"].timing.ratio(found["second"].timing) for found in of_rounds)
+    return *(f"{seconds:.2f}" for seconds in medians), f"{ratio:.2f}"
 
 
 def large(launcher: Launcher, rounds: int) -> list[Row]:
@@ -283,7 +299,7 @@ def large(launcher: Launcher, rounds: int) -> list[Row]:
     ]
 
 
-PARTS = {"pairs": pairs, "synchronization": synchronization, "large": large}
+PARTS = {"pairs": pairs, "synchronization": synchronization, "instructions": instructions, "large": large}
 
 
 def section(rows: list[Row], settings: Settings) -> str:
