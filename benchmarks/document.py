@@ -14,5 +14,10 @@ def table(head: Row, rows: list[Row]) -> str:
 def write_section(path: Path, text: str) -> None:
     """Replaces the section of the file that has the heading of ``text``, its first line, or appends it."""
     heading = re.escape(text.partition("\n")[0])
-    others = re.sub(rf"^{heading}\n.*?(?=^## |\Z)", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
-    path.write_text(f"{others.rstrip()}\n\n{text.rstrip()}\n")
+    section = re.compile(rf"^{heading}\n.*?(?=^## |\Z)", flags=re.DOTALL | re.MULTILINE)
+    document = path.read_text()
+    if section.search(document):
+        document = section.sub(lambda _: f"{text.rstrip()}\n\n", document)
+    else:
+        document = f"{document.rstrip()}\n\n{text}"
+    path.write_text(f"{document.rstrip()}\n")
