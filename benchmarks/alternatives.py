@@ -4,45 +4,11 @@ from typing import Any
 
 import horovod.torch as hvd
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from horovod_megdet.layers.cross_gpu_bn import replace_layers
-
-
-class NaiveBatchNorm(nn.BatchNorm2d):
-    """The differentiable allreduce of (mean x, mean x^2) over torch.distributed that detection code bases use.
-
-    Autograd derives the backward message. All ranks must hold the same number of values.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) in and out."""
-        mean, mean_square = input.mean(dim=(0, 2, 3)), input.square().mean(dim=(0, 2, 3))
-        mean, mean_square = (_SumOfRanks.apply(torch.cat([mean, mean_square])) / dist.get_world_size()).chunk(2)
-        var = mean_square - mean.square()
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var, self.momentum)
-        scale = self.weight * (var + self.eps).rsqrt()
-        shift = self.bias - mean * scale
-        return input * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
-
-
-class _SumOfRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        values = values.clone()
-        dist.all_reduce(values)
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient
 
 
 class FiveMessageBatchNorm(nn.BatchNorm2d):

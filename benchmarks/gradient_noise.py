@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from cross_gpu_bn import NOISE_HEADING, machine
+from document import write_section
 from torch import Tensor
 
 from horovod_megdet import comm
@@ -103,8 +104,7 @@ def main() -> None:
     if comm.is_main():
         print(text)
         if arguments.write:
-            before = arguments.write.read_text().partition(NOISE_HEADING)[0]
-            arguments.write.write_text(f"{before.rstrip()}\n\n{text}")
+            write_section(arguments.write, text)
     comm.shutdown()
 
 

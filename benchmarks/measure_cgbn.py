@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from alternatives import FiveMessageBatchNorm, NaiveBatchNorm, convert
+from alternatives import FiveMessageBatchNorm, convert
 from timing import Timing, take_turns
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torchvision.models import resnet18, resnet50
+from torchvision_trainer import NaiveBatchNorm
 
 from horovod_megdet import comm, convert_batch_norm
 from horovod_megdet.comm.bare_mpi import BareMPI

@@ -47,7 +47,7 @@ def evaluate_checkpoint(path: str, overrides: list[str]) -> int:
 
 def evaluate(config: Config, path: Path) -> int:
     """Evaluates a checkpoint on the validation set of ``config``, prints the table and writes the detections."""
-    detector, dataset, device, saved = build_for_evaluation(config, path)
+    config, detector, dataset, device, saved = build_for_evaluation(config, path)
     evaluation = evaluate_detector(config, detector, dataset, device)
     if comm.is_main():
         console().print(render(evaluation))

@@ -288,11 +288,12 @@ class RuntimeConfig(Section):
     bind_cores: bool = True
     """Give each rank of a host cores of its own, unless the launcher did."""
 
-    amp: Literal["none", "bfloat16", "float16"] = "none"
-    """Automatic mixed precision; float16 (with loss scaling) is for GPUs."""
+    amp: Literal["none", "bfloat16", "float16", "auto"] = "none"
+    """Automatic mixed precision, in training and evaluation; float16 (with loss scaling) is for GPUs. `auto` takes what
+    the hardware of all ranks is fast at (docs/performance.md); a resumed run keeps what it started with."""
 
     channels_last: bool | Literal["auto"] = "auto"
-    """Store activations with channels last, which GPUs with mixed precision prefer; `auto` does so on GPUs only."""
+    """Store activations with channels last; `auto` does so on GPUs, and with bfloat16 on CPUs."""
 
     deterministic: bool = False
     """Fix the order of all sums, so that runs with more than two ranks, or on GPUs, repeat bit for bit; slower."""

@@ -115,15 +115,10 @@ def _place_of_core(core: int) -> tuple[int, int, int]:
 
 
 def autocast(runtime: RuntimeConfig, device: torch.device) -> AbstractContextManager[None]:
-    """Automatic mixed precision as configured; does nothing for ``amp: none``."""
+    """Automatic mixed precision as configured and, for ``auto``, chosen (precision.py); nothing for ``amp: none``."""
     if runtime.amp == "none":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=_AMP_DTYPES[runtime.amp])
-
-
-def channels_last(runtime: RuntimeConfig, device: torch.device) -> bool:
-    """Whether activations have their channels last; measured on CPUs, neither layout is faster there."""
-    return device.type == "cuda" if runtime.channels_last == "auto" else runtime.channels_last
 
 
 def loss_scaler(runtime: RuntimeConfig, device: torch.device) -> torch.amp.GradScaler:

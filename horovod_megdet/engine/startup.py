@@ -10,7 +10,7 @@ from horovod_megdet import comm, launched
 from horovod_megdet.config import Config
 from horovod_megdet.data.coco import CocoDataset, check_same_classes
 from horovod_megdet.data.configured import load_split, make_synthetic
-from horovod_megdet.engine import checkpoint, hardware, random_state
+from horovod_megdet.engine import checkpoint, hardware, precision, random_state
 from horovod_megdet.engine.checkpoint import RunDescription
 from horovod_megdet.engine.run_folder import find_checkpoint, write_config
 from horovod_megdet.engine.signals import StopRequest
@@ -35,6 +35,8 @@ def build_trainer(config: Config, resume: bool) -> Trainer:
         saved = find_checkpoint(run_dir, resume)
     with comm.agreement("device"):
         device = hardware.choose(config.runtime)
+    # Compared above with `auto` in it: what it stands for follows from what all ranks know, so that it is equal, too.
+    config, why = precision.decide(config, device, saved.config if saved else None)
     train_set, val_set = load_datasets(config)
     with comm.agreement("schedule"):
         schedule = make_schedule(config.solver, len(train_set), comm.size(), config.data.images_per_rank)
@@ -55,7 +57,7 @@ def build_trainer(config: Config, resume: bool) -> Trainer:
         if comm.is_main():
             write_config(run_dir, config)
     if comm.is_main():
-        _print_start(trainer)
+        _print_start(trainer, why)
     return trainer
 
 
@@ -98,10 +100,8 @@ def start_detector(config: Config, num_classes: int, device: torch.device) -> De
     random_state.seed(config.runtime.seed)
     with comm.agreement("model"):
         group = bn_group(config.batch_norm, config.data.images_per_rank)
-        channels_last = hardware.channels_last(config.runtime, device)
-        detector = build_detector(
-            config.model, config.batch_norm, num_classes, group=group, channels_last=channels_last
-        )
+        layout = precision.channels_last(config.runtime)
+        detector = build_detector(config.model, config.batch_norm, num_classes, group=group, channels_last=layout)
         notices = load_weights(detector, config.model)
     if comm.is_main():
         for notice in notices:
@@ -125,8 +125,11 @@ def weights_hash(detector: Detector) -> str:
 
 def build_for_evaluation(
     config: Config, path: Path
-) -> tuple[Detector, CocoDataset, torch.device, checkpoint.Checkpoint]:
-    """Builds the detector of a checkpoint and the validation set of a configuration."""
+) -> tuple[Config, Detector, CocoDataset, torch.device, checkpoint.Checkpoint]:
+    """Builds the detector of a checkpoint and the validation set of a configuration.
+
+    Returns the configuration with the checkpoint's precision in the place of ``auto``.
+    """
     with comm.agreement("device"):
         device = hardware.choose(config.runtime)
     with comm.agreement("synthetic data"):
@@ -140,17 +143,20 @@ def build_for_evaluation(
                 f"set has {val_set.class_names}."
             )
     comm.check_same({"validation data": val_set.fingerprint}, "validation data")
-    detector = build_detector(config.model, config.batch_norm, len(val_set.class_names), group=comm.world())
+    config, _ = precision.decide(config, device, saved.config)
+    layout, classes = precision.channels_last(config.runtime), len(val_set.class_names)
+    detector = build_detector(config.model, config.batch_norm, classes, group=comm.world(), channels_last=layout)
     with comm.agreement("checkpoint"):
         load_checkpoint(detector, saved.path)
-    return detector.to(device).eval(), val_set, device, saved
+    return config, detector.to(device).eval(), val_set, device, saved
 
 
-def _print_start(trainer: Trainer) -> None:
+def _print_start(trainer: Trainer, precision_choice: str) -> None:
     config, out = trainer.config, console()
     environment = [
         ("ranks", f"{comm.size()}, {comm.local_size()} on {launched.host()}, controller {comm.controller()}"),
-        ("device", f"{trainer.device}, {torch.get_num_threads()} threads per rank, amp {config.runtime.amp}"),
+        ("device", f"{trainer.device}, {torch.get_num_threads()} threads per rank"),
+        ("precision", precision_choice),
         ("cores", f"rank 0 has {len(os.sched_getaffinity(0))} of {os.cpu_count()}"),
         ("model", f"{config.model.backbone} FPN {config.model.fpn_channels}, weights {config.model.weights}"),
         (
