@@ -11,14 +11,8 @@
  * with any number of threads.
  */
 #include <math.h>
-#include <stddef.h>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-/* One binary for all CPUs of a cluster: the loader picks the version that the CPU can run. */
-#define FOR_EVERY_CPU __attribute__((target_clones("arch=haswell", "default")))
-#else
-#define FOR_EVERY_CPU
-#endif
+#include "numbers_cpu.h"
 
 /* Channels that a thread takes at a time: a cache line of them with channels last. */
 enum { BLOCK = 16 };
@@ -26,8 +20,6 @@ enum { BLOCK = 16 };
 typedef struct {
     ptrdiff_t outer, channels, inner;
 } Shape;
-
-static ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
 /* sums[0][c] = sum a, sums[1][c] = sum a * (b - center), over the channels [from, to); center may be NULL. */
 FOR_EVERY_CPU static void sum_channels(const float *a, const float *b, const double *center, Shape s, ptrdiff_t from,

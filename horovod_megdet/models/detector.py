@@ -10,12 +10,12 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
 from horovod_megdet import comm
 from horovod_megdet.config import BatchNormConfig, ModelConfig
 from horovod_megdet.layers.kernels import widened
+from horovod_megdet.layers.roi_align import TrainedRoIAlign
 from horovod_megdet.models.backbone import build_backbone
 from horovod_megdet.models.norms import Norms
 from horovod_megdet.models.sampling import SAMPLED_ANCHORS, SAMPLED_ROIS, SeededRoIHeads, SeededRPN
@@ -142,10 +142,10 @@ def _build_roi_heads(model: ModelConfig, norms: Norms, num_classes: int) -> Seed
     )
 
 
-def _build_roi_pool(model: ModelConfig) -> MultiScaleRoIAlign:
+def _build_roi_pool(model: ModelConfig) -> TrainedRoIAlign:
     """RoIAlign on P2 to P5. FPN puts RoIs of 224 pixels on P4, whose anchors have 128; others scale it alike."""
     scale = round(model.anchor_sizes[2] * 224 / 128)
-    pool = MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=ROI_SIZE, sampling_ratio=2, canonical_scale=scale)
+    pool = TrainedRoIAlign(["0", "1", "2", "3"], output_size=ROI_SIZE, sampling_ratio=2, canonical_scale=scale)
     # torchvision would guess the strides from the first batch, wrongly if its images are small, and keep them: a
     # resumed run, whose first batch is another one, would go on differently.
     pool.scales = [1 / 4, 1 / 8, 1 / 16, 1 / 32]

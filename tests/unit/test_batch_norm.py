@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from horovod_megdet import comm
 from horovod_megdet.errors import UserError
+from horovod_megdet.layers import c_library
 from horovod_megdet.layers.cross_gpu_bn import (
     CrossGPUBatchNorm,
     average_running_statistics,
     convert_batch_norm,
     revert_batch_norm,
 )
-from horovod_megdet.layers.kernels import PlainKernels, Statistics, compiled, kernels_for
+from horovod_megdet.layers.kernels import PlainKernels, Statistics, kernels_for
 
 PAIR = comm.Group((0, 1), None)
 
@@ -200,10 +201,10 @@ def test_compiled_kernels_agree_with_plain_operators(shape: tuple[int, ...], aff
 
 
 def test_a_checkout_without_compiled_kernels_says_what_to_do_when_they_are_needed() -> None:
-    compiled.library.cache_clear()
+    c_library.library.cache_clear()
     with (
         mock.patch.object(importlib.util, "find_spec", return_value=None),
-        pytest.raises(UserError, match=r"_batch_norm_cpu is not compiled.*make setup"),
+        pytest.raises(UserError, match=r"_cpu is not compiled.*make setup"),
     ):
         kernels_for(torch.ones(1)).sums(torch.ones(2, 3))
 
