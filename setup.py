@@ -9,7 +9,7 @@ setup(
             "horovod_megdet.layers._cpu",
             ["horovod_megdet/layers/batch_norm_cpu.c", "horovod_megdet/layers/roi_align_cpu.c"],
             depends=["horovod_megdet/layers/numbers_cpu.h"],
-            extra_compile_args=["-O3", "-std=c11", "-fno-math-errno", "-fopenmp"],
+            extra_compile_args=["-O3", "-std=c11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"],
             extra_link_args=["-fopenmp"],
         )
     ]

@@ -15,18 +15,20 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _TENSOR, _NUMBER, _LENGTH, _INT = ctypes.c_void_p, ctypes.c_double, ctypes.c_ssize_t, ctypes.c_int
 _EXTENTS = [_LENGTH, _LENGTH, _LENGTH, _INT]
 _ROI_ALIGN = [_TENSOR, _INT, *[_LENGTH] * 4, _INT, _TENSOR, _TENSOR, _LENGTH, _LENGTH, _NUMBER, *[_LENGTH] * 2, _INT]
-_ARGUMENTS = {
-    "moments": [_TENSOR, *_EXTENTS, _TENSOR],
-    "sums": [_TENSOR] * 3 + _EXTENTS + [_TENSOR],
+_WITHOUT_STATUS = {
     "statistics": [_TENSOR, _NUMBER, _LENGTH, _TENSOR],
     "update_running": [_TENSOR, _NUMBER, _LENGTH, _TENSOR, _TENSOR],
-    "normalize": [_TENSOR] * 4 + _EXTENTS + [_TENSOR],
-    "gradient_sums": [_TENSOR] * 3 + _EXTENTS + [_TENSOR],
-    "input_gradient": [_TENSOR] * 5 + _EXTENTS + [_TENSOR],
+}
+_WITH_STATUS = {
+    "moments": [_TENSOR, _INT, *_EXTENTS, _TENSOR],
+    "sums": [_TENSOR, _INT, _TENSOR, *_EXTENTS, _TENSOR],
+    "normalize": [_TENSOR, _INT, *[_TENSOR] * 4, _INT, *_EXTENTS, _TENSOR],
+    "gradient_sums": [*[_TENSOR] * 2, _INT, *[_TENSOR] * 3, _INT, _TENSOR, *_EXTENTS, *[_TENSOR] * 2],
+    "input_gradient": [*[_TENSOR] * 2, _INT, *[_TENSOR] * 3, _INT, _TENSOR, *_EXTENTS, _TENSOR],
     "roi_align": [*_ROI_ALIGN, _TENSOR],
     "roi_align_backward": [*_ROI_ALIGN, _TENSOR],
 }
-_RETURN_A_STATUS = ("roi_align", "roi_align_backward")
+"""The types of the arguments, by function, of those that return nothing, and those that return whether they failed."""
 
 
 def call(function: str, *arguments: Tensor | float | None) -> None:
@@ -50,8 +52,8 @@ def library() -> ctypes.CDLL:
             "run 'make setup', or 'pip install -e .' in the checkout."
         )
     library = ctypes.CDLL(found.origin)
-    for function, types in _ARGUMENTS.items():
-        compiled = getattr(library, f"megdet_{function}")
-        compiled.argtypes = types
-        compiled.restype = _INT if function in _RETURN_A_STATUS else None
+    for functions, result in ((_WITHOUT_STATUS, None), (_WITH_STATUS, _INT)):
+        for function, types in functions.items():
+            compiled = getattr(library, f"megdet_{function}")
+            compiled.argtypes, compiled.restype = types, result
     return library

@@ -12,8 +12,13 @@
 #include <string.h>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-/* One binary for all CPUs of a cluster: the loader picks the version that the CPU can run. */
-#define FOR_EVERY_CPU __attribute__((target_clones("arch=haswell", "default")))
+/* One binary for all CPUs of a cluster: the loader picks the best version that the CPU can run. These are levels of
+ * instruction sets (AVX-512, AVX2); names of processors would match those and no later ones. */
+#if __GNUC__ >= 12
+#define FOR_EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FOR_EVERY_CPU __attribute__((target_clones("avx2", "default")))
+#endif
 #else
 #define FOR_EVERY_CPU
 #endif
@@ -39,8 +44,9 @@ INLINE float float_of(uint32_t bits) {
 INLINE float from_bfloat16(uint16_t half) { return float_of((uint32_t)half << 16); }
 
 INLINE uint16_t to_bfloat16(float value) {
-    uint32_t bits = bits_of(value), rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-    return (uint16_t)(value != value ? 0x7FC0 : rounded);
+    uint32_t bits = bits_of(value), rounded = bits + 0x7FFF + (bits >> 16 & 1);
+    rounded = (bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC00000 : rounded; /* NaN */
+    return (uint16_t)(rounded >> 16);
 }
 
 /* float16 has 5 bits of exponent: below 2^-14 its values are multiples of 2^-24, which the second branch adds to 1/2. */
@@ -59,7 +65,8 @@ INLINE uint16_t to_float16(float value) {
     exponent = exponent < 0x71000000u ? 0x71000000u : exponent;
     uint32_t rounded = bits_of(float_of((exponent >> 1) + 0x07800000u) + magnitude);
     uint32_t half = (rounded >> 13 & 0x7C00) + (rounded & 0x0FFF);
-    return (uint16_t)((bits >> 16 & 0x8000) | (shifted > 0xFF000000u ? 0x7E00 : half));
+    half = shifted > 0xFF000000u ? 0x7E00 : half; /* NaN */
+    return (uint16_t)(half | (bits >> 16 & 0x8000));
 }
 
 /* values[i], and values[i] = value. The type is a constant wherever these are used, so that nothing is decided here. */

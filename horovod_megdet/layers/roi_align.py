@@ -1,9 +1,9 @@
 """RoIAlign on the levels of a feature pyramid, with a gradient of our own for training on CPUs.
 
 torchvision's operator adds up its gradient one number at a time, which takes a sixth of a training step on a CPU core.
-``roi_align_cpu.c`` adds runs of channels, in the same order, so that float32 results have the same bits. It also fills in
-all levels in one go, where torchvision copies the RoIs of each level into place, and reads and writes 16-bit types and
-both memory layouts as they are.
+``roi_align_cpu.c`` adds runs of channels, in the same order, so that float32 results have the same bits. It also fills
+in all levels in one go, where torchvision copies the RoIs of each level into place, and reads and writes 16-bit types
+and both memory layouts as they are.
 """
 
 from dataclasses import dataclass

@@ -10,6 +10,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops.misc import Conv2dNormActivation
 from torchvision.ops.poolers import LevelMapper
 
 from horovod_megdet import comm
@@ -18,6 +19,7 @@ from horovod_megdet.layers.kernels import widened
 from horovod_megdet.layers.roi_align import TrainedRoIAlign
 from horovod_megdet.models.backbone import build_backbone
 from horovod_megdet.models.norms import Norms
+from horovod_megdet.models.resnet import NormalizedConv
 from horovod_megdet.models.sampling import SAMPLED_ANCHORS, SAMPLED_ROIS, SeededRoIHeads, SeededRPN
 
 IMAGE_MEAN = [0.485, 0.456, 0.406]
@@ -162,6 +164,9 @@ def _build_box_head(model: ModelConfig, norms: Norms) -> nn.Module:
         size = (channels, ROI_SIZE, ROI_SIZE)
         head = FastRCNNConvFCHead(size, [channels] * 4, [model.box_head_channels], norms.layer(model.box_head_norm))
         norms.finish(head, model.box_head_norm, "roi_heads.box_head")
+        for name, layer in head.named_children():
+            if isinstance(layer, Conv2dNormActivation):
+                setattr(head, name, NormalizedConv(*layer))
     for layer in head.modules():
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_uniform_(layer.weight, a=1)

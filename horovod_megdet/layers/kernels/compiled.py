@@ -7,25 +7,31 @@ to do around them.
 import torch
 from torch import Tensor
 
-from horovod_megdet.layers.c_library import call
+from horovod_megdet.layers.c_library import TYPES, call
 from horovod_megdet.layers.kernels.layout import dense, laid_out_like
 from horovod_megdet.layers.kernels.plain import PlainKernels
+from horovod_megdet.layers.kernels.rectifier import Rectifier
 from horovod_megdet.layers.kernels.statistics import Statistics
 
 
 class CompiledKernels(PlainKernels):
-    """For float32, and for 16-bit types, which are widened; in both memory layouts."""
+    """For float32, bfloat16 and float16, in both memory layouts; nothing is copied that is in one of them.
+
+    The gradient that passes the ReLU is written only where a shortcut needs it; elsewhere each pass works it out.
+    """
+
+    fuses = True
 
     def sums(self, x: Tensor) -> Tensor:
-        x = dense(x.float())
+        x = dense(x)
         message = x.new_empty(2 * x.shape[1] + 1, dtype=torch.float64)
-        call("moments", x, *_extents(x), message)
+        call("moments", x, TYPES[x.dtype], *_extents(x), message)
         return message
 
     def squared_differences(self, x: Tensor, mean: Tensor) -> Tensor:
-        x = dense(x.float())
+        x = dense(x)
         first, second = result = mean.new_empty(2, len(mean))
-        call("sums", x, x, mean, *_extents(x), result)
+        call("sums", x, TYPES[x.dtype], mean, *_extents(x), result)
         # sum (x - m)^2 = sum x (x - m) - m sum (x - m)
         return second - mean * (first - mean * (x.numel() // x.shape[1]))
 
@@ -41,25 +47,57 @@ class CompiledKernels(PlainKernels):
             return
         call("update_running", statistics.values, factor, len(running_mean), running_mean, running_var)
 
-    def normalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Statistics) -> Tensor:
-        wide = dense(x.float())
-        y = torch.empty_like(wide)
-        call("normalize", wide, statistics.values, _float(weight), _float(bias), *_extents(wide), y)
-        return y.to(x.dtype)
+    def normalize(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        statistics: Statistics,
+        shortcut: Tensor | None = None,
+        relu: bool = False,
+    ) -> Tensor:
+        x = dense(x)
+        y = torch.empty_like(x)
+        other = None if shortcut is None else laid_out_like(shortcut, x)
+        parameters = (statistics.values, _float(weight), _float(bias))
+        call("normalize", x, TYPES[x.dtype], *parameters, other, relu, *_extents(x), y)
+        return y
 
-    def gradient_sums(self, dy: Tensor, x: Tensor, statistics: Statistics) -> Tensor:
-        x = dense(x.float())
-        result = statistics.values.new_empty(2, x.shape[1])
-        call("gradient_sums", laid_out_like(dy.float(), x), x, statistics.values, *_extents(x), result)
-        return result
+    def gradient_sums(
+        self, dy: Tensor, x: Tensor, statistics: Statistics, rectifier: Rectifier | None = None
+    ) -> tuple[Tensor, Tensor]:
+        x = dense(x)
+        dy = laid_out_like(dy, x)
+        sums = statistics.values.new_empty(2, x.shape[1])
+        weight, bias, y, dz = None, None, None, dy
+        if rectifier is not None:
+            weight, bias = _float(rectifier.weight), _float(rectifier.bias)
+            if rectifier.shortcut:
+                y, dz = laid_out_like(rectifier.y, x), torch.empty_like(x)
+        call(
+            "gradient_sums", dy, x, TYPES[x.dtype], statistics.values, weight, bias, rectifier is not None, y,
+            *_extents(x), dz, sums,
+        )  # fmt: skip
+        return dz, sums
 
     def input_gradient(
-        self, dy: Tensor, x: Tensor, weight: Tensor | None, statistics: Statistics, total: Tensor
+        self,
+        dz: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        statistics: Statistics,
+        total: Tensor,
+        rectifier: Rectifier | None = None,
     ) -> Tensor:
-        wide = dense(x.float())
-        dy, dx = laid_out_like(dy.float(), wide), torch.empty_like(wide)
-        call("input_gradient", dy, wide, statistics.values, _float(weight), total, *_extents(wide), dx)
-        return dx.to(x.dtype)
+        x = dense(x)
+        dz, dx = laid_out_like(dz, x), torch.empty_like(x)
+        bias = None if rectifier is None else _float(rectifier.bias)
+        still_to_stop = rectifier is not None and not rectifier.shortcut
+        call(
+            "input_gradient", dz, x, TYPES[x.dtype], statistics.values, _float(weight), bias, still_to_stop, total,
+            *_extents(x), dx,
+        )  # fmt: skip
+        return dx
 
 
 def _float(parameter: Tensor | None) -> Tensor | None:

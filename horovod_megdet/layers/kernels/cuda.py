@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from horovod_megdet.layers.kernels.layout import dense
-from horovod_megdet.layers.kernels.plain import PlainKernels
+from horovod_megdet.layers.kernels.plain import PlainKernels, activate, stop
+from horovod_megdet.layers.kernels.rectifier import Rectifier
 from horovod_megdet.layers.kernels.statistics import Statistics
 
 _TINY = 1e-12
@@ -19,25 +20,43 @@ class CUDAKernels(PlainKernels):
         count = x.numel() // x.shape[1]
         return torch.cat([mean.new_full((1,), count), mean * count, (var + mean.square()) * count])
 
-    def normalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Statistics) -> Tensor:
+    def normalize(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        statistics: Statistics,
+        shortcut: Tensor | None = None,
+        relu: bool = False,
+    ) -> Tensor:
         mean, invstd = _in_kernel_type(x, statistics)
         # The kernel takes eps beside 1 / sqrt(var + eps), and does not use it.
-        return torch.batch_norm_elemt(dense(x), _like(weight, mean), _like(bias, mean), mean, invstd, 0.0)
+        y = torch.batch_norm_elemt(dense(x), _like(weight, mean), _like(bias, mean), mean, invstd, 0.0)
+        return activate(y, shortcut, relu)
 
-    def gradient_sums(self, dy: Tensor, x: Tensor, statistics: Statistics) -> Tensor:
+    def gradient_sums(
+        self, dy: Tensor, x: Tensor, statistics: Statistics, rectifier: Rectifier | None = None
+    ) -> tuple[Tensor, Tensor]:
+        dz = dy if rectifier is None else stop(dy, rectifier)
         first, second, _, _ = torch.batch_norm_backward_reduce(
-            dense(dy), dense(x), *_in_kernel_type(x, statistics), None, True, False, False
+            dense(dz), dense(x), *_in_kernel_type(x, statistics), None, True, False, False
         )
-        return torch.stack([first.double(), second.double() * statistics.invstd])
+        return dz, torch.stack([first.double(), second.double() * statistics.invstd])
 
     def input_gradient(
-        self, dy: Tensor, x: Tensor, weight: Tensor | None, statistics: Statistics, total: Tensor
+        self,
+        dz: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        statistics: Statistics,
+        total: Tensor,
+        rectifier: Rectifier | None = None,
     ) -> Tensor:
         mean, invstd = _in_kernel_type(x, statistics)
         sum_dy, sum_dy_xmu = total[0].to(mean), (total[1] / statistics.invstd).to(mean)
         count = statistics.count.to(torch.int32).view(1)
         return torch.batch_norm_backward_elemt(
-            dense(dy), dense(x), mean, invstd, _like(weight, mean), sum_dy, sum_dy_xmu, count
+            dense(dz), dense(x), mean, invstd, _like(weight, mean), sum_dy, sum_dy_xmu, count
         )
 
 
