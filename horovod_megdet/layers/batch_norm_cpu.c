@@ -21,8 +21,9 @@
 
 #include "numbers_cpu.h"
 
-/* Rows that a thread takes at a time with channels last, and that are added up before they meet the sum. */
-enum { ROWS = 512, TOGETHER = 4 };
+/* Rows that a thread takes at a time with channels last; values that are added up before they meet the sum; the pixels
+ * from which on that is worth it in a channel. */
+enum { ROWS = 512, TOGETHER = 4, LONG = 512 };
 
 typedef struct {
     ptrdiff_t outer, channels, inner;
@@ -69,53 +70,75 @@ INLINE float summand_at(const Job *j, ptrdiff_t i, float x, float center, float 
     return dy;
 }
 
+typedef struct {
+    double of_values, of_products;
+} Sums;
+
+/*
+ * sum a and sum a * (x - center) over count values, step apart. In 16 bits TOGETHER values of about one size, and their
+ * squares, have an exact sum in float32, which takes half the work.
+ */
+INLINE Sums sums_of(const Job *j, ptrdiff_t first, ptrdiff_t step, int count, float center, float scale, float shift,
+                    Type type, Summand summand) {
+    double sum = 0, products = 0;
+    float short_sum = 0, short_products = 0;
+    for (int n = 0; n < count; n++) {
+        ptrdiff_t i = first + n * step;
+        float x = get(j->x, i, type), a = summand_at(j, i, x, center, scale, shift, type, summand);
+        if (type == FLOAT32) {
+            sum += a;
+            products += (double)a * (double)(x - center);
+        } else {
+            short_sum += a;
+            short_products += a * (x - center);
+        }
+    }
+    return type == FLOAT32 ? (Sums){sum, products} : (Sums){short_sum, short_products};
+}
+
 /* first = sum a, second = sum a * (x - center), of one channel. */
 INLINE void sum_channel(Job j, ptrdiff_t c, Type type, Summand summand) {
     float center = j.k.center[c], scale = j.k.scale[c], shift = j.k.shift[c];
-    double sum = 0, product = 0;
+    double sum = 0, products = 0;
+    ptrdiff_t together = type != FLOAT32 && j.s.inner >= LONG ? j.s.inner / TOGETHER : 0;
     for (ptrdiff_t o = 0; o < j.s.outer; o++) {
-        ptrdiff_t at = (o * j.s.channels + c) * j.s.inner;
-#pragma omp simd reduction(+ : sum, product)
-        for (ptrdiff_t i = at; i < at + j.s.inner; i++) {
-            float x = get(j.x, i, type), a = summand_at(&j, i, x, center, scale, shift, type, summand);
-            sum += a;
-            product += (double)a * (double)(x - center);
+        ptrdiff_t at = (o * j.s.channels + c) * j.s.inner, end = at + j.s.inner;
+#pragma omp simd reduction(+ : sum, products)
+        for (ptrdiff_t i = at; i < at + together; i++) {
+            Sums next = sums_of(&j, i, together, TOGETHER, center, scale, shift, type, summand);
+            sum += next.of_values;
+            products += next.of_products;
+        }
+#pragma omp simd reduction(+ : sum, products)
+        for (ptrdiff_t i = at + TOGETHER * together; i < end; i++) {
+            Sums next = sums_of(&j, i, 0, 1, center, scale, shift, type, summand);
+            sum += next.of_values;
+            products += next.of_products;
         }
     }
     j.first[c] = sum;
-    j.second[c] = product;
+    j.second[c] = products;
 }
 
-/* The same of some rows of all channels. */
+/* The same of count rows of all channels, added to sums. */
+INLINE void add_rows(const Job *j, ptrdiff_t row, int count, Type type, Summand summand, double *first, double *second) {
+    ptrdiff_t channels = j->s.channels;
+    const float *center = j->k.center, *scale = j->k.scale, *shift = j->k.shift;
+#pragma omp simd
+    for (ptrdiff_t c = 0; c < channels; c++) {
+        Sums next = sums_of(j, row * channels + c, channels, count, center[c], scale[c], shift[c], type, summand);
+        first[c] += next.of_values;
+        second[c] += next.of_products;
+    }
+}
+
 INLINE void sum_rows(Job j, ptrdiff_t part, Type type, Summand summand) {
-    ptrdiff_t channels = j.s.channels, row = part * ROWS, end = smaller(row + ROWS, j.s.outer);
-    const float *center = j.k.center, *scale = j.k.scale, *shift = j.k.shift;
-    double *first = j.first + part * channels, *second = j.second + part * channels;
-    memset(first, 0, (size_t)channels * sizeof(double));
-    memset(second, 0, (size_t)channels * sizeof(double));
-    for (; row + TOGETHER <= end; row += TOGETHER) {
-#pragma omp simd
-        for (ptrdiff_t c = 0; c < channels; c++) {
-            double sum = 0, product = 0;
-            for (int r = 0; r < TOGETHER; r++) {
-                ptrdiff_t i = (row + r) * channels + c;
-                float x = get(j.x, i, type), a = summand_at(&j, i, x, center[c], scale[c], shift[c], type, summand);
-                sum += a;
-                product += (double)a * (double)(x - center[c]);
-            }
-            first[c] += sum;
-            second[c] += product;
-        }
-    }
-    for (; row < end; row++) {
-#pragma omp simd
-        for (ptrdiff_t c = 0; c < channels; c++) {
-            ptrdiff_t i = row * channels + c;
-            float x = get(j.x, i, type), a = summand_at(&j, i, x, center[c], scale[c], shift[c], type, summand);
-            first[c] += a;
-            second[c] += (double)a * (double)(x - center[c]);
-        }
-    }
+    ptrdiff_t row = part * ROWS, end = smaller(row + ROWS, j.s.outer);
+    double *first = j.first + part * j.s.channels, *second = j.second + part * j.s.channels;
+    memset(first, 0, (size_t)j.s.channels * sizeof(double));
+    memset(second, 0, (size_t)j.s.channels * sizeof(double));
+    for (; row + TOGETHER <= end; row += TOGETHER) add_rows(&j, row, TOGETHER, type, summand, first, second);
+    for (; row < end; row++) add_rows(&j, row, 1, type, summand, first, second);
 }
 
 INLINE void sum_part(Job j, ptrdiff_t part, Type type, Summand summand) {
