@@ -36,6 +36,9 @@ WAITS = ("until the last rank comes", "from there")
 NOISE_HEADING = "## Gradient noise"
 """Of the section that gradient_noise.py writes behind the tables; it stays."""
 
+FOLLOWS = ("nothing", "ReLU", "shortcut and ReLU")
+RATIOS = ("bfloat16 / float32", "ours / torch, float32", "ours / torch, bfloat16")
+
 Row = tuple[str, ...]
 Table = tuple[str, Row, list[Row]]
 
@@ -58,8 +61,8 @@ def measure(part: str, ranks: int = 2, settings: dict[str, str] | None = None) -
 def steps_table() -> Table:
     """ResNet-50 and the detector: CGBN against the alternatives."""
     names = {
-        "local": "plain nn.BatchNorm2d under Horovod",
-        "local_ddp": "plain nn.BatchNorm2d under DDP-gloo",
+        "local": "torchvision's ResNet, plain nn.BatchNorm2d, under Horovod; the detector with local BN",
+        "local_ddp": "torchvision's ResNet, plain nn.BatchNorm2d, under DDP-gloo",
         "naive_ddp": "differentiable allreduce of (E x, E x^2) under DDP-gloo",
         "five_messages": "Horovod's five messages a layer",
     }
@@ -81,6 +84,21 @@ def steps_table() -> Table:
     return "Whole steps", ("step", "compared with", "CGBN, ms", "other, ms", "ratio"), rows
 
 
+def kernels_table() -> Table:
+    """Layers without their messages: bfloat16 beside float32, and beside torch's separate operators."""
+    rows = []
+    for shape, seconds in measure("kernels", ranks=1).items():
+        timings = {name: Timing(values) for name, values in seconds.items()}
+        for follows in FOLLOWS:
+            mine = [timings[f"{follows}, {dtype}, ours"] for dtype in ("float32", "bfloat16")]
+            theirs = [timings[f"{follows}, {dtype}, torch"] for dtype in ("float32", "bfloat16")]
+            ratios = [mine[1].ratio(mine[0])] + [one.ratio(two) for one, two in zip(mine, theirs, strict=True)]
+            times = [_ms(timing.median) for timing in (*mine, *theirs)]
+            rows.append((shape, follows, *times, *(f"{ratio:.2f}" for ratio in ratios)))
+    head = ("input", "followed by", "float32, ms", "bfloat16, ms", "torch float32, ms", "torch bfloat16, ms")
+    return "A layer without its messages, forward and backward", (*head, *RATIOS), rows
+
+
 def messages_table() -> Table:
     """A CGBN message with our launch defaults, with Horovod's, and as a bare MPI call."""
     ours, theirs = measure("messages"), measure("messages", settings=HOROVOD_DEFAULTS)
@@ -93,16 +111,27 @@ def messages_table() -> Table:
 
 
 def memory_table() -> Table:
-    """ResNet-50 at 512 px with and without recomputing blocks."""
+    """ResNet-50 at 512 px with and without recomputing blocks, and torchvision's."""
     result = measure("memory")
-    none, blocks = Timing(result["512"]["none"]), Timing(result["512"]["blocks"])
-    peaks = result["peak_mb"]
+    timings = {name: Timing(seconds) for name, seconds in result["512"].items()}
+    none, peaks = timings["none"], result["peak_mb"]
+    names = {
+        "none": "CGBN",
+        "blocks": "CGBN, recomputing blocks",
+        "torchvision": "torchvision's ResNet, plain nn.BatchNorm2d",
+    }
     rows = [
-        ("peak of the activations, MB", f"{peaks['none']:.0f}", f"{peaks['blocks']:.0f}",
-         f"{peaks['blocks'] / peaks['none']:.2f}"),
-        ("step, ms", _ms(none.median), _ms(blocks.median), f"{blocks.ratio(none):.2f}"),
-    ]  # fmt: skip
-    return "Recomputation: ResNet-50, 2 images of 512 px per rank", ("", "none", "blocks", "ratio"), rows
+        (
+            what,
+            f"{peaks[name]:.0f}",
+            f"{peaks[name] / peaks['none']:.2f}",
+            _ms(timings[name].median),
+            f"{timings[name].ratio(none):.2f}",
+        )
+        for name, what in names.items()
+    ]
+    head = ("", "peak of the activations, MB", "ratio", "step, ms", "ratio")
+    return "Memory: ResNet-50, 2 images of 512 px per rank", head, rows
 
 
 def overlap_table() -> Table:
@@ -167,6 +196,7 @@ def ranks_table() -> Table:
 
 TABLES: dict[str, Callable[[], Table]] = {
     "steps": steps_table,
+    "kernels": kernels_table,
     "messages": messages_table,
     "memory": memory_table,
     "overlap": overlap_table,

@@ -23,20 +23,25 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
-from torchvision.models import resnet18, resnet50
+from torchvision.models import resnet50
 from torchvision_trainer import NaiveBatchNorm
 
-from horovod_megdet import comm, convert_batch_norm
+from horovod_megdet import CrossGPUBatchNorm, comm, convert_batch_norm
 from horovod_megdet.comm.bare_mpi import BareMPI
 from horovod_megdet.config import BatchNormConfig, ModelConfig
 from horovod_megdet.engine import hardware
 from horovod_megdet.models.backbone import RecomputedStage
 from horovod_megdet.models.detector import build_detector
+from horovod_megdet.models.resnet import build_resnet
 
 IMAGES_PER_RANK = 2
 CLASSES = 100
 CHANNELS = (64, 512, 2048)
 TIMED_STEPS = 10
+KERNEL_SHAPES = ((2, 64, 400, 544), (2, 256, 200, 272), (2, 512, 100, 136))
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
+FOLLOWS = ("nothing", "ReLU", "shortcut and ReLU")
+KERNEL_TURNS = 10
 
 
 def classifier_step(model: nn.Module, side: int, ddp: bool = False, keep_gradients: bool = False) -> Callable[[], None]:
@@ -59,14 +64,14 @@ def classifier_step(model: nn.Module, side: int, ddp: bool = False, keep_gradien
 
 
 def resnet_steps() -> dict[str, Any]:
-    """ResNet-50 with Cross-GPU BN and with the alternatives, at two image sizes."""
+    """Our ResNet-50 with Cross-GPU BN, and torchvision's with the alternatives, at two image sizes."""
     folder = comm.broadcast_object(tempfile.mkdtemp() if comm.is_main() else "", "benchmark.store")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=comm.rank(), world_size=comm.size())
     torch.manual_seed(0)
     plain = resnet50(num_classes=CLASSES).train()
     models = {
         "local": (copy.deepcopy(plain), False),
-        "cgbn": (convert_batch_norm(copy.deepcopy(plain)), False),
+        "cgbn": (convert_batch_norm(build_resnet("resnet50", nn.BatchNorm2d, CLASSES)), False),
         "five_messages": (convert(copy.deepcopy(plain), FiveMessageBatchNorm), False),
         "naive_ddp": (convert(copy.deepcopy(plain), NaiveBatchNorm), True),
         "local_ddp": (copy.deepcopy(plain), True),
@@ -148,12 +153,15 @@ def _seconds_of_one(call: Callable[[], object], largest: Callable[[float], float
 
 
 def memory() -> dict[str, Any]:
-    """Peak memory of the activations in a ResNet-50 step at 512 px, without and with recomputing blocks."""
+    """Peak memory of the activations in a ResNet-50 step at 512 px, without and with recomputing blocks.
+
+    Also of torchvision's model with plain layers.
+    """
     torch.manual_seed(0)
-    plain = convert_batch_norm(resnet50(num_classes=CLASSES).train())
+    ours = convert_batch_norm(build_resnet("resnet50", nn.BatchNorm2d, CLASSES))
+    models = {"none": ours, "blocks": copy.deepcopy(ours), "torchvision": resnet50(num_classes=CLASSES)}
     steps, peaks = {}, {}
-    for name in ("none", "blocks"):
-        model = copy.deepcopy(plain)
+    for name, model in models.items():
         if name == "blocks":
             for stage in ("layer1", "layer2", "layer3", "layer4"):
                 setattr(model, stage, RecomputedStage(getattr(model, stage), by_block=True))
@@ -173,6 +181,58 @@ def _peak_mb(step: Callable[[], None]) -> float:
     return max(accumulate(size for _, size in changes)) / 2**20
 
 
+def kernels() -> dict[str, Any]:
+    """Seconds of normalization layers in this process, forward and backward, by shape, layout, type and what follows.
+
+    ``ours`` is a layer of a group, without its messages; ``torch`` is ``nn.BatchNorm2d`` and separate operators.
+    """
+    send, comm.sum_ = comm.sum_, lambda tensor, name, group=None: tensor
+    result = {}
+    for shape in KERNEL_SHAPES:
+        for layout in LAYOUTS:
+            calls = {}
+            for dtype in (torch.float32, torch.bfloat16):
+                for follows in FOLLOWS:
+                    calls |= _layer_calls(shape, LAYOUTS[layout], dtype, follows)
+            result[f"{tuple(shape)}, {layout}"] = _in_turn(calls)
+    comm.sum_ = send
+    return result
+
+
+def _layer_calls(
+    shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype, follows: str
+) -> dict[str, Callable[[], None]]:
+    x, shortcut, dy = (torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(3))
+    x.requires_grad_()
+    shortcut.requires_grad_()
+    ours, plain = CrossGPUBatchNorm(shape[1], group=comm.Group((0, 1), None)), nn.BatchNorm2d(shape[1])
+    other, relu = shortcut if "shortcut" in follows else None, "ReLU" in follows
+
+    def separate() -> torch.Tensor:
+        y = plain(x) if other is None else plain(x).add_(other)
+        return y.relu_() if relu else y
+
+    def step(forward: Callable[[], torch.Tensor]) -> None:
+        x.grad = shortcut.grad = None
+        forward().backward(dy)
+
+    name = f"{follows}, {str(dtype).removeprefix('torch.')}"
+    return {
+        f"{name}, ours": partial(step, lambda: ours(x, other, relu)),
+        f"{name}, torch": partial(step, separate),
+    }
+
+
+def _in_turn(calls: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(KERNEL_TURNS):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: values[1:] for name, values in seconds.items()}
+
+
 def overlap() -> dict[str, Any]:
     """How long CGBN messages take, alone in the forward pass and beside gradient messages in the backward pass.
 
@@ -180,7 +240,7 @@ def overlap() -> dict[str, Any]:
     waits for the last one to reach the message, and how long the message takes from there.
     """
     torch.manual_seed(0)
-    model = convert_batch_norm(resnet50(num_classes=CLASSES).train())
+    model = convert_batch_norm(build_resnet("resnet50", nn.BatchNorm2d, CLASSES))
     step = classifier_step(model, side=128)
     times: dict[str, list[tuple[float, float]]] = {"forward": [], "backward": []}
     plain_sum = comm.sum_
@@ -214,7 +274,7 @@ def _message_times(times: list[tuple[float, float]], phase: str) -> dict[str, fl
 def scaling() -> dict[str, Any]:
     """Steps per second and memory of a small model on all ranks of the job."""
     torch.manual_seed(0)
-    model = convert_batch_norm(resnet18(num_classes=CLASSES).train())
+    model = convert_batch_norm(build_resnet("resnet18", nn.BatchNorm2d, CLASSES))
     timing = take_turns({"cgbn": classifier_step(model, side=64)}, turns=10)["cgbn"]
     message = torch.zeros(1025, dtype=torch.float64)
     large = torch.zeros(4 << 20)
@@ -231,7 +291,7 @@ def _seconds(timings: dict[str, Timing]) -> dict[str, list[float]]:
     return {name: timing.seconds for name, timing in timings.items()}
 
 
-PARTS = {part.__name__: part for part in (resnet_steps, detector_steps, messages, memory, overlap, scaling)}
+PARTS = {part.__name__: part for part in (resnet_steps, detector_steps, kernels, messages, memory, overlap, scaling)}
 
 
 def main() -> None:

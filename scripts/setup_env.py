@@ -59,8 +59,8 @@ from environment.horovod_wheel import short_hash
 from environment.options import BUILD_OPTIONS, choose_options, command_environ, path_without, requirements
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-PROJECT_FILES = ("setup.cfg", "setup.py", "pyproject.toml", "horovod_megdet/layers/batch_norm_cpu.c")
-"""What the installation of the checkout depends on."""
+PROJECT_FILES = ("setup.cfg", "setup.py", "pyproject.toml", "horovod_megdet/layers/*_cpu.[ch]")
+"""What the installation of the checkout depends on, as patterns."""
 
 RUNNING = "{}.{}".format(*sys.version_info[:2])
 """The version of the Python that runs this script."""
@@ -125,11 +125,11 @@ class Setup:
 
     def stamps(self) -> dict[str, str]:
         """The stamps of a complete environment, in the order of the steps."""
-        files = [self.checkout / name for name in PROJECT_FILES]
+        files = [file for pattern in PROJECT_FILES for file in sorted(self.checkout.glob(pattern))]
         venv = short_hash(self.version, self.mpi, self.options.get("TORCH") == "installed")
         packages = short_hash(venv, self.packages(), self.options.get("OFFLINE"))
         horovod = short_hash(packages, self.build_variables(), horovod_wheel.PATCH.read_text(encoding="utf-8"))
-        contents = [file.read_text(encoding="utf-8") for file in files if file.exists()]
+        contents = [file.read_text(encoding="utf-8") for file in files]
         return {
             "venv": venv,
             "packages": packages,
@@ -141,7 +141,7 @@ class Setup:
         """The steps that have to be done."""
         if not self.python.exists():
             self.state.pop("venv", None)
-        if not any((self.checkout / "horovod_megdet" / "layers").glob("_batch_norm_cpu*.so")):
+        if not any((self.checkout / "horovod_megdet" / "layers").glob("_cpu*.so")):
             self.state.pop("project", None)
         stamps = self.stamps()
         return list(dropwhile(lambda step: self.state.get(step) == stamps[step], stamps))

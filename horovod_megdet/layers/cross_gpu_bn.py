@@ -7,6 +7,9 @@ With n_i values per channel on rank i and M = sum n_i over the ranks of a group,
 
 where the sums run over all ranks and xhat = (x - mean) / sqrt(var + eps). The n_i may differ and may be 0.
 
+A residual network adds a shortcut to y and takes the ReLU. On CPUs that happens in the pass that computes y, and the
+ReLU's part of the gradient in the passes that compute dx.
+
 Messages are exchanged one at a time, in the order of the layers. The autograd engine executes the nodes of a graph
 strictly in the reverse order of their creation whenever one thread does it all, so all ranks agree on the order in the
 backward pass too. Gradient messages of an optimizer may be in flight at the same time: they have other names.
@@ -22,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from horovod_megdet import comm
-from horovod_megdet.layers.kernels import PlainKernels, Statistics, kernels_for
+from horovod_megdet.layers.kernels import PlainKernels, Rectifier, Statistics, activate, kernels_for
 from horovod_megdet.layers.recomputation import current_tape
 
 
@@ -64,19 +67,25 @@ class CrossGPUBatchNorm(_BatchNorm):
         self.message_name = f"cgbn.{path}.{num_features}"
         self.replaces: type[_BatchNorm] = nn.BatchNorm2d
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalizes ``input`` (N, C, *): by the group's statistics in training, by the running ones otherwise."""
+    def forward(self, input: Tensor, shortcut: Tensor | None = None, relu: bool = False) -> Tensor:
+        """Normalizes ``input`` (N, C, *): by the group's statistics in training, by the running ones otherwise.
+
+        Then adds ``shortcut``, which has the shape of ``input``, and with ``relu`` returns max(0, y).
+        """
         if input.dim() < 2 or input.shape[1] != self.num_features:
             raise ValueError(f"expected an input of (N, {self.num_features}, *), got {tuple(input.shape)}")
+        if shortcut is not None and shortcut.shape != input.shape:
+            raise ValueError(f"expected a shortcut of {tuple(input.shape)}, got {tuple(shortcut.shape)}")
         if not self.training:
             by_batch = self.running_mean is None
-            return F.batch_norm(
+            y = F.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, by_batch, 0.0, self.eps
             )
-        tape = current_tape.get()
-        if self.group.size == 1:
-            return self._normalize_alone(input, update=tape is None or not tape.replaying)
-        kernels = kernels_for(input)
+            return activate(y, shortcut, relu)
+        tape, kernels = current_tape.get(), kernels_for(input)
+        if self.group.size == 1 and not (kernels.fuses and (relu or shortcut is not None)):
+            y = self._normalize_alone(input, update=tape is None or not tape.replaying)
+            return activate(y, shortcut, relu)
         if tape is not None and tape.replaying:
             statistics = tape.next()
         else:
@@ -85,8 +94,9 @@ class CrossGPUBatchNorm(_BatchNorm):
                 kernels.update_running(self.running_mean, self.running_var, statistics, self._next_factor())
             if tape is not None:
                 tape.append(statistics)
+        shortcut = None if shortcut is None else shortcut.to(input.dtype)
         output: Tensor = _Normalize.apply(
-            input, self.weight, self.bias, statistics, kernels, self.group, self.message_name
+            input, shortcut, self.weight, self.bias, relu, statistics, kernels, self.group, self.message_name
         )
         return output
 
@@ -133,29 +143,34 @@ class _Normalize(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        shortcut: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
+        relu: bool,
         statistics: Statistics,
         kernels: PlainKernels,
         group: comm.Group,
         name: str,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, statistics.values, statistics.narrow)
-        ctx.kernels, ctx.group, ctx.name, ctx.has_bias = kernels, group, name, bias is not None
-        return kernels.normalize(x, weight, bias, statistics)
+        y = kernels.normalize(x, weight, bias, statistics, shortcut, relu)
+        # The next layer keeps the output of a ReLU for its own gradient, so that it costs no memory here.
+        ctx.save_for_backward(x, y if relu else None, weight, bias, statistics.values, statistics.narrow)
+        ctx.kernels, ctx.group, ctx.name, ctx.has_shortcut = kernels, group, name, shortcut is not None
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, values, narrow = ctx.saved_tensors
+        x, y, weight, bias, values, narrow = ctx.saved_tensors
         statistics = Statistics(values, narrow)
-        sums = ctx.kernels.gradient_sums(dy, x, statistics)
+        rectifier = None if y is None else Rectifier(y, weight, bias, ctx.has_shortcut)
+        dz, sums = ctx.kernels.gradient_sums(dy, x, statistics, rectifier)
         dbias, dweight = (None, None) if weight is None else sums.to(weight.dtype, copy=True)
         dx = None
         if ctx.needs_input_grad[0]:
             total = comm.sum_(sums, f"{ctx.name}.backward", ctx.group)
-            dx = ctx.kernels.input_gradient(dy, x, weight, statistics, total)
-        return dx, dweight, dbias if ctx.has_bias else None, None, None, None, None
+            dx = ctx.kernels.input_gradient(dz, x, weight, statistics, total, rectifier)
+        return dx, dz if ctx.has_shortcut else None, dweight, None if bias is None else dbias, *[None] * 5
 
 
 def convert_batch_norm(

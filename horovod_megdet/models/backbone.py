@@ -2,13 +2,12 @@
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet, get_model
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from horovod_megdet.config import ModelConfig
 from horovod_megdet.layers.recomputation import recomputed
 from horovod_megdet.models.norms import Norms, freeze_norms
+from horovod_megdet.models.resnet import BasicBlock, Body, Bottleneck, ResNet, build_resnet
 
 STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
 """The modules of each backbone stage, from the image up."""
@@ -48,13 +47,15 @@ def build_backbone(model: ModelConfig, norms: Norms) -> BackboneWithFPN:
         for name in stage:
             _freeze(resnet, name)
     channels = resnet.inplanes // 8
+    levels = {"layer1": "0", "layer2": "1", "layer3": "2", "layer4": "3"}
     backbone = BackboneWithFPN(
         resnet,
-        return_layers={"layer1": "0", "layer2": "1", "layer3": "2", "layer4": "3"},
+        return_layers=levels,
         in_channels_list=[channels, 2 * channels, 4 * channels, 8 * channels],
         out_channels=model.fpn_channels,
         norm_layer=norms.layer(model.fpn_norm),
     )
+    backbone.body = Body(resnet, return_layers=levels)
     norms.finish(backbone.body, model.backbone_norm, "backbone.body")
     norms.finish(backbone.fpn, model.fpn_norm, "backbone.fpn")
     if model.activation_checkpointing != "none":
@@ -65,7 +66,7 @@ def build_backbone(model: ModelConfig, norms: Norms) -> BackboneWithFPN:
 
 def _build_resnet(model: ModelConfig, norms: Norms) -> ResNet:
     # Without a norm its place is taken by the identity, and the shift by the convolution's bias.
-    resnet = get_model(model.backbone, weights=None, norm_layer=norms.layer(model.backbone_norm) or nn.Identity)
+    resnet = build_resnet(model.backbone, norms.layer(model.backbone_norm) or nn.Identity)
     if model.backbone_norm == "none":
         for layer in resnet.modules():
             if isinstance(layer, nn.Conv2d):

@@ -12,14 +12,16 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.misc import Conv2dNormActivation
 from torchvision.ops.poolers import LevelMapper
 
 from horovod_megdet import comm
 from horovod_megdet.config import BatchNormConfig, ModelConfig
 from horovod_megdet.layers.kernels import widened
+from horovod_megdet.layers.roi_align import TrainedRoIAlign
 from horovod_megdet.models.backbone import build_backbone
 from horovod_megdet.models.norms import Norms
+from horovod_megdet.models.resnet import NormalizedConv
 from horovod_megdet.models.roi_heads import SAMPLED_ROIS, RoIHeads
 from horovod_megdet.models.rpn import RPN, SAMPLED_ANCHORS
 
@@ -139,10 +141,10 @@ def _build_roi_heads(model: ModelConfig, norms: Norms, num_classes: int) -> RoIH
     )
 
 
-def _build_roi_pool(model: ModelConfig) -> MultiScaleRoIAlign:
+def _build_roi_pool(model: ModelConfig) -> TrainedRoIAlign:
     """RoIAlign on P2 to P5. FPN puts RoIs of 224 pixels on P4, whose anchors have 128; others scale it alike."""
     scale = round(model.anchor_sizes[2] * 224 / 128)
-    pool = MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=ROI_SIZE, sampling_ratio=2, canonical_scale=scale)
+    pool = TrainedRoIAlign(["0", "1", "2", "3"], output_size=ROI_SIZE, sampling_ratio=2, canonical_scale=scale)
     # torchvision would guess the strides from the first batch, wrongly if its images are small, and keep them: a
     # resumed run, whose first batch is another one, would go on differently.
     pool.scales = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
@@ -159,6 +161,9 @@ def _build_box_head(model: ModelConfig, norms: Norms) -> nn.Module:
         size = (channels, ROI_SIZE, ROI_SIZE)
         head = FastRCNNConvFCHead(size, [channels] * 4, [model.box_head_channels], norms.layer(model.box_head_norm))
         norms.finish(head, model.box_head_norm, "roi_heads.box_head")
+        for name, layer in head.named_children():
+            if isinstance(layer, Conv2dNormActivation):
+                setattr(head, name, NormalizedConv(*layer))
     for layer in head.modules():
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_uniform_(layer.weight, a=1)

@@ -73,7 +73,7 @@ class Example:
         plain, x, dy = PlainKernels(), self.x.double(), self.dy.double()
         self.sums = plain.sums(x)
         self.statistics = plain.statistics(self.sums, EPS)
-        self.total = plain.gradient_sums(dy, x, self.statistics)
+        _, self.total = plain.gradient_sums(dy, x, self.statistics)
         self.scales = torch.stack([dy.abs().sum(self._dimensions()), self._products(x, dy).sum(self._dimensions())])
 
     def _products(self, x: Tensor, dy: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def errors(example: Example, device: torch.device, layout: Any, affine: bool) ->
     found = kernels.statistics(kernels.sums(x), EPS)
     assert found.values.dtype == torch.float64
     assert found.count == x.numel() // x.shape[1]
-    sums = kernels.gradient_sums(dy, x, statistics)
+    _, sums = kernels.gradient_sums(dy, x, statistics)
     y = kernels.normalize(x, weight, bias, statistics)
     dx = kernels.input_gradient(dy, x, weight, of_two, 2 * example.total.to(device))
     assert y.shape == dx.shape == x.shape
@@ -132,8 +132,9 @@ def errors(example: Example, device: torch.device, layout: Any, affine: bool) ->
             ),
             tight,
         ),
-        "running mean": (error(buffers[0], references[0].double()), tight),
-        "running var": (error(buffers[1], references[1].double()), tight),
+        # the buffers are float32
+        "running mean": (error(buffers[0], references[0].double()), bound(torch.float32, mean)),
+        "running var": (error(buffers[1], references[1].double()), bound(torch.float32, mean)),
         "sum dy": (error(sums[0], example.total[0], example.scales[0]), tight),
         "sum dy xhat": (error(sums[1], example.total[1], example.scales[1]), tight),
         "y": (error(y, example.normalized(affine)), loose),
@@ -176,7 +177,7 @@ def test_gradient_and_input_in_different_layouts(device: torch.device, dtype: to
     one, other = LAYOUTS["contiguous"], LAYOUTS["channels last"]
     for of_x, of_dy in ((one, other), (other, one)):
         x, dy = of_x(example.x.to(device)), of_dy(example.dy.to(device))
-        sums = kernels_for(x).gradient_sums(dy, x, statistics)
+        _, sums = kernels_for(x).gradient_sums(dy, x, statistics)
         dx = kernels_for(x).input_gradient(dy, x, None, statistics, 2 * example.total.to(device))
         assert error(sums[0], example.total[0], example.scales[0]) <= bound(dtype, 0.5)
         assert error(sums[1], example.total[1], example.scales[1]) <= bound(dtype, 0.5)
@@ -214,7 +215,7 @@ def test_a_rank_without_input(device: torch.device, dtype: torch.dtype, shape: t
     assert statistics.mean.tolist() == [1, 2, 3]
     assert statistics.var.tolist() == [4, 1, 1]
     assert kernels.squared_differences(x, statistics.mean).tolist() == [0.0] * 3
-    total = kernels.gradient_sums(x, x, statistics)
+    _, total = kernels.gradient_sums(x, x, statistics)
     assert total.tolist() == [[0.0] * 3] * 2
     for result in (
         kernels.normalize(x, weight, None, statistics),

@@ -1,7 +1,7 @@
 """Compares CrossGPUBatchNorm on all ranks with a float64 BatchNorm of one process that has the whole batch."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cgbn_common as common
@@ -26,6 +26,8 @@ class Case:
     layout: torch.memory_format = torch.contiguous_format
     empty_rank: bool = False
     steps: int = 1
+    shortcut: bool = False
+    relu: bool = False
     layer: dict[str, Any] = field(default_factory=dict)
 
 
@@ -50,6 +52,23 @@ CASES = {
     "half float16": Case(dtype=torch.float16),
     "half bfloat16": Case(dtype=torch.bfloat16),
     "half large mean": Case(mean=100.0, dtype=torch.bfloat16),
+    "half channels last": Case(dtype=torch.bfloat16, layout=torch.channels_last),
+    "relu": Case(relu=True),
+    "shortcut": Case(shortcut=True),
+    "shortcut and relu": Case(shortcut=True, relu=True),
+    "relu, channels last": Case(relu=True, layout=torch.channels_last),
+    "shortcut and relu, channels last": Case(shortcut=True, relu=True, layout=torch.channels_last),
+    "shortcut and relu, many values": Case(shape=(2, 31, 37), shortcut=True, relu=True),
+    "shortcut and relu, empty rank": Case(shortcut=True, relu=True, empty_rank=True),
+    "relu, empty rank": Case(relu=True, empty_rank=True),
+    "shortcut and relu, 1d": Case(shape=(2, 9), shortcut=True, relu=True),
+    "shortcut and relu, no affine": Case(shortcut=True, relu=True, layer={"affine": False}),
+    "shortcut and relu, float64": Case(shortcut=True, relu=True, dtype=torch.float64),
+    "half relu": Case(relu=True, dtype=torch.bfloat16),
+    "half shortcut and relu": Case(shortcut=True, relu=True, dtype=torch.bfloat16),
+    "half float16, shortcut and relu, channels last": Case(
+        shortcut=True, relu=True, dtype=torch.float16, layout=torch.channels_last
+    ),
 }
 
 
@@ -65,8 +84,9 @@ def compare(case: Case, algorithm: str, group: comm.Group, device: torch.device 
         copy.deepcopy(reference).to(device, dtype), group=group, algorithm=algorithm, path="test"
     )
     for _ in range(case.steps):
-        inputs, gradients = _data(case, generator), _data(Case(case.shape, empty_rank=case.empty_rank), generator)
-        errors = _compare_step(case, layer, reference, inputs, gradients, device)
+        inputs = _data(case, generator)
+        gradients, shortcuts = (_data(replace(case, mean=0.0, std=1.0), generator) for _ in range(2))
+        errors = _compare_step(case, layer, reference, inputs, gradients, shortcuts, device)
     for name, buffer in reference.named_buffers():
         errors[name] = common.relative_error(layer.get_buffer(name), buffer)
     return errors
@@ -78,28 +98,32 @@ def _compare_step(
     reference: nn.Module,
     inputs: list[Tensor],
     gradients: list[Tensor],
+    shortcuts: list[Tensor],
     device: torch.device | str,
 ) -> dict[str, float]:
-    """Forward and backward pass of this rank, and of one process with all inputs; ``inputs`` has one per rank."""
+    """Forward and backward pass of this rank, and of one process with all inputs; each list has one tensor per rank."""
     group, rank = layer.group, comm.rank()
-    x = inputs[rank].clone(memory_format=case.layout if inputs[rank].numel() else torch.contiguous_format)
-    x = x.to(device).requires_grad_()
-    y = layer(x)
+    layout = case.layout if inputs[rank].numel() else torch.contiguous_format
+    x, shortcut = (each[rank].clone(memory_format=layout).to(device).requires_grad_() for each in (inputs, shortcuts))
+    y = layer(x, shortcut if case.shortcut else None, case.relu)
     y.backward(gradients[rank].to(y))
-    whole = torch.cat([_rows(inputs[other]) for other in group.ranks]).double().requires_grad_()
+    whole, whole_shortcut, whole_dy = (
+        torch.cat([_rows(each[other]) for other in group.ranks]).double().requires_grad_()
+        for each in (inputs, shortcuts, gradients)
+    )
     whole_y = reference(whole)
+    whole_y = whole_y + whole_shortcut if case.shortcut else whole_y
+    whole_y = whole_y.relu() if case.relu else whole_y
     reference.zero_grad()
-    whole_y.backward(torch.cat([_rows(gradients[other]) for other in group.ranks]).to(x.dtype).double())
+    whole_y.backward(whole_dy)
 
     first = sum(len(_rows(inputs[other])) for other in group.ranks if other < rank)
     mine = slice(first, first + len(_rows(x)))
-    assert whole.grad is not None
-    assert x.grad is not None
     assert y.dtype == x.dtype
-    errors = {
-        "y": common.relative_error(_rows(y), whole_y[mine]),
-        "dx": common.relative_error(_rows(x.grad), whole.grad[mine]),
-    }
+    pairs = {"y": (y, whole_y), "dx": (x.grad, whole.grad)}
+    if case.shortcut:
+        pairs["dshortcut"] = (shortcut.grad, whole_shortcut.grad)
+    errors = {name: common.relative_error(_rows(ours), theirs[mine]) for name, (ours, theirs) in pairs.items()}
     for name, parameter in layer.named_parameters():
         errors[f"d{name}"] = common.relative_error(
             common.summed(parameter.grad, group), reference.get_parameter(name).grad

@@ -3,23 +3,33 @@
 import copy
 import importlib.util
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from operators import Operators
 from torch import Tensor, nn
 
 from horovod_megdet import comm
 from horovod_megdet.errors import UserError
+from horovod_megdet.layers import c_library
 from horovod_megdet.layers.cross_gpu_bn import (
     CrossGPUBatchNorm,
     average_running_statistics,
     convert_batch_norm,
     revert_batch_norm,
 )
-from horovod_megdet.layers.kernels import PlainKernels, Statistics, compiled, kernels_for
+from horovod_megdet.layers.kernels import PlainKernels, Rectifier, Statistics, kernels_for
+from horovod_megdet.layers.recomputation import recomputed
 
 PAIR = comm.Group((0, 1), None)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+FOLLOWED = {"alone": (False, False), "relu": (False, True), "shortcut": (True, False), "both": (True, True)}
+"""What follows the normalization: a shortcut, a ReLU."""
+
+followed = pytest.mark.parametrize(("shortcut", "relu"), FOLLOWED.values(), ids=FOLLOWED)
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels last"])
 
 
 @pytest.fixture(autouse=True)
@@ -173,61 +183,213 @@ def test_a_rank_without_input_adds_nothing() -> None:
     statistics = kernels.statistics(torch.tensor([2.0, 2, 4, 6, 10, 10, 20], dtype=torch.float64), eps=0.0)
     assert statistics.mean.tolist() == [1, 2, 3]
     assert statistics.var.tolist() == [4, 1, 1]
-    total = kernels.gradient_sums(x, x, statistics)
+    _, total = kernels.gradient_sums(x, x, statistics)
     assert total.tolist() == [[0.0] * 3] * 2
     assert kernels.normalize(x, weight, None, statistics).shape == x.shape
     assert kernels.input_gradient(x, x, weight, statistics, total).shape == x.shape
 
 
-@pytest.mark.parametrize("shape", [(6, 3), (2, 35, 9, 8), (2, 3, 5, 6, 7)])
+# channels last with many rows, and many pixels of a channel, are added up in parts
+@pytest.mark.parametrize("shape", [(6, 3), (2, 35, 9, 8), (2, 3, 5, 6, 7), (2, 19, 31, 37)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("affine", [True, False])
-def test_compiled_kernels_agree_with_plain_operators(shape: tuple[int, ...], affine: bool) -> None:
-    x, dy, channels = torch.randn(shape) * 2 + 3, torch.randn(shape), shape[1]
+@followed
+@layouts
+def test_compiled_kernels_agree_with_plain_operators_in_float64(
+    shape: tuple[int, ...], dtype: torch.dtype, affine: bool, shortcut: bool, relu: bool, layout: torch.memory_format
+) -> None:
+    if layout == torch.channels_last and len(shape) != 4:
+        layout = torch.contiguous_format
+    tensors = (torch.randn(shape) * 2 + 3, torch.randn(shape), torch.randn(shape) - 1)
+    x, dy, other = (each.to(dtype).contiguous(memory_format=layout) for each in tensors)
+    other, channels = other if shortcut else None, shape[1]
     weight, bias = torch.randn(2, channels) if affine else (None, None)
     running = torch.randn(channels), torch.rand(channels)
+    assert kernels_for(x).fuses
     results = []
-    for kernels, dtype in ((kernels_for(x), torch.float32), (PlainKernels(), torch.float64)):
-        x, dy = x.to(dtype), dy.to(dtype)
+    for kernels, wide in ((kernels_for(x), dtype), (PlainKernels(), torch.float64)):
+        x, dy, other = x.to(wide), dy.to(wide), None if other is None else other.to(wide)
         statistics = kernels.statistics(kernels.sums(x), eps=1e-3)
-        mean, var = (buffer.to(dtype, copy=True) for buffer in running)
+        mean, var = (buffer.to(torch.promote_types(wide, torch.float32), copy=True) for buffer in running)
         kernels.update_running(mean, var, statistics, factor=0.1)
-        total = kernels.gradient_sums(dy, x, statistics)
-        y, dx = kernels.normalize(x, weight, bias, statistics), kernels.input_gradient(dy, x, weight, statistics, total)
+        y = kernels.normalize(x, weight, bias, statistics, other, relu)
+        rectifier = Rectifier(y, weight, bias, shortcut) if relu else None
+        dz, total = kernels.gradient_sums(dy, x, statistics, rectifier)
+        dx = kernels.input_gradient(dz, x, weight, statistics, total, rectifier)
         differences = kernels.squared_differences(x, statistics.mean)
-        results.append([each.double() for each in (statistics.values, mean, var, differences, total, y, dx)])
+        behind = [dz] if shortcut else []
+        results.append([statistics.values, mean, var, differences, total, y, dx, *behind])
     for ours, reference in zip(*results, strict=True):
-        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+        half = ours.dtype in (torch.bfloat16, torch.float16)
+        torch.testing.assert_close(ours.double(), reference.double(), rtol=1e-2 if half else 1e-5, atol=1e-5)
 
 
 def test_a_checkout_without_compiled_kernels_says_what_to_do_when_they_are_needed() -> None:
-    compiled.library.cache_clear()
+    c_library.library.cache_clear()
     with (
         mock.patch.object(importlib.util, "find_spec", return_value=None),
-        pytest.raises(UserError, match=r"_batch_norm_cpu is not compiled.*make setup"),
+        pytest.raises(UserError, match=r"_cpu is not compiled.*make setup"),
     ):
         kernels_for(torch.ones(1)).sums(torch.ones(2, 3))
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_number_of_threads_changes_no_bit_and_the_layout_is_kept(layout: torch.memory_format) -> None:
-    # 19 channels are one whole block of the compiled kernels and part of another
-    x, dy = torch.randn(3, 19, 5, 7).contiguous(memory_format=layout), torch.randn(3, 19, 5, 7)
+@layouts
+@followed
+def test_the_number_of_threads_changes_no_bit_and_the_layout_is_kept(
+    layout: torch.memory_format, shortcut: bool, relu: bool
+) -> None:
+    # with channels last 1036 rows are two whole parts and some of a third
+    x, dy, other = (torch.randn(4, 19, 7, 37).contiguous(memory_format=layout) for _ in range(3))
     mean, var, weight = torch.randn(19).double(), torch.rand(19).double() + 0.5, torch.randn(19)
-    statistics = Statistics.of(torch.tensor(105.0).double(), mean, var, eps=0.1)
+    statistics = Statistics.of(torch.tensor(1036.0).double(), mean, var, eps=0.1)
     kernels, before = kernels_for(x), torch.get_num_threads()
     results = []
     try:
         for threads in (1, 4):
             torch.set_num_threads(threads)
-            total = kernels.gradient_sums(dy, x, statistics)
-            y = kernels.normalize(x, weight, None, statistics)
-            dx = kernels.input_gradient(dy, x, weight, statistics, total)
-            results.append((kernels.sums(x), total, y, dx))
+            y = kernels.normalize(x, weight, None, statistics, other if shortcut else None, relu)
+            rectifier = Rectifier(y, weight, None, shortcut) if relu else None
+            dz, total = kernels.gradient_sums(dy, x, statistics, rectifier)
+            dx = kernels.input_gradient(dz, x, weight, statistics, total, rectifier)
+            results.append((kernels.sums(x), total, dz, y, dx))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
-    _, _, y, dx = results[0]
-    assert y.is_contiguous(memory_format=layout)
-    assert dx.is_contiguous(memory_format=layout)
+    assert all(each.is_contiguous(memory_format=layout) for each in results[0][2:])
     exact = (x.double() - mean.view(-1, 1, 1)) * (statistics.invstd * weight).view(-1, 1, 1)
-    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-6)
+    exact = exact + other if shortcut else exact
+    torch.testing.assert_close(results[0][3].double(), exact.relu() if relu else exact, rtol=1e-5, atol=1e-6)
+
+
+def _gradients(
+    layer: CrossGPUBatchNorm, x: Tensor, other: Tensor | None, relu: bool, dy: Tensor, fused: bool
+) -> list[Tensor | None]:
+    """Output and gradients, where the layer does what follows it, or separate operators do."""
+    x, other = x.clone().requires_grad_(), None if other is None else other.clone().requires_grad_()
+    if fused:
+        y = layer(x, other, relu)
+    else:
+        y = layer(x)
+        y = y if other is None else y + other
+        y = y.relu() if relu else y
+    y.backward(dy)
+    return [y.detach(), x.grad, None if other is None else other.grad, layer.weight.grad, layer.bias.grad]
+
+
+@pytest.mark.usefixtures("twins")
+@layouts
+@followed
+@pytest.mark.parametrize("algorithm", ["one_pass", "two_pass"])
+def test_what_follows_changes_no_bit_in_float32(
+    layout: torch.memory_format, shortcut: bool, relu: bool, algorithm: str
+) -> None:
+    x, other, dy = (torch.randn(3, 19, 31, 37).contiguous(memory_format=layout) for _ in range(3))
+    layer = CrossGPUBatchNorm(19, group=PAIR, algorithm=algorithm)
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    twin = copy.deepcopy(layer)
+    fused = _gradients(layer, x, other if shortcut else None, relu, dy, fused=True)
+    separate = _gradients(twin, x, other if shortcut else None, relu, dy, fused=False)
+    for ours, reference in zip(fused, separate, strict=True):
+        assert (ours is None) == (reference is None)
+        assert ours is None or torch.equal(ours, reference)
+    assert all(torch.equal(layer.get_buffer(name), buffer) for name, buffer in twin.named_buffers())
+    assert not relu or (fused[0] == 0).float().mean() > 0.1
+
+
+@pytest.mark.usefixtures("twins")
+@pytest.mark.parametrize("layer_options", [{"affine": False}, {"track_running_stats": False}, {"momentum": None}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_follows_in_other_kinds_of_layers(layer_options: dict[str, Any], dtype: torch.dtype) -> None:
+    reference = nn.BatchNorm2d(3, **layer_options).double()
+    layer = convert_batch_norm(copy.deepcopy(reference).to(dtype), group=PAIR)
+    x, other, dy = (torch.randn(2, 3, 9, 8, dtype=dtype) for _ in range(3))
+    ours, shortcut = x.clone().requires_grad_(), other.clone().requires_grad_()
+    y = layer(ours, shortcut, relu=True)
+    y.backward(dy)
+    theirs, second = (torch.cat([each, each]).double().requires_grad_() for each in (x, other))
+    whole = (reference(theirs) + second).relu()
+    whole.backward(torch.cat([dy, dy]).double())
+    for one, two in ((y, whole), (ours.grad, theirs.grad), (shortcut.grad, second.grad)):
+        torch.testing.assert_close(one.double(), two[:2], rtol=1e-5, atol=1e-5)
+
+
+@layouts
+@followed
+def test_one_rank_alone_takes_what_follows_into_the_same_passes(
+    layout: torch.memory_format, shortcut: bool, relu: bool
+) -> None:
+    """In evaluation, and with recomputation too."""
+    reference = nn.BatchNorm2d(3).double()
+    layer = convert_batch_norm(copy.deepcopy(reference).float(), group=comm.Group((0,), None))
+    twin = copy.deepcopy(layer)
+    x, other, dy = (torch.randn(2, 3, 9, 8).contiguous(memory_format=layout) for _ in range(3))
+    other = other if shortcut else None
+    for training in (True, False):
+        wide = None if other is None else other.double()
+        ours = _gradients(layer.train(training), x, other, relu, dy, fused=True)
+        theirs = _gradients(reference.train(training), x.double(), wide, relu, dy.double(), fused=False)
+        for one, two in zip(ours, theirs, strict=True):
+            assert one is two or torch.allclose(one.double(), two, rtol=1e-5, atol=1e-5)
+        again = x.clone().requires_grad_()
+        recomputed(lambda x: twin.train(training)(x, other, relu), again).backward(dy)  # noqa: B023
+        assert torch.equal(again.grad, ours[1])
+    assert all(torch.equal(twin.get_buffer(name), buffer) for name, buffer in layer.named_buffers())
+    with Operators() as operators:
+        _gradients(layer.train(), x, other, relu, dy, fused=True)
+    assert bool(operators.named("native_batch_norm")) == (not shortcut and not relu)
+
+
+@pytest.mark.usefixtures("twins")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@layouts
+def test_nothing_of_the_size_of_the_activations_is_copied_or_computed_outside_the_kernels(
+    dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    x, other, dy = (torch.randn(4, 6, 9, 8).to(dtype).contiguous(memory_format=layout) for _ in range(3))
+    x.requires_grad_()
+    other.requires_grad_()
+    layer = CrossGPUBatchNorm(6, group=PAIR)
+    with Operators() as operators:
+        layer(x, other, relu=True).backward(dy)
+    made = [name for name in operators.of_size(x.numel()) if "detach" not in name and "view" not in name]
+    # the output, the gradient behind the ReLU, the gradient of the input
+    assert made == ["aten.empty_like.default"] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@layouts
+def test_sixteen_bits_are_read_and_rounded_as_torch_does(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """All 65,536 patterns, times factors that make rounding, overflow and values below the smallest normal one."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 1, 256, 256)
+    factors = torch.tensor([1.0, 1.0078125, -0.3337, 3e-5, 7e4, 1e-39, 1e30])
+    x = x.expand(1, len(factors), 256, 256).contiguous(memory_format=layout)
+    ones = torch.ones(len(factors), dtype=torch.float64)
+    statistics = Statistics.of(torch.tensor(2.0).double(), 0 * ones, ones, eps=0.0)
+    y = kernels_for(x).normalize(x, factors, None, statistics)
+    expected = (x.float() * factors.view(-1, 1, 1)).to(dtype)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_not_a_number_passes_the_relu_both_ways(dtype: torch.dtype) -> None:
+    x = torch.full((2, 3, 4, 4), torch.nan, dtype=dtype)
+    statistics = Statistics.of(torch.tensor(32.0).double(), *torch.ones(2, 3).double(), eps=0.0)
+    kernels = kernels_for(x)
+    y = kernels.normalize(x, None, None, statistics, relu=True)
+    assert y.isnan().all()
+    for shortcut in (False, True):
+        _, total = kernels.gradient_sums(torch.ones_like(x), x, statistics, Rectifier(y, None, None, shortcut))
+        assert total[0].tolist() == [32] * 3
+
+
+@pytest.mark.usefixtures("twins")
+def test_a_shortcut_of_another_type_or_layout_is_taken_and_one_of_another_shape_refused() -> None:
+    layer = CrossGPUBatchNorm(3, group=PAIR)
+    x = torch.randn(2, 3, 4, 5)
+    other = torch.randn(2, 3, 4, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = layer(x, other, relu=True)
+    y.sum().backward()
+    assert torch.equal(other.grad, (y > 0).double())
+    with pytest.raises(ValueError, match=r"a shortcut of \(2, 3, 4, 5\), got \(3, 4, 5\)"):
+        layer(x, other[0])

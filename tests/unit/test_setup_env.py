@@ -42,7 +42,7 @@ def checkout(tmp_path: Path) -> Path:
 def complete(checkout: Path) -> Path:
     """A checkout whose .venv looks as a finished set-up leaves it. Its Python does nothing."""
     executable(checkout / ".venv" / "bin" / "python", "exit 0")
-    compiled = checkout / "horovod_megdet" / "layers" / "_batch_norm_cpu.so"
+    compiled = checkout / "horovod_megdet" / "layers" / "_cpu.so"
     compiled.parent.mkdir(parents=True)
     compiled.touch()
     setup = Setup({}, checkout)
@@ -92,6 +92,7 @@ class TestDue:
             ("requirements-dev.lock", ALL[1:]),
             ("setup.cfg", ALL[3:]),
             ("horovod_megdet/layers/batch_norm_cpu.c", ALL[3:]),
+            ("horovod_megdet/layers/numbers_cpu.h", ALL[3:]),
         ],
     )
     def test_a_changed_file(self, complete, file, due):
@@ -104,9 +105,7 @@ class TestDue:
         horovod_wheel.PATCH.write_text("another", encoding="utf-8")
         assert Setup({}, complete).due() == ALL[2:]
 
-    @pytest.mark.parametrize(
-        ("file", "due"), [("horovod_megdet/layers/_batch_norm_cpu.so", ALL[3:]), (".venv/bin/python", ALL)]
-    )
+    @pytest.mark.parametrize(("file", "due"), [("horovod_megdet/layers/_cpu.so", ALL[3:]), (".venv/bin/python", ALL)])
     def test_a_removed_file(self, complete, file, due):
         (complete / file).unlink()
         assert Setup({}, complete).due() == due

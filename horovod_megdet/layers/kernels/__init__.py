@@ -9,15 +9,16 @@ import functools
 import torch
 from torch import Tensor
 
+from horovod_megdet.layers.c_library import TYPES
 from horovod_megdet.layers.kernels.compiled import CompiledKernels
 from horovod_megdet.layers.kernels.empty import EmptyInputKernels
-from horovod_megdet.layers.kernels.plain import PlainKernels
+from horovod_megdet.layers.kernels.plain import PlainKernels, activate
+from horovod_megdet.layers.kernels.rectifier import Rectifier
 from horovod_megdet.layers.kernels.statistics import Statistics
 
-__all__ = ["PlainKernels", "Statistics", "kernels_for", "widened"]
+__all__ = ["PlainKernels", "Rectifier", "Statistics", "activate", "kernels_for", "widened"]
 
 _PLAIN, _COMPILED = PlainKernels(), CompiledKernels()
-_COMPILED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def kernels_for(x: Tensor) -> PlainKernels:
@@ -25,7 +26,7 @@ def kernels_for(x: Tensor) -> PlainKernels:
     kernels = _PLAIN
     if x.is_cuda:
         kernels = _cuda_kernels()
-    elif x.device.type == "cpu" and x.dtype in _COMPILED_TYPES:
+    elif x.device.type == "cpu" and x.dtype in TYPES:
         kernels = _COMPILED
     return kernels if x.numel() else EmptyInputKernels(kernels)
 

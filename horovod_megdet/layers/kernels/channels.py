@@ -43,7 +43,10 @@ def gradient_sums(sum_dy: Tensor, sum_dy_xmu: Tensor, statistics: Statistics) ->
 
 
 def kernel_sums(total: Tensor, statistics: Statistics, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The reverse of :func:`gradient_sums`, (C,) of ``dtype`` each, and the count (1,) int32."""
+    """The reverse of :func:`gradient_sums`, (C,) of ``dtype`` each, divided by the count, and a count of 1, (1,) int32.
+
+    The count of all ranks need not fit into the int32 that PyTorch's kernel wants.
+    """
     result, count = total.new_empty(total.shape, dtype=dtype), total.new_empty(1, dtype=torch.int32)
     _kernel_sums[_grid(total[0])](total, statistics.values, result, count, total.shape[1], BLOCK=_BLOCK)
     return result[0], result[1], count
@@ -108,7 +111,9 @@ def _gradient_sums(sum_dy, sum_dy_xmu, values, result, channels, BLOCK: tl.const
 def _kernel_sums(total, values, result, count, channels, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < channels
+    values_per_channel = tl.load(values)
     inverse = tl.load(values + 1 + 2 * channels + channel, mask, 1)
-    tl.store(result + channel, tl.load(total + channel, mask, 0), mask)
-    tl.store(result + channels + channel, tl.load(total + channels + channel, mask, 0) / inverse, mask)
-    tl.store(count + channel, tl.load(values).to(tl.int32), channel == 0)
+    tl.store(result + channel, tl.load(total + channel, mask, 0) / values_per_channel, mask)
+    of_xhat = tl.load(total + channels + channel, mask, 0) / values_per_channel
+    tl.store(result + channels + channel, of_xhat / inverse, mask)
+    tl.store(count + channel, tl.full([BLOCK], 1, tl.int32), channel == 0)

@@ -4,66 +4,100 @@ A network has many small layers, in which each call of an operator counts, so th
 to do around them.
 """
 
-import ctypes
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from horovod_megdet.errors import UserError
+from horovod_megdet.layers.c_library import TYPES, call
 from horovod_megdet.layers.kernels.layout import dense, laid_out_like
 from horovod_megdet.layers.kernels.plain import PlainKernels
+from horovod_megdet.layers.kernels.rectifier import Rectifier
 from horovod_megdet.layers.kernels.statistics import Statistics
 
 
 class CompiledKernels(PlainKernels):
-    """For float32, and for 16-bit types, which are widened; in both memory layouts."""
+    """For float32, bfloat16 and float16, in both memory layouts; nothing is copied that is in one of them.
+
+    The gradient that passes the ReLU is written only where a shortcut needs it; elsewhere each pass works it out.
+    """
+
+    fuses = True
 
     def sums(self, x: Tensor) -> Tensor:
-        x = dense(x.float())
+        x = dense(x)
         message = x.new_empty(2 * x.shape[1] + 1, dtype=torch.float64)
-        _call("moments", x, *_extents(x), message)
+        call("moments", x, TYPES[x.dtype], *_extents(x), message)
         return message
 
     def squared_differences(self, x: Tensor, mean: Tensor) -> Tensor:
-        x = dense(x.float())
+        x = dense(x)
         first, second = result = mean.new_empty(2, len(mean))
-        _call("sums", x, x, mean, *_extents(x), result)
+        call("sums", x, TYPES[x.dtype], mean, *_extents(x), result)
         # sum (x - m)^2 = sum x (x - m) - m sum (x - m)
         return second - mean * (first - mean * (x.numel() // x.shape[1]))
 
     def statistics(self, sums: Tensor, eps: float) -> Statistics:
         channels = len(sums) // 2
         values = sums.new_empty(3 * channels + 1)
-        _call("statistics", sums, eps, channels, values)
+        call("statistics", sums, eps, channels, values)
         return Statistics(values)
 
     def update_running(self, running_mean: Tensor, running_var: Tensor, statistics: Statistics, factor: float) -> None:
         if running_mean.dtype != torch.float32:
             super().update_running(running_mean, running_var, statistics, factor)
             return
-        _call("update_running", statistics.values, factor, len(running_mean), running_mean, running_var)
+        call("update_running", statistics.values, factor, len(running_mean), running_mean, running_var)
 
-    def normalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Statistics) -> Tensor:
-        wide = dense(x.float())
-        y = torch.empty_like(wide)
-        _call("normalize", wide, statistics.values, _float(weight), _float(bias), *_extents(wide), y)
-        return y.to(x.dtype)
+    def normalize(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        statistics: Statistics,
+        shortcut: Tensor | None = None,
+        relu: bool = False,
+    ) -> Tensor:
+        x = dense(x)
+        y = torch.empty_like(x)
+        other = None if shortcut is None else laid_out_like(shortcut, x)
+        parameters = (statistics.values, _float(weight), _float(bias))
+        call("normalize", x, TYPES[x.dtype], *parameters, other, relu, *_extents(x), y)
+        return y
 
-    def gradient_sums(self, dy: Tensor, x: Tensor, statistics: Statistics) -> Tensor:
-        x = dense(x.float())
-        result = statistics.values.new_empty(2, x.shape[1])
-        _call("gradient_sums", laid_out_like(dy.float(), x), x, statistics.values, *_extents(x), result)
-        return result
+    def gradient_sums(
+        self, dy: Tensor, x: Tensor, statistics: Statistics, rectifier: Rectifier | None = None
+    ) -> tuple[Tensor, Tensor]:
+        x = dense(x)
+        dy = laid_out_like(dy, x)
+        sums = statistics.values.new_empty(2, x.shape[1])
+        weight, bias, y, dz = None, None, None, dy
+        if rectifier is not None:
+            weight, bias = _float(rectifier.weight), _float(rectifier.bias)
+            if rectifier.shortcut:
+                y, dz = laid_out_like(rectifier.y, x), torch.empty_like(x)
+        call(
+            "gradient_sums", dy, x, TYPES[x.dtype], statistics.values, weight, bias, rectifier is not None, y,
+            *_extents(x), dz, sums,
+        )  # fmt: skip
+        return dz, sums
 
     def input_gradient(
-        self, dy: Tensor, x: Tensor, weight: Tensor | None, statistics: Statistics, total: Tensor
+        self,
+        dz: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        statistics: Statistics,
+        total: Tensor,
+        rectifier: Rectifier | None = None,
     ) -> Tensor:
-        wide = dense(x.float())
-        dy, dx = laid_out_like(dy.float(), wide), torch.empty_like(wide)
-        _call("input_gradient", dy, wide, statistics.values, _float(weight), total, *_extents(wide), dx)
-        return dx.to(x.dtype)
+        x = dense(x)
+        dz, dx = laid_out_like(dz, x), torch.empty_like(x)
+        bias = None if rectifier is None else _float(rectifier.bias)
+        still_to_stop = rectifier is not None and not rectifier.shortcut
+        call(
+            "input_gradient", dz, x, TYPES[x.dtype], statistics.values, _float(weight), bias, still_to_stop, total,
+            *_extents(x), dx,
+        )  # fmt: skip
+        return dx
 
 
 def _float(parameter: Tensor | None) -> Tensor | None:
@@ -76,37 +110,3 @@ def _extents(x: Tensor) -> tuple[int, int, int, int]:
     if x.is_contiguous():
         return x.shape[0], channels, x.numel() // (x.shape[0] * channels), torch.get_num_threads()
     return x.numel() // channels, channels, 1, torch.get_num_threads()
-
-
-def _call(function: str, *arguments: Tensor | float | None) -> None:
-    """Calls a compiled function. Tensors are passed by address, and live until the function returns."""
-    addresses = (each.data_ptr() if isinstance(each, Tensor) else each for each in arguments)
-    getattr(library(), f"megdet_{function}")(*addresses)
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The compiled functions, loaded when they are needed first. Raises :class:`UserError` without them."""
-    name = "horovod_megdet.layers._batch_norm_cpu"
-    found = importlib.util.find_spec(name)
-    if found is None or found.origin is None:
-        raise UserError(
-            f"{name} is not compiled, and batch normalization on the CPU needs it: "
-            "run 'make setup', or 'pip install -e .' in the checkout."
-        )
-    library = ctypes.CDLL(found.origin)
-    tensor, number, length = ctypes.c_void_p, ctypes.c_double, ctypes.c_ssize_t
-    extents = [length, length, length, ctypes.c_int]
-    arguments = {
-        "moments": [tensor, *extents, tensor],
-        "sums": [tensor] * 3 + extents + [tensor],
-        "statistics": [tensor, number, length, tensor],
-        "update_running": [tensor, number, length, tensor, tensor],
-        "normalize": [tensor] * 4 + extents + [tensor],
-        "gradient_sums": [tensor] * 3 + extents + [tensor],
-        "input_gradient": [tensor] * 5 + extents + [tensor],
-    }
-    for function, types in arguments.items():
-        compiled = getattr(library, f"megdet_{function}")
-        compiled.argtypes, compiled.restype = types, None
-    return library

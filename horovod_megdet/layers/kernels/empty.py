@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from horovod_megdet.layers.kernels.plain import PlainKernels
+from horovod_megdet.layers.kernels.rectifier import Rectifier
 from horovod_megdet.layers.kernels.statistics import Statistics
 
 
@@ -25,13 +26,29 @@ class EmptyInputKernels(PlainKernels):
     def update_running(self, running_mean: Tensor, running_var: Tensor, statistics: Statistics, factor: float) -> None:
         self._others.update_running(running_mean, running_var, statistics, factor)
 
-    def normalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Statistics) -> Tensor:
+    def normalize(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        statistics: Statistics,
+        shortcut: Tensor | None = None,
+        relu: bool = False,
+    ) -> Tensor:
         return torch.empty_like(x)
 
-    def gradient_sums(self, dy: Tensor, x: Tensor, statistics: Statistics) -> Tensor:
-        return x.new_zeros(2, x.shape[1], dtype=torch.float64)
+    def gradient_sums(
+        self, dy: Tensor, x: Tensor, statistics: Statistics, rectifier: Rectifier | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return dy, x.new_zeros(2, x.shape[1], dtype=torch.float64)
 
     def input_gradient(
-        self, dy: Tensor, x: Tensor, weight: Tensor | None, statistics: Statistics, total: Tensor
+        self,
+        dz: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        statistics: Statistics,
+        total: Tensor,
+        rectifier: Rectifier | None = None,
     ) -> Tensor:
         return torch.zeros_like(x)

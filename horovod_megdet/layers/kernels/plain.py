@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from horovod_megdet.layers.kernels.rectifier import Rectifier
 from horovod_megdet.layers.kernels.statistics import Statistics
 
 
@@ -11,6 +12,9 @@ class PlainKernels:
 
     Activations are (N, C, *) and not empty.
     """
+
+    fuses = False
+    """Whether a shortcut and a ReLU cost no passes of their own."""
 
     def sums(self, x: Tensor) -> Tensor:
         """Returns ``[n, sum x, sum x^2]`` over all dimensions but the channels: (2C + 1,), n the values per channel."""
@@ -33,33 +37,66 @@ class PlainKernels:
         running_mean.lerp_(statistics.mean.to(running_mean.dtype), factor)
         running_var.lerp_(unbiased.to(running_var.dtype), factor)
 
-    def normalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Statistics) -> Tensor:
-        """Returns ``weight * (x - mean) * invstd + bias`` in the type of ``x``."""
+    def normalize(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        statistics: Statistics,
+        shortcut: Tensor | None = None,
+        relu: bool = False,
+    ) -> Tensor:
+        """Returns ``y = weight * (x - mean) * invstd + bias + shortcut``, or max(0, y), in the type of ``x``.
+
+        ``shortcut`` has the shape and type of ``x``.
+        """
         y = _xhat(x, statistics)
         y = y if weight is None else y * per_channel(weight, x)
         y = y if bias is None else y + per_channel(bias, x)
-        return y.to(x.dtype)
+        return activate(y.to(x.dtype), shortcut, relu)
 
-    def gradient_sums(self, dy: Tensor, x: Tensor, statistics: Statistics) -> Tensor:
-        """Returns ``[sum dy, sum dy * xhat]``, the gradients of bias and weight: (2, C).
+    def gradient_sums(
+        self, dy: Tensor, x: Tensor, statistics: Statistics, rectifier: Rectifier | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns ``dz``, the gradient before the ReLU, and ``[sum dz, sum dz * xhat]``, (2, C).
 
-        xhat is (x - mean) * invstd, x normalized before weight and bias.
+        The sums are the gradients of bias and weight; xhat is (x - mean) * invstd, x normalized before weight and bias.
+        dz is the gradient of the shortcut. Kernels may return dy in its place if there is no shortcut.
         """
+        dz = dy if rectifier is None else stop(dy, rectifier)
         dimensions = _all_but_channels(x)
-        products = dy * (x - per_channel(statistics.mean, x))
-        return torch.stack([dy.double().sum(dimensions), products.sum(dimensions) * statistics.invstd])
+        products = dz * (x - per_channel(statistics.mean, x))
+        return dz, torch.stack([dz.double().sum(dimensions), products.sum(dimensions) * statistics.invstd])
 
     def input_gradient(
-        self, dy: Tensor, x: Tensor, weight: Tensor | None, statistics: Statistics, total: Tensor
+        self,
+        dz: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        statistics: Statistics,
+        total: Tensor,
+        rectifier: Rectifier | None = None,
     ) -> Tensor:
-        """Returns ``dx = weight * invstd * (dy - sum dy / M - xhat * sum(dy * xhat) / M)`` in the type of ``x``.
+        """Returns ``dx = weight * invstd * (dz - sum dz / M - xhat * sum(dz * xhat) / M)`` in the type of ``x``.
 
-        ``total`` is :meth:`gradient_sums` added up over all ranks of the group, and M the count over all of them.
+        ``dz`` and ``total`` are what :meth:`gradient_sums` returned, the sums added up over all ranks of the group, and
+        M is the count over all of them.
         """
-        mean_dy, mean_dy_xhat = (per_channel(values, x) for values in total / statistics.count)
+        mean_dz, mean_dz_xhat = (per_channel(values, x) for values in total / statistics.count)
         scale = statistics.invstd if weight is None else weight * statistics.invstd
-        dx = per_channel(scale, x) * (dy - mean_dy - _xhat(x, statistics) * mean_dy_xhat)
+        dx = per_channel(scale, x) * (dz - mean_dz - _xhat(x, statistics) * mean_dz_xhat)
         return dx.to(x.dtype)
+
+
+def activate(y: Tensor, shortcut: Tensor | None, relu: bool) -> Tensor:
+    """Adds the shortcut, if there is one, and takes the ReLU, if wanted; both in place."""
+    y = y if shortcut is None else y.add_(shortcut)
+    return y.relu_() if relu else y
+
+
+def stop(dy: Tensor, rectifier: Rectifier) -> Tensor:
+    """The gradient before the ReLU, from that behind it."""
+    return torch.ops.aten.threshold_backward(dy, rectifier.y, 0)
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
