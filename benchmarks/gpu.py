@@ -303,14 +303,10 @@ def measure_loader(sizes: list[int], side: tuple[int, int], turns: int) -> list[
                 }
                 seconds = seconds_per_step(variants, turns, steps=max(3, 48 // images))
                 rate = {each: images / statistics.median(values) for each, values in seconds.items()}
-                alone = time.perf_counter()
-                for _ in range(max(1, 64 // images)):
-                    next(batches)
-                read = max(1, 64 // images) * images / (time.perf_counter() - alone)
-                rows.append((images, workers, f"{rate['loader']:.1f}", f"{rate['memory']:.1f}", f"{read:.0f}"))
+                rows.append((images, workers, f"{rate['loader']:.1f}", f"{rate['memory']:.1f}"))
                 print(rows[-1], flush=True)
                 del variants, batches, loader
-    head = ("images", "workers", "with the loader: images/s", "in memory: images/s", "the loader alone: images/s")
+    head = ("images", "workers", "with the loader: images/s", "in memory: images/s")
     return table("With the loader, bfloat16, channels last", head, rows)
 
 

@@ -17,6 +17,8 @@ LAUNCH_DEFAULTS = {
     "OMPI_MCA_mpi_yield_when_idle": "1",
     # Milliseconds between two negotiations. Horovod's 1 ms suits a few large messages; CGBN sends many small ones.
     "HOROVOD_CYCLE_TIME": "0.02",
+    # On GPUs a message ends when it is in the GPU's queue, so that the host of a CGBN layer goes on.
+    "HOROVOD_ENABLE_ASYNC_COMPLETION": "1",
 }
 """Environment variables that :func:`init` sets where the user did not."""
 
