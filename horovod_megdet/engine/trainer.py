@@ -265,7 +265,8 @@ class Trainer:
         if state.weights:
             self.detector.load_state_dict(state.weights)
         load_optimizer(self.optimizer, state.optimizer, saved.path)
-        self.scaler.load_state_dict(state.scaler)
+        if state.scaler:  # empty where the run was not in float16 until now
+            self.scaler.load_state_dict(state.scaler)
         self.position, self.noise.averages = state.position, state.noise
         if self.config.solver.lr_modulation == "agvm":
             self.agvm = state.agvm
