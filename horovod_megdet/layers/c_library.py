@@ -36,7 +36,7 @@ def call(function: str, *arguments: Tensor | float | None) -> None:
 
     Raises ``MemoryError`` if the function runs out of memory, and :class:`UserError` if nothing is compiled.
     """
-    addresses = (each.data_ptr() if isinstance(each, Tensor) else each for each in arguments)
+    addresses = [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
     if getattr(library(), f"megdet_{function}")(*addresses):
         raise MemoryError(f"no memory for {function}")
 
