@@ -190,5 +190,5 @@ def test_where_the_host_waits_in_a_forward_pass(count: int, monkeypatch: pytest.
     detector, batch = build().train(), example(count)
     with Waits() as waits:
         detector.forward_losses(*batch)
-    # For the sampled RoIs, and in RoIAlign for those of each level.
-    assert waits.counts == {"aten::nonzero": 1 + 4, "aten::_local_scalar_dense": 0, "aten::masked_select": 0}
+    # For the sampled RoIs. On a GPU torchvision's RoIAlign waits once more for each level.
+    assert waits.counts == {"aten::nonzero": 1, "aten::_local_scalar_dense": 0, "aten::masked_select": 0}
