@@ -17,7 +17,6 @@ Variants take turns; figures are medians over the turns, in which the GPU is wai
 import argparse
 import collections
 import json
-import re
 import statistics
 import tempfile
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from document import table, write_section
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
@@ -214,7 +214,7 @@ def measure_steps(sizes: list[int], side: tuple[int, int], turns: int) -> list[s
             del variants
     head = ("precision", "images", "ours, channels last: images/s", "ours, channels first: images/s")
     head = (*head, "torchvision: images/s", "ours / torchvision", "peak memory of a step, MiB: ours / torchvision")
-    return table("Steps of the detector, images in memory", head, rows)
+    return titled("Steps of the detector, images in memory", head, rows)
 
 
 def measure_phases(sizes: list[int], side: tuple[int, int], turns: int) -> list[str]:
@@ -227,7 +227,7 @@ def measure_phases(sizes: list[int], side: tuple[int, int], turns: int) -> list[
         rows.append((images, *(f"{1e3 * each:.1f}" for each in medians)))
         print(rows[-1], flush=True)
     names = ("images, normalized", "backbone and FPN", "RPN", "RoI heads", "backward", "losses fetched, step taken")
-    return table("Phases of a step in bfloat16, channels last, ms", ("images", *names), rows)
+    return titled("Phases of a step in bfloat16, channels last, ms", ("images", *names), rows)
 
 
 def phases(ours: Ours) -> dict[str, float]:
@@ -281,7 +281,7 @@ def measure_cgbn(sizes: list[int], side: tuple[int, int], turns: int) -> list[st
         print(rows[-1], flush=True)
     settings = ", ".join(f"{name}={value}" for name, value in comm.launch_settings().items())
     head = ("images", "local BN, ms", "CGBN with a rank of its own, ms", "ratio")
-    return [*table("The machinery of CGBN, bfloat16, channels last", head, rows), f"With {settings}.", ""]
+    return [*titled("The machinery of CGBN, bfloat16, channels last", head, rows), f"With {settings}.", ""]
 
 
 def measure_loader(sizes: list[int], side: tuple[int, int], turns: int) -> list[str]:
@@ -307,7 +307,7 @@ def measure_loader(sizes: list[int], side: tuple[int, int], turns: int) -> list[
                 print(rows[-1], flush=True)
                 del variants, batches, loader
     head = ("images", "workers", "with the loader: images/s", "in memory: images/s")
-    return table("With the loader, bfloat16, channels last", head, rows)
+    return titled("With the loader, bfloat16, channels last", head, rows)
 
 
 def photos(folder: Path) -> CocoDataset:
@@ -370,10 +370,9 @@ PARTS: dict[str, Callable[[list[int], tuple[int, int], int], list[str]]] = {
 }
 
 
-def table(title: str, head: Row, rows: list[Row]) -> list[str]:
-    """Lines of Markdown."""
-    lines = [head, tuple("---" for _ in head), *rows]
-    return [f"### {title}", "", *(f"| {' | '.join(map(str, line))} |" for line in lines), ""]
+def titled(title: str, head: tuple[str, ...], rows: list[Row]) -> list[str]:
+    """A table under a heading, as lines of Markdown."""
+    return [f"### {title}", "", table(head, [tuple(map(str, row)) for row in rows]), ""]
 
 
 def section(lines: list[str]) -> str:
@@ -384,13 +383,6 @@ def section(lines: list[str]) -> str:
         f"Written by `python benchmarks/gpu.py --write docs/benchmarks.md`, which says how it measures. {gpu}, {built}."
     )
     return "\n".join([HEADING, "", lead, "", *lines])
-
-
-def write_section(path: Path, text: str) -> None:
-    """Replaces the section in the file, or appends it."""
-    before = path.read_text() if path.exists() else ""
-    others = re.sub(rf"{HEADING}\n.*?(?=^## |\Z)", "", before, flags=re.DOTALL | re.MULTILINE)
-    path.write_text(f"{others.rstrip()}\n\n{text}".lstrip())
 
 
 def main() -> None:
