@@ -105,11 +105,12 @@ def read_annotation_file(path: Path) -> AnnotationFile:
     sha256 = hashlib.sha256(content).hexdigest()
     try:
         typed = msgspec.json.decode(content.removeprefix(BYTE_ORDER_MARK), type=_Content)
-        images, entries, categories = [image.as_dict() for image in typed.images], typed.annotations, typed.categories
     except (msgspec.DecodeError, RecursionError):
         untyped = _parse_any(path, content)
         images, entries, categories = (untyped[section] for section in ("images", "annotations", "categories"))
-    del content
+    else:
+        del content  # more than all that was parsed from it
+        images, entries, categories = [image.as_dict() for image in typed.images], typed.annotations, typed.categories
     for section, listed in (("images", images), ("categories", categories)):
         if not listed:
             raise UserError(f"{path}: the list `{section}` is empty: there is nothing to detect.")
