@@ -97,7 +97,7 @@ class RunFolder:
     def log_evaluation(self, row: dict[str, Any], evaluation: Evaluation) -> None:
         """Writes a row of evaluation metrics, and begins to write the detections and the curves."""
         if self._log:
-            self._wait_for_thread()
+            self.wait()
             with _warned("metrics"):
                 self._log.evaluation(row | evaluation.row(), render(evaluation))
             detections = self.path / "evaluation" / f"{checkpoint.name(row['step'])}.json"
@@ -110,8 +110,8 @@ class RunFolder:
             evaluation.write_detections(detections)
             write_curves(self.path)
 
-    def _wait_for_thread(self) -> None:
-        """Ends with the exception of the thread, if it had one: a bug, as what a user can do about is a warning."""
+    def wait(self) -> None:
+        """Waits until the files of the last evaluation are written. Raises what their thread raised, which is a bug."""
         if self._written:
             progress.set("writing the detections and curves of the last evaluation")
             self._written.result()
@@ -141,7 +141,7 @@ class RunFolder:
     def close(self, last_words: str = "") -> None:
         """Ends the progress bar, completes the files, and prints ``last_words``."""
         if self._log:
-            self._wait_for_thread()
+            self.wait()
             if last_words:
                 self._log.console.print(last_words)
             self._log.close()
