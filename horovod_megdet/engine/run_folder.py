@@ -112,9 +112,10 @@ class RunFolder:
 
     def wait(self) -> None:
         """Waits until the files of the last evaluation are written. Raises what their thread raised, which is a bug."""
-        if self._written:
+        written, self._written = self._written, None
+        if written:
             progress.set("writing the detections and curves of the last evaluation")
-            self._written.result()
+            written.result()
 
     def write_report(
         self,
