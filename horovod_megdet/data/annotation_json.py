@@ -175,8 +175,8 @@ def _read_typed(path: Path) -> _Parsed:
 def _decode_entries(memory: mmap.mmap, text: memoryview) -> list[_Annotation]:
     """Decodes the list `annotations`, whose ``text`` lies in ``memory``, and gives back the memory as it goes on.
 
-    Of COCO's annotations, 417 MB of text, as objects 320 MB, this saves a third of what both take together. A piece
-    that ends anywhere but between two entries of the list is not valid JSON, so that it cannot be mistaken for one.
+    Text and objects together would take three quarters more than the text. A piece that ends anywhere but between two
+    entries of the list is not valid JSON, so that a wrong end is noticed; then Python's parser reads the file.
     """
     if text[:1] != b"[":
         raise msgspec.DecodeError("`annotations` is not a list")
