@@ -16,6 +16,7 @@ import platform
 import re
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,17 +34,23 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision_trainer import Settings, batches, build_loader
 
 from horovod_megdet import comm
-from horovod_megdet.config import DataConfig
+from horovod_megdet.config import Config, DataConfig
 from horovod_megdet.data.coco import CocoDataset, load_dataset
 from horovod_megdet.data.loader import build_train_loader
+from horovod_megdet.engine import checkpoint
+from horovod_megdet.engine.checkpoint import Position, RunDescription, TrainingState
+from horovod_megdet.engine.run_folder import RunFolder
 from horovod_megdet.evaluation.backends import Backend, coco_metrics
-from horovod_megdet.evaluation.coco import collect_detections
-from horovod_megdet.evaluation.detections import Detections
+from horovod_megdet.evaluation.coco import Evaluation, collect_detections
+from horovod_megdet.evaluation.metrics import METRICS
+from horovod_megdet.models.detector import build_detector
+from horovod_megdet.solver.optimizer import build_optimizer
 
 RANKS = 8
 GATHERING_RANKS = 4
 LOADED_IMAGES = 1200
 EPOCHS = 3
+SAVES = 5
 MIB = 2**20
 
 Row = tuple[str, str]
@@ -72,12 +79,14 @@ def start(folder: Path) -> dict[str, Any]:
             opened["listings" if event == "os.scandir" else Path(str(arguments[0])).suffix] += 1
 
     sys.addaudithook(count)
+    imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     before, began = own_memory(), time.perf_counter()
     dataset = load(folder, "train")
     seconds = time.perf_counter() - began
     return {
         "seconds": seconds,
         "own": own_memory() - before,
+        "imports": imports,
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "opened": opened,
         "images": len(dataset),
@@ -123,7 +132,8 @@ def start_rows(folder: Path) -> list[Row]:
             (f"{name} start, {number} ranks: training set ready on the slowest",
              f"{max(rank['seconds'] for rank in ranks):.1f} s"),
             (f"{name} start: own memory of a rank for it, at most", f"{max(r['own'] for r in ranks) / MIB:.0f} MiB"),
-            (f"{name} start: peak of a rank, with torch and Horovod", f"{max(r['peak'] for r in ranks) / MIB:.0f} MiB"),
+            (f"{name} start: peak of a rank, with torch and Horovod",
+             f"{max(r['peak'] for r in ranks) / MIB:.0f} MiB, {max(r['imports'] for r in ranks) / MIB:.0f} before it"),
             (f"{name} start: opened by all ranks",
              f"{opened['.json']} JSON, {opened['.jpg']:,} image files, {opened['listings']} listings"),
         ]  # fmt: skip
@@ -154,12 +164,52 @@ def gathering_rows(folder: Path) -> list[Row]:
     return [(f"gathering those detections from {GATHERING_RANKS} ranks", f"{seconds:.2f} s")]
 
 
-def saving_rows(folder: Path) -> list[Row]:
-    """Writing the detections, which all ranks wait for."""
-    found: Detections = coco_scale_data.detections(np.arange(1, coco_scale_data.SPLITS["val"] + 1), 80)
-    began = time.perf_counter()
-    found.write(folder / "detections.json", list(range(1, 81)))
-    return [("writing those detections as JSON", f"{time.perf_counter() - began:.2f} s")]
+def checkpoint_rows(folder: Path) -> list[Row]:
+    """Writing a checkpoint of R50-FPN and its momentum."""
+    config = Config()
+    detector = build_detector(config.model, config.batch_norm, 80)
+    optimizer = build_optimizer(detector, config.solver)
+    for parameter in detector.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    seconds = []
+    with tempfile.TemporaryDirectory(dir=folder) as run_dir:
+        for step in range(SAVES):
+            state = TrainingState(optimizer.state_dict(), {}, Position(step), random=[])
+            run = RunDescription(config.model_dump(mode="json"), [], [], "", {})
+            began = time.perf_counter()
+            path = checkpoint.save(Path(run_dir), detector.state_dict(), state, run, epoch=0.0)
+            seconds.append(time.perf_counter() - began)
+        size = sum(file.stat().st_size for file in path.iterdir())
+    what = f"checkpoint of R50-FPN with momentum, {size / 1e6:.0f} MB: all ranks wait, median of {SAVES}"
+    return [(what, f"{statistics.median(seconds):.2f} s")]
+
+
+def run_folder_rows(folder: Path) -> list[Row]:
+    """What rank 0 writes after an evaluation, and at the end of a run: its second time, with everything imported."""
+    dataset = load(folder, "val")
+    found = coco_scale_data.detections(dataset.image_ids, 80)
+    aps = dict.fromkeys(dataset.class_names, 0.5)
+    evaluation = Evaluation(dict.fromkeys(METRICS, 0.5), aps, len(dataset), dataset.category_ids, found)
+    description = RunDescription({}, dataset.class_names, dataset.category_ids, "", {})
+    with tempfile.TemporaryDirectory(dir=folder) as run_dir:
+        files = RunFolder(Path(run_dir), Config().output.pictures)
+        files.open_log(len(dataset), Position())
+        for step in (1, 2):
+            began = time.perf_counter()
+            files.log_evaluation({"step": step, "images_seen": step, "epoch": float(step)}, evaluation)
+            waited = time.perf_counter() - began
+            files.wait()
+            written = time.perf_counter() - began
+        began = time.perf_counter()
+        files.write_report(description, Position(2, 2), 2.0, dataset, evaluation)
+        page = time.perf_counter() - began
+        files.close()
+    return [
+        (f"an evaluation's row, {len(found.scores):,} detections and curves: all ranks wait", f"{waited:.2f} s"),
+        ("the same: until they are written, while training goes on", f"{written:.2f} s"),
+        (f"validation page, {files.pictures} images, once at the end of a run", f"{page:.1f} s"),
+    ]
 
 
 def loader_rows(folder: Path) -> list[Row]:
@@ -238,7 +288,8 @@ def main() -> None:
         return
     coco_scale_data.make(arguments.folder, arguments.photos)
     rows: list[Row] = []
-    for measure in (start_rows, metrics_rows, gathering_rows, saving_rows, loader_rows):
+    measures = (start_rows, metrics_rows, gathering_rows, checkpoint_rows, run_folder_rows, loader_rows)
+    for measure in measures:
         measured = measure(arguments.folder)
         print("\n".join(f"{figure}: {value}" for figure, value in measured), flush=True)
         rows += measured

@@ -8,6 +8,9 @@ of its entries are checked one by one. Both ways lead to the same arrays and the
 import hashlib
 import itertools
 import json
+import mmap
+import os
+import re
 import reprlib
 from collections import Counter
 from dataclasses import dataclass
@@ -32,6 +35,11 @@ COORDINATE_LIMIT = 1e9
 ID_LIMIT = 2**63
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+PIECE_BYTES = 1 << 24
+"""Of the text of the list `annotations` that is decoded at a time."""
+
+_BETWEEN_OBJECTS = re.compile(rb"\}[ \t\n\r]*,[ \t\n\r]*\{")
 
 Number = int | float
 
@@ -97,19 +105,15 @@ def read_annotation_file(path: Path) -> AnnotationFile:
     Raises :class:`UserError` if nothing can be used: no such file, invalid JSON, a missing or empty section.
     """
     try:
-        content = path.read_bytes()
+        try:
+            parsed = _read_typed(path)
+        except (msgspec.DecodeError, RecursionError):
+            parsed = _read_any(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such annotation file.") from None
     except OSError as error:
         raise UserError(f"{path}: the annotation file cannot be read: {error}.") from None
-    sha256 = hashlib.sha256(content).hexdigest()
-    try:
-        typed = msgspec.json.decode(content.removeprefix(BYTE_ORDER_MARK), type=_Content)
-        images, entries, categories = [image.as_dict() for image in typed.images], typed.annotations, typed.categories
-    except (msgspec.DecodeError, RecursionError):
-        untyped = _parse_any(path, content)
-        images, entries, categories = (untyped[section] for section in ("images", "annotations", "categories"))
-    del content
+    sha256, images, entries, categories = parsed
     for section, listed in (("images", images), ("categories", categories)):
         if not listed:
             raise UserError(f"{path}: the list `{section}` is empty: there is nothing to detect.")
@@ -145,12 +149,60 @@ class _Annotation(msgspec.Struct, gc=False):
 
 class _Content(msgspec.Struct, gc=False):
     images: list[_Image]
-    annotations: list[_Annotation]
+    annotations: msgspec.Raw
     categories: list[Any]
 
 
-def _parse_any(path: Path, content: bytes) -> dict[str, list[Any]]:
+_Parsed = tuple[str, list[Any], list[Any], list[Any]]
+"""SHA-256 of the content, and the lists `images`, `annotations` and `categories`."""
+
+
+def _read_typed(path: Path) -> _Parsed:
+    """Raises ``msgspec.DecodeError`` unless all entries have the right types."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if not size:
+            raise msgspec.DecodeError("the file is empty")
+        memory = mmap.mmap(-1, size)  # can be given back piece by piece, which `bytes` cannot
+        text = memoryview(memory)[: file.readinto(memory)]
+    sha256 = hashlib.sha256(text).hexdigest()
+    start = len(BYTE_ORDER_MARK) if text[: len(BYTE_ORDER_MARK)] == BYTE_ORDER_MARK else 0
+    content = msgspec.json.decode(text[start:], type=_Content)
+    entries = _decode_entries(memory, memoryview(content.annotations))
+    return sha256, [image.as_dict() for image in content.images], entries, content.categories
+
+
+def _decode_entries(memory: mmap.mmap, text: memoryview) -> list[_Annotation]:
+    """Decodes the list `annotations`, whose ``text`` lies in ``memory``, and gives back the memory as it goes on.
+
+    Text and objects together would take three quarters more than the text. A piece that ends anywhere but between two
+    entries of the list is not valid JSON, so that a wrong end is noticed; then Python's parser reads the file.
+    """
+    if text[:1] != b"[":
+        raise msgspec.DecodeError("`annotations` is not a list")
+    decoder = msgspec.json.Decoder(list[_Annotation])
+    offset = _address(text) - _address(memory)
+    entries: list[_Annotation] = []
+    start, given_back = 1, 0
+    while start < len(text) - 1:
+        between = _BETWEEN_OBJECTS.search(text, start + PIECE_BYTES)
+        end = between.start() + 1 if between else len(text) - 1
+        entries += decoder.decode(b"[" + text[start:end] + b"]")
+        start = between.end() - 1 if between else len(text)
+        pages_end = (offset + end) // mmap.PAGESIZE * mmap.PAGESIZE
+        if pages_end > given_back:
+            memory.madvise(mmap.MADV_DONTNEED, given_back, pages_end - given_back)
+            given_back = pages_end
+    return entries
+
+
+def _address(buffer: Any) -> int:
+    return int(np.frombuffer(buffer, np.uint8).ctypes.data)
+
+
+def _read_any(path: Path) -> _Parsed:
     """Python's parser accepts NaN, reports where JSON is invalid, and does not care what the entries are."""
+    content = path.read_bytes()
     try:
         parsed = json.loads(content.decode("utf-8-sig"), object_hook=_without_polygons)
     except UnicodeDecodeError as error:
@@ -159,10 +211,12 @@ def _parse_any(path: Path, content: bytes) -> dict[str, list[Any]]:
         raise UserError(f"{path}: not valid JSON: {error}.") from None
     if not isinstance(parsed, dict):
         raise UserError(f"{path}: not a COCO annotation file: its top level must be an object with a list `images`.")
-    for section in ("images", "annotations", "categories"):
+    sections = ("images", "annotations", "categories")
+    for section in sections:
         if not isinstance(parsed.get(section), list):
             raise UserError(f"{path}: not a COCO annotation file: it has no list `{section}`.")
-    return parsed
+    images, entries, categories = (parsed[section] for section in sections)
+    return hashlib.sha256(content).hexdigest(), images, entries, categories
 
 
 def _without_polygons(entry: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,14 +136,16 @@ def save(run_dir: Path, weights: dict[str, Tensor], state: TrainingState, run: R
     description = asdict(run) | {"step": position.step, "images_seen": position.images_seen, "epoch": epoch}
     try:
         temporary.mkdir(parents=True)
-        save_file({key: value.contiguous() for key, value in weights.items()}, temporary / MODEL_FILE)
-        torch.save(_as_plain(state), temporary / STATE_FILE)
-        (temporary / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1), encoding="utf-8")
-        files = (MODEL_FILE, STATE_FILE, DESCRIPTION_FILE)
-        sums = "".join(f"{_sha256(temporary / file)}  {file}\n" for file in files)
-        (temporary / SUMS_FILE).write_text(sums, encoding="utf-8")
-        for file in (*files, SUMS_FILE):
-            _flush(temporary / file)
+        writers: dict[str, Callable[[Path], object]] = {
+            MODEL_FILE: lambda path: save_file({key: value.contiguous() for key, value in weights.items()}, path),
+            STATE_FILE: lambda path: torch.save(_as_plain(state), path),
+            DESCRIPTION_FILE: lambda path: path.write_text(json.dumps(description, indent=1), encoding="utf-8"),
+        }
+        # All at the same time, because all ranks wait: writing and hashing leave the interpreter to other threads.
+        with ThreadPoolExecutor() as threads:
+            digests = threads.map(_write, [temporary / file for file in writers], writers.values())
+            sums = "".join(f"{digest}  {file}\n" for file, digest in zip(writers, digests, strict=True))
+        _write(temporary / SUMS_FILE, lambda path: path.write_text(sums, encoding="utf-8"))
         _flush(temporary)
         if final.exists():  # a broken one that --resume passed over, or the same step written again
             shutil.rmtree(final)
@@ -229,6 +232,13 @@ def _as_plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_as_plain(item) for item in value)
     return sys.intern(value) if isinstance(value, str) else value
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> str:
+    """Writes a file to the disk and returns its SHA-256."""
+    write(path)
+    _flush(path)
+    return _sha256(path)
 
 
 def _sha256(path: Path) -> str:

@@ -10,6 +10,7 @@ checkpoints/         see checkpoint.py
 import contextlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from horovod_megdet.evaluation.coco import Evaluation
 from horovod_megdet.evaluation.table import render
 from horovod_megdet.files import atomic_write
 from horovod_megdet.printing import say
+from horovod_megdet.progress import progress
 
 if TYPE_CHECKING:
     from horovod_megdet.engine.metrics import MetricsLog
@@ -66,7 +68,8 @@ def write_config(run_dir: Path, config: Config) -> None:
 class RunFolder:
     """What training writes as it goes on. Only rank 0 writes: on the other ranks every method returns at once.
 
-    Training needs none of these files, so one that cannot be written is a warning.
+    Training needs none of these files, so one that cannot be written is a warning. The detections and the curves of an
+    evaluation are written by a thread while training goes on, until the next evaluation or :meth:`close` at the latest.
     """
 
     # What draws, and TensorBoard, take a second to import, for which all other ranks would wait.
@@ -75,6 +78,8 @@ class RunFolder:
         self.path = path
         self.pictures = pictures
         self._log: MetricsLog | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._written: Future[None] | None = None
 
     def open_log(self, total_images: int, position: Position) -> None:
         """Opens the log of metrics; rows behind ``position``, of a run that is resumed before its end, are dropped."""
@@ -90,14 +95,27 @@ class RunFolder:
                 self._log.train(row)
 
     def log_evaluation(self, row: dict[str, Any], evaluation: Evaluation) -> None:
-        """Writes a row of evaluation metrics, the detections, and the curves."""
+        """Writes a row of evaluation metrics, and begins to write the detections and the curves."""
         if self._log:
-            from horovod_megdet.report.curves import write_curves
-
-            with _warned("metrics, detections and curves"):
+            self.wait()
+            with _warned("metrics"):
                 self._log.evaluation(row | evaluation.row(), render(evaluation))
-                evaluation.write_detections(self.path / "evaluation" / f"{checkpoint.name(row['step'])}.json")
-                write_curves(self.path)
+            detections = self.path / "evaluation" / f"{checkpoint.name(row['step'])}.json"
+            self._written = self._thread.submit(self._write_evaluation, detections, evaluation)
+
+    def _write_evaluation(self, detections: Path, evaluation: Evaluation) -> None:
+        from horovod_megdet.report.curves import write_curves
+
+        with _warned("detections and curves"):
+            evaluation.write_detections(detections)
+            write_curves(self.path)
+
+    def wait(self) -> None:
+        """Waits until the files of the last evaluation are written. Raises what their thread raised, which is a bug."""
+        written, self._written = self._written, None
+        if written:
+            progress.set("writing the detections and curves of the last evaluation")
+            written.result()
 
     def write_report(
         self,
@@ -122,8 +140,9 @@ class RunFolder:
                     file.write(json.dumps(summary, indent=1).encode())
 
     def close(self, last_words: str = "") -> None:
-        """Ends the progress bar, flushes the files, and prints ``last_words``."""
+        """Ends the progress bar, completes the files, and prints ``last_words``."""
         if self._log:
+            self.wait()
             if last_words:
                 self._log.console.print(last_words)
             self._log.close()

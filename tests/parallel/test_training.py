@@ -65,3 +65,38 @@ def test_evaluation_of_a_checkpoint_gives_the_metrics_of_the_run(runs: dict[str,
         assert code == 0, output
         again = json.loads((runs["mpirun"] / "checkpoints" / name / "detections.json").read_text())
         assert again == in_run
+
+
+SLOW_DISK = f"""
+import runpy, sys, time
+sys.argv[0] = {str(launching.PROJECT / "train.py")!r}
+sys.path.insert(0, {str(launching.PROJECT)!r})
+from horovod_megdet.evaluation.coco import Evaluation
+from horovod_megdet.printing import say
+from horovod_megdet.progress import progress
+write = Evaluation.write_detections
+def write_slowly(self, path):
+    step = int(path.stem.removeprefix("step_"))
+    deadline = time.monotonic() + 10
+    while progress.step < step + 2 and time.monotonic() < deadline:  # at the end of the run there is no further step
+        time.sleep(0.01)
+    write(self, path)
+    say(f"detections of step {{step}} written in step {{progress.step}}")
+Evaluation.write_detections = write_slowly
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_all_ranks_train_on_while_rank_0_writes_detections(tmp_path: Path, data: Path) -> None:
+    """The detections of the first evaluation take until two steps later, the run's last are waited for."""
+    script = tmp_path / "slow_disk.py"
+    script.write_text(SLOW_DISK)
+    job = launching.Job("mpirun", 2, launching.tiny(tmp_path / "run", data=data), tmp_path, script)
+    assert job.wait() == 0, job.output
+    lines = [line.split() for line in job.output.splitlines() if line.startswith("detections of step")]
+    steps = [(int(line[3]), int(line[-1])) for line in lines]
+    assert len(steps) == 2, job.output
+    assert steps[0][1] >= steps[0][0] + 2
+    assert steps[1][1] == steps[1][0]
+    for step, _ in steps:
+        assert isinstance(json.loads((tmp_path / "run" / "evaluation" / f"step_{step:08d}.json").read_text()), list)

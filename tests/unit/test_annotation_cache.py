@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import mmap
 import multiprocessing
 import os
 import time
@@ -10,14 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from horovod_megdet.data import annotation_cache, image_files, reading
+from horovod_megdet.data import annotation_cache, annotation_json, image_files, reading
 from horovod_megdet.data.annotation_cache import Source
 from horovod_megdet.data.annotation_json import read_annotation_file
 from horovod_megdet.data.annotations import Annotations
@@ -128,6 +131,8 @@ def annotation_files(draw: st.DrawFn) -> Content:
             entry.pop(draw(st.sampled_from(["id", "image_id", "category_id", "bbox"])), None)
         else:
             entry[key] = draw(IDS if key.endswith("id") else NUMBERS)
+    for entry in draw(st.lists(st.sampled_from(content["annotations"]), max_size=2)):
+        entry["note"] = draw(st.sampled_from(["}, {", '"}, {"', [{}, {"id": 1}], [[{"a": []}], {}], {"a": {}}]))
     for entry in draw(st.lists(st.sampled_from(content["images"]), max_size=2)):
         entry[draw(st.sampled_from(["id", "width", "file_name"]))] = draw(IDS)
     if draw(st.booleans()):
@@ -136,8 +141,15 @@ def annotation_files(draw: st.DrawFn) -> Content:
 
 
 @settings(deadline=None, max_examples=300)
-@given(content=annotation_files(), bad_file=st.integers(0, 5))
-def test_both_parsers_find_the_same(tmp_path_factory: pytest.TempPathFactory, content: Content, bad_file: int) -> None:
+@given(
+    content=annotation_files(),
+    bad_file=st.integers(0, 5),
+    piece=st.sampled_from([1, 100, 300, 1 << 24]),
+    indent=st.sampled_from([None, 1]),
+)
+def test_both_parsers_find_the_same(
+    tmp_path_factory: pytest.TempPathFactory, content: Content, bad_file: int, piece: int, indent: int | None
+) -> None:
     path = tmp_path_factory.getbasetemp() / "any.json"
 
     def read() -> Annotations:
@@ -147,10 +159,46 @@ def test_both_parsers_find_the_same(tmp_path_factory: pytest.TempPathFactory, co
             checked.errors[bad_file] = "not an image"
         return file.pack(checked)
 
-    path.write_text(json.dumps(content))
-    typed = read()
+    path.write_text(json.dumps(content, indent=indent))
+    with mock.patch.object(annotation_json, "PIECE_BYTES", piece):
+        typed = read()
     path.write_text(json.dumps(content | {"info": float("nan")}))  # only Python's parser takes that
     assert same(typed, read())
+
+
+@pytest.mark.parametrize("listed", ["{}", "null", "3", '""', "[{}]", "[1, 2]", '[{"id": 1}, ]', "[,]"])
+def test_what_is_no_list_of_annotations_goes_to_the_parser_that_explains(tmp_path: Path, listed: str) -> None:
+    path = tmp_path / "any.json"
+    path.write_text(json.dumps(content_of(1) | {"annotations": "HERE"}).replace('"HERE"', listed))
+    with pytest.raises(msgspec.DecodeError):
+        annotation_json._read_typed(path)
+
+
+def test_the_text_of_annotations_is_given_back_while_they_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Page by page: of all pages that hold nothing but annotations none is left at the end."""
+    monkeypatch.setattr(annotation_json, "PIECE_BYTES", 2 * mmap.PAGESIZE)
+    content = content_of(2)
+    content["annotations"] = [content["annotations"][0] | {"id": id, "note": "x" * 500} for id in range(1, 100)]
+    path = tmp_path / "any.json"
+    path.write_text(json.dumps(content))
+    given_back: list[tuple[int, int]] = []
+
+    class Memory(mmap.mmap):
+        def madvise(self, option: int, start: int = 0, length: int = 0) -> None:
+            assert option == mmap.MADV_DONTNEED
+            given_back.append((start, length))
+            super().madvise(option, start, length)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mmap, "mmap", Memory)
+        entries = read_annotation_file(path).entries
+    assert [entry.id for entry in entries] == list(range(1, 100))
+    ends = [start + length for start, length in given_back]
+    assert [start for start, _ in given_back] == [0, *ends[:-1]]
+    assert len(ends) > 3
+    assert ends[-1] == path.read_bytes().index(b'], "categories"') // mmap.PAGESIZE * mmap.PAGESIZE
 
 
 def test_polygons_and_other_keys_are_passed_over(folder: Folder) -> None:
