@@ -8,19 +8,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import box_iou
+
+from horovod_megdet.data.coco import CocoDataset
+from horovod_megdet.data.transforms import fit_size
 
 LEVELS = 5
+"""P2 to P6."""
+
 SIZE_DIVISIBLE = 32
 """The detector pads images to multiples of this."""
 
 SMALLEST, LARGEST, STEPS_PER_OCTAVE = 4, 256, 8
-"""Sizes of P2's anchors that :func:`best_sizes` tries, in pixels, and how many between a size and twice the size."""
+"""Sizes of P2's anchors that :func:`best_sizes` tries, in pixels, and how many there are per doubling."""
+
+ENOUGH = 50_000
+"""Boxes, spread evenly over the data set, that stand for all of a larger one."""
 
 
 @dataclass(frozen=True)
 class ResizedBoxes:
-    """Boxes in the images as the network sees them."""
+    """Objects' boxes in the images as the network sees them."""
 
     boxes: Tensor
     """(n, 4) float64 xyxy in pixels."""
@@ -50,3 +57,58 @@ class ResizedBoxes:
     def shorter_sides(self) -> NDArray[np.float64]:
         """(n,): the shorter side of each box, in pixels."""
         return (self.boxes[:, 2:] - self.boxes[:, :2]).amin(dim=1).numpy()
+
+    def aspect_ratios(self) -> NDArray[np.float64]:
+        """(n,): height / width."""
+        width, height = (self.boxes[:, 2:] - self.boxes[:, :2]).T
+        return (height / width).numpy()
+
+
+def resized_boxes(dataset: CocoDataset, shorter_sides: Sequence[int], longer_side: int) -> ResizedBoxes:
+    """The objects of a data set in images of all these shorter sides; crowd regions are none."""
+    found = dataset.ground_truth
+    of_image = np.repeat(np.arange(len(found.image_ids)), np.diff(found.first_box))
+    objects = np.flatnonzero(~found.crowd)
+    if len(objects) > ENOUGH:
+        objects = objects[np.linspace(0, len(objects) - 1, ENOUGH).round().astype(int)]
+    of_image, boxes = of_image[objects], found.boxes[objects]
+    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+    sizes = found.sizes[of_image].astype(np.int64)
+    corners = corners.clip(0, sizes[:, [1, 0, 1, 0]])
+    all_boxes, all_sizes = [], []
+    for side in shorter_sides:
+        new = np.array([fit_size((height, width), side, longer_side) for height, width in found.sizes.tolist()])
+        new_sizes = new[of_image]
+        all_boxes.append(corners * (new_sizes / sizes)[:, [1, 0, 1, 0]])
+        all_sizes.append(new_sizes)
+    return ResizedBoxes(torch.from_numpy(np.concatenate(all_boxes)), torch.from_numpy(np.concatenate(all_sizes)))
+
+
+def best_sizes(objects: ResizedBoxes, aspect_ratios: Sequence[float]) -> tuple[int, ...]:
+    """The sizes for P2 to P6, each twice the one before (Lin et al., 2017), whose mean best IoU is the largest."""
+    steps = np.arange(int(np.log2(LARGEST / SMALLEST)) * STEPS_PER_OCTAVE + 1)
+    firsts = sorted({round(SMALLEST * 2 ** (step / STEPS_PER_OCTAVE)) for step in steps.tolist()})
+    candidates = [tuple(first * 2**level for level in range(LEVELS)) for first in firsts]
+    return max(candidates, key=lambda sizes: objects.best_iou(sizes, aspect_ratios).mean())
+
+
+def _grids(image_sizes: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """For each level (rows, columns) of each image and the strides, both (n, 2), as the detector has them."""
+    padded = (image_sizes + SIZE_DIVISIBLE - 1) // SIZE_DIVISIBLE * SIZE_DIVISIBLE
+    cells = [padded // stride for stride in (4, 8, 16, 32)]
+    cells.append((cells[-1] + 1) // 2)  # P6 is every second cell of P5
+    return [(count, padded // count) for count in cells]
+
+
+def _shapes(size: float, aspect_ratios: Sequence[float]) -> Tensor:
+    """(ratios, 4): torchvision's anchors around 0, which it rounds to whole pixels."""
+    generator = AnchorGenerator(((size,),), (tuple(aspect_ratios),))
+    return generator.cell_anchors[0].double()
+
+
+def _iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """(n,): of each box with the other one in its row."""
+    sides = (torch.minimum(boxes[:, 2:], others[:, 2:]) - torch.maximum(boxes[:, :2], others[:, :2])).clamp(min=0)
+    shared = sides.prod(dim=1)
+    areas = [(each[:, 2:] - each[:, :2]).prod(dim=1) for each in (boxes, others)]
+    return shared / (areas[0] + areas[1] - shared)

@@ -33,8 +33,8 @@ class Classes:
         """
         if path is None and format == "yolo":
             raise UserError(
-                f"{records[0].where}: YOLO files number the classes. Name them: --classes FILE, with one name per line from "
-                "class 0, or the data.yaml that training with YOLO used."
+                f"{records[0].where}: YOLO files number the classes. Name them: --classes FILE, with one name per line "
+                "from class 0, or the data.yaml that training with YOLO used."
             )
         if path is None:
             names = sorted({item.label for record in records for item in record.objects})
