@@ -34,6 +34,7 @@ def import_data(source: Source, output: Path, split: tuple[float, ...], seed: in
     Raises :class:`UserError` if anything is bad, without ``skip_bad``, or nothing can be used.
     """
     imported = import_annotations(source)
+    (output / BAD_FILE).unlink(missing_ok=True)
     if imported.bad:
         _write_lines(output / BAD_FILE, [str(problem) for problem in imported.bad])
     if imported.bad and not skip_bad:

@@ -28,7 +28,7 @@ MOST_ENLARGED = 2.0
 """Images are suggested at most so much larger than configured: pixels, and time, grow with its square."""
 
 WORTH_IT = 0.01
-"""Gain of the mean best IoU below which other anchor sizes are not suggested."""
+"""Gain of recall at an IoU of 0.5, or of the best IoU, below which other anchor sizes are not suggested."""
 
 SIZES = {"small": (0, 32), "medium": (32, 96), "large": (96, np.inf)}
 """COCO's sizes of objects: bounds of the square root of the area, here in pixels of the network's input."""
@@ -56,6 +56,14 @@ class Fit:
         sizes = tuple(anchor_sizes or best_sizes(objects, ratios))
         return cls(sizes, sides, longer, objects, objects.best_iou(sizes, ratios))
 
+    def mean_iou(self) -> float:
+        """The mean over classes of the objects' best IoU."""
+        return self.objects.class_mean(self.iou)
+
+    def class_recall(self) -> float:
+        """The mean over classes of the recall at an IoU of 0.5."""
+        return self.objects.class_mean(self.iou >= 0.5)
+
     def recall(self, threshold: float, size: str | None = None) -> float:
         """Part of the objects, NaN if there are none, whose best IoU is at least the threshold."""
         low, high = SIZES[size] if size else (0, np.inf)
@@ -82,10 +90,11 @@ class AnchorReport:
         for title, values in {
             "anchor_sizes": [_listed(fit.anchor_sizes) for fit in both],
             "shorter_side_train": [_listed(fit.shorter_sides) for fit in both],
-            "mean of the objects' best IoU": [f"{fit.iou.mean():.3f}" for fit in both],
-            "recall at IoU 0.5": [_percent(fit.recall(0.5)) for fit in both],
+            "best IoU of objects, mean over classes": [f"{fit.mean_iou():.3f}" for fit in both],
+            "recall at IoU 0.5, mean over classes": [_percent(fit.class_recall()) for fit in both],
+            "recall at IoU 0.5 of all objects": [_percent(fit.recall(0.5)) for fit in both],
             **{f"  of {size} objects": [_percent(fit.recall(0.5, size)) for fit in both] for size in SIZES},
-            "recall at IoU 0.7": [_percent(fit.recall(0.7)) for fit in both],
+            "recall at IoU 0.7 of all objects": [_percent(fit.recall(0.7)) for fit in both],
             "square root of area: 5 %, median, 95 %": [_quantiles(fit.objects.sides()) for fit in both],
             f"objects thinner than {THIN} pixels": [_percent(_thin(fit.objects)) for fit in both],
             "height / width: 5 %, median, 95 %": [_quantiles(fit.objects.aspect_ratios(), ".2g") for fit in both],
@@ -112,12 +121,18 @@ class AnchorReport:
                 "longer_side_test": self.suggested.longer_side,
             }
         if self.suggested.anchor_sizes == self.configured.anchor_sizes:
-            sentences.append(f"Other anchor sizes would not raise the mean best IoU by {WORTH_IT:g}.")
+            sentences.append(f"Other anchor sizes would raise neither recall nor IoU by {WORTH_IT:g}.")
         else:
-            gain = self.suggested.iou.mean() - self.configured.iou.mean()
-            sentences.append(f"The suggested anchors raise the mean best IoU by {gain:.3f}.")
+            old, new = self.configured, self.suggested
+            sentences.append(
+                f"With what is suggested, recall at IoU 0.5 goes from {_percent(old.class_recall())} to "
+                f"{_percent(new.class_recall())} and the best IoU from {old.mean_iou():.3f} to {new.mean_iou():.3f}, "
+                "means over classes."
+            )
             lines["model"] = {"anchor_sizes": list(self.suggested.anchor_sizes)}
-        return "\n".join(sentences) + (f"\n\n{yaml.safe_dump(lines, default_flow_style=None)}" if lines else "")
+        return "\n".join(sentences) + (
+            f"\n\n{yaml.safe_dump(lines, default_flow_style=None, sort_keys=False)}" if lines else ""
+        )
 
     def write_plot(self, path: Path) -> None:
         """Draws the objects' sizes, the recall over IoU and the aspect ratios, as PNG, PDF or SVG."""
@@ -173,9 +188,10 @@ def fit_anchors(config: Config, dataset: CocoDataset) -> AnchorReport:
     thin = float(np.quantile(configured.objects.shorter_sides(), MANY))
     factor = min(MOST_ENLARGED, max(1.0, THIN / thin))
     suggested = Fit.of(config, dataset, factor, None)
-    kept = suggested.objects.best_iou(configured.anchor_sizes, ratios)
-    if suggested.iou.mean() < kept.mean() + WORTH_IT:
-        suggested = Fit.of(config, dataset, factor, configured.anchor_sizes) if factor > 1 else configured
+    kept = Fit.of(config, dataset, factor, configured.anchor_sizes) if factor > 1 else configured
+    gains = suggested.class_recall() - kept.class_recall(), suggested.mean_iou() - kept.mean_iou()
+    if max(gains) < WORTH_IT:
+        suggested = kept
     return AnchorReport(configured, suggested, ratios)
 
 

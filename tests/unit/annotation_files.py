@@ -87,12 +87,12 @@ def write_openimages(content: Content, root: Path) -> None:
     """``boxes.csv`` and ``classes.csv``, with the columns of OpenImages V4 and labels like `/m/cat`."""
     with (root / "boxes.csv").open("w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow("ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsGroupOf".split(","))
+        rows.writerow(["ImageID", "Source", "LabelName", "Confidence", "XMin", "XMax", "YMin", "YMax", "IsGroupOf"])
         for image, objects in objects_of(content):
             for name, (x1, y1, x2, y2) in objects:
                 width, height = image["width"], image["height"]
                 coordinates = (x1 / width, x2 / width, y1 / height, y2 / height)
-                rows.writerow([Path(image["file_name"]).stem, "xclick", f"/m/{name}", 1, *coordinates, 0, 0])
+                rows.writerow([Path(image["file_name"]).stem, "xclick", f"/m/{name}", 1, *coordinates, 0])
     lines = [f"/m/{category['name']},{category['name']}\n" for category in content["categories"]]
     (root / "classes.csv").write_text("".join(lines))
 
