@@ -7,7 +7,7 @@ import yaml
 
 from horovod_megdet.data.coco import load_dataset
 from horovod_megdet.data.importing.classes import CLASSES_FILE
-from horovod_megdet.data.importing.conversion import Imported, describe_bad, import_annotations
+from horovod_megdet.data.importing.conversion import Imported, count_bad, describe_bad, import_annotations
 from horovod_megdet.data.importing.source import Source
 from horovod_megdet.data.importing.splitting import split_images
 from horovod_megdet.errors import UserError
@@ -65,8 +65,7 @@ def _sentences(source: Source, imported: Imported, output: Path) -> list[str]:
     if imported.unannotated:
         sentences.append(f"{count(imported.unannotated, 'image file')} without annotations left out.")
     if imported.bad:
-        kinds = describe_bad(imported.bad).partition(":")[0]
-        sentences.append(f"Left out: {kinds} ({output / BAD_FILE}).")
+        sentences.append(f"Left out: {count_bad(imported.bad)}; {output / BAD_FILE} lists all of it.")
     return sentences
 
 

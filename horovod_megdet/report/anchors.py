@@ -147,11 +147,13 @@ class AnchorReport:
 
     def _draw_sizes(self, panel: Axes) -> None:
         panel.set_title("Objects and anchors, dashed, by size")
+        same_images = self.suggested.shorter_sides == self.configured.shorter_sides
         for fit, name, color in self._drawn():
-            _histogram(panel, fit.objects.sides(), color, name)
-            for size in fit.anchor_sizes:
-                panel.axvline(size, color=color, linewidth=1.2, linestyle="--")
-        panel.legend(frameon=False, fontsize=9)
+            if fit is self.configured or not same_images:
+                _histogram(panel, fit.objects.sides(), INK if same_images else color)
+            for number, size in enumerate(fit.anchor_sizes):
+                panel.axvline(size, color=color, linewidth=1.4, linestyle="--", label=None if number else name)
+        panel.legend(fontsize=9, framealpha=0.9, edgecolor="white")
         style(panel, "square root of the area, in pixels of the network's input")
 
     def _draw_recall(self, panel: Axes) -> None:
@@ -171,7 +173,7 @@ class AnchorReport:
 
     def _draw_ratios(self, panel: Axes) -> None:
         panel.set_title("Objects and anchors, dashed, by aspect ratio")
-        _histogram(panel, self.configured.objects.aspect_ratios(), INK, "")
+        _histogram(panel, self.configured.objects.aspect_ratios(), INK)
         for ratio in self.aspect_ratios:
             panel.axvline(ratio, color=BLUE, linewidth=1.2, linestyle="--")
         style(panel, "height / width")
@@ -203,9 +205,9 @@ def _thin(objects: ResizedBoxes) -> float:
     return float((objects.shorter_sides() < THIN).mean())
 
 
-def _histogram(panel: Axes, values: NDArray[np.float64], color: str, name: str) -> None:
+def _histogram(panel: Axes, values: NDArray[np.float64], color: str) -> None:
     edges = np.geomspace(values.min() * 0.99, values.max() * 1.01, 41)
-    panel.hist(values, edges.tolist(), histtype="stepfilled", color=color, alpha=0.25, label=name)
+    panel.hist(values, edges.tolist(), histtype="stepfilled", color=color, alpha=0.25)
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter("{x:g}")
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, ElementTree, SubElement, indent
 
+import yaml
+
 Content = dict[str, Any]
 
 
@@ -43,7 +45,7 @@ def write_voc(content: Content, root: Path) -> None:
 def write_yolo(content: Content, root: Path) -> None:
     """``labels/*.txt`` and ``data.yaml``, as Ultralytics has them: none for an image without objects."""
     names = [category["name"] for category in content["categories"]]
-    (root / "data.yaml").write_text(json.dumps({"nc": len(names), "names": dict(enumerate(names))}))
+    (root / "data.yaml").write_text(yaml.safe_dump({"nc": len(names), "names": dict(enumerate(names))}))
     (root / "labels").mkdir()
     for image, objects in objects_of(content):
         lines = []

@@ -103,10 +103,14 @@ def import_annotations(source: Source) -> Imported:
     return Imported(format, images, classes.names, bad, maker.clipped, len(unannotated))
 
 
+def count_bad(bad: list[Bad]) -> str:
+    """How many bad things of each kind there are: `missing images (2), unknown classes (1)`."""
+    return ", ".join(f"{kind} ({number})" for kind, number in Counter(problem.kind for problem in bad).items())
+
+
 def describe_bad(bad: list[Bad]) -> str:
-    """How many bad things of each kind there are, and the first few."""
-    kinds = Counter(problem.kind for problem in bad)
-    return ", ".join(f"{number} {kind}" for kind, number in kinds.items()) + ":" + _list(bad)
+    """One message with the number of each kind, and the first few."""
+    return f"{count_bad(bad)}:{_list(bad)}"
 
 
 def _of_one_format(source: Source, reader: AnnotationReader) -> list[Record]:
