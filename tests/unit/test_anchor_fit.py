@@ -1,5 +1,6 @@
 """megdet anchors: the best IoU of each object is that with the detector's own anchors; what is suggested is better."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ def test_best_sizes_are_those_of_the_objects() -> None:
     objects = ResizedBoxes(torch.cat([corners, corners + sides], 1), torch.full((300, 2), 256), np.tile([1, 2, 3], 100))
     found = best_sizes(objects, (1.0,))
     assert any(abs(size - 24) <= 1 for size in found), found
-    assert all(larger == 2 * smaller for smaller, larger in zip(found, found[1:], strict=False))
+    assert all(larger == 2 * smaller for smaller, larger in itertools.pairwise(found))
 
 
 @pytest.fixture
