@@ -28,15 +28,13 @@ PICTURES = 24
 def import_data(source: Source, output: Path, split: tuple[float, ...], seed: int, skip_bad: bool) -> None:
     """Reads, checks, splits and writes; prints a summary and the lines of YAML that use the result.
 
-    Writes into ``output`` one COCO JSON per part, the list of classes, a page of pictures and, if anything is bad, a
-    list of that. Images stay where they are.
+    Writes into ``output`` one COCO JSON per part, the list of classes, a page of pictures, and the list of what is bad,
+    which may be empty. Images stay where they are.
 
     Raises :class:`UserError` if anything is bad, without ``skip_bad``, or nothing can be used.
     """
     imported = import_annotations(source)
-    (output / BAD_FILE).unlink(missing_ok=True)
-    if imported.bad:
-        _write_lines(output / BAD_FILE, [str(problem) for problem in imported.bad])
+    _write_lines(output / BAD_FILE, [str(problem) for problem in imported.bad])
     if imported.bad and not skip_bad:
         raise UserError(
             f"{source.annotations}: {describe_bad(imported.bad)}\n"

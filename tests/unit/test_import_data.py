@@ -378,6 +378,19 @@ def test_files_of_one_name_in_two_folders_are_told_apart_by_their_place(importin
     }
 
 
+def test_folders_of_annotations_and_images_are_alike(importing: Import) -> None:
+    content = good_content()
+    for folder in ("a", "b"):
+        write_images(content, importing.root / folder)
+        write_voc(content, importing.root / folder)
+        for kind, images in (("Annotations", "Annotations"), ("images", "JPEGImages")):
+            (importing.root / images).mkdir(exist_ok=True)
+            (importing.root / folder / kind).rename(importing.root / images / folder)
+    assert importing.run("--split", "1") == 0
+    wanted = expected(content)
+    assert importing.found() == {f"{folder}/{name}": wanted[name] for folder in ("a", "b") for name in wanted}
+
+
 def test_groups_of_openimages_are_crowds(importing: Import) -> None:
     importing.write(write_openimages)
     text = (importing.root / "boxes.csv").read_text().splitlines()

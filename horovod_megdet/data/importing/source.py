@@ -134,6 +134,13 @@ def _indices(names: list[str]) -> tuple[Names, Names]:
 
 
 def _files_of(source: Source, record: Record, by_path: Names, by_name: Names) -> list[str]:
-    """The image files that a record can mean: beside its annotations, else in the folder of images, else anywhere."""
+    """The image files that a record can mean.
+
+    Beside its annotations, in the same folder below that of images, by its path in it, or else by its name anywhere.
+    """
     beside = os.path.relpath(record.folder / record.image, source.images)
-    return by_path.get(Path(beside).as_posix()) or by_path.get(record.image) or by_name.get(Path(record.image).name, [])
+    alike = os.path.relpath(record.folder / record.image, source.annotations)
+    for path in (Path(beside).as_posix(), Path(alike).as_posix(), record.image):
+        if path in by_path:
+            return by_path[path]
+    return by_name.get(Path(record.image).name, [])
