@@ -16,6 +16,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def fractions(text: str) -> tuple[float, ...]:
+    """The type of ``--split``: one to three numbers above 0 whose sum is 1."""
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not 1 <= len(numbers) <= 3 or not all(number > 0 for number in numbers) or abs(sum(numbers) - 1) > 1e-6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one to three numbers above 0 with a sum of 1, like 0.8,0.2")
+    return numbers
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds ``--config``, ``--set`` and ``--run-dir``; :func:`config_of` reads them."""
     parser.add_argument(

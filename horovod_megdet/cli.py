@@ -5,7 +5,7 @@ import socket
 import sys
 from pathlib import Path
 
-from horovod_megdet.arguments import add_config_arguments, add_set_argument, config_of, positive
+from horovod_megdet.arguments import add_config_arguments, add_set_argument, config_of, fractions, positive
 from horovod_megdet.cluster.launch import command as launch
 from horovod_megdet.config import Config
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
@@ -30,7 +30,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add_command in (
         _add_plan,
+        _add_import_data,
         _add_check_data,
+        _add_anchors,
         _add_synth,
         _add_evaluate,
         _add_predict,
@@ -118,6 +120,52 @@ def _training_images(config: Config) -> int:
         raise UserError(f"{error}\nTo plan without the data, give the number of its images: --images 117266.") from None
 
 
+def _add_import_data(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "import-data", help="write COCO JSON files from Pascal VOC, YOLO, LabelMe, CVAT or OpenImages annotations"
+    )
+    parser.add_argument("source", type=Path, help="folder of the data set, or one annotation file")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write; images stay put")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="folder of the images (default: JPEGImages or images in SOURCE, or it)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("voc", "cvat", "yolo", "labelme", "openimages"),
+        help="which annotations to read, where the folder has several kinds",
+    )
+    parser.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="the names of the classes in their order: one per line, YOLO's data.yaml, or a CSV of labels and names "
+        "(default: data.yaml or classes.txt in SOURCE, or all that the annotations name)",
+    )
+    parser.add_argument(
+        "--split",
+        type=fractions,
+        default=(0.8, 0.2),
+        metavar="FRACTIONS",
+        help="of the images for train, val and test (default: 0.8,0.2; 1 does not split)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="other seeds split in other ways (default: %(default)s)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out what is bad, and count it")
+    parser.set_defaults(run=_import_data)
+
+
+def _import_data(arguments: argparse.Namespace) -> int:
+    from horovod_megdet.data.importing.source import Source
+    from horovod_megdet.import_data import import_data
+
+    output = arguments.output
+    source = Source.find(arguments.source, arguments.images, arguments.format, arguments.classes, output)
+    import_data(source, output, arguments.split, arguments.seed, arguments.skip_bad)
+    return 0
+
+
 def _add_check_data(commands: Commands) -> None:
     parser = commands.add_parser("check-data", help="list everything that is wrong with the data of a configuration")
     add_config_arguments(parser)
@@ -142,6 +190,34 @@ def _check_data(arguments: argparse.Namespace) -> int:
         print(f"{annotations}: {len(problems)} problems")
         found += len(problems)
     return EXIT_USER_ERROR if found else 0
+
+
+def _add_anchors(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "anchors", help="say how well anchors and image sizes fit the training set, and which would fit better"
+    )
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        default=Path("anchors.png"),
+        metavar="FILE",
+        help="picture to write: PNG, PDF or SVG (default: %(default)s)",
+    )
+    parser.set_defaults(run=_anchors)
+
+
+def _anchors(arguments: argparse.Namespace) -> int:
+    from horovod_megdet.data.configured import load_split
+    from horovod_megdet.report.anchors import fit_anchors
+    from horovod_megdet.report.tables import console
+
+    config = config_of(arguments)
+    report = fit_anchors(config, load_split(config.data, training=True))
+    report.write_plot(arguments.plot)
+    console().print(report.table())
+    print(f"\n{report.advice()}\n{arguments.plot}")
+    return 0
 
 
 def _add_synth(commands: Commands) -> None:

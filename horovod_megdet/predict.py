@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from horovod_megdet.data.images import ImageFileError, read_image
+from horovod_megdet.data.images import IMAGE_SUFFIXES, ImageFileError, read_image
 from horovod_megdet.data.transforms import DetectionTransform, build_transform
 from horovod_megdet.engine import checkpoint as checkpoints
 from horovod_megdet.errors import UserError
@@ -19,9 +19,6 @@ from horovod_megdet.models.detector import Detector, build_detector
 from horovod_megdet.report.pictures import draw_detections
 
 DETECTIONS_FILE = "detections.json"
-
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-"""Files in a folder that count as images."""
 
 
 def predict_images(
@@ -106,7 +103,7 @@ def _find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
     files, problems = [], []
     for path in paths:
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
             if not found:
                 problems.append(f"{path}: there are no images in this folder.")
             files += found

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from horovod_megdet.errors import UserError
 
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+"""Files in a folder that count as images."""
+
 TRANSPOSED_ORIENTATIONS = {5, 6, 7, 8}
 """EXIF orientations that swap width and height."""
 

@@ -64,7 +64,7 @@ def draw_curves(rows: Rows, title: str) -> Figure:
     end = max([row["epoch"] for row in rows])
     for panel in panels.values():
         panel.set_xlim(0, end * 1.02 or 1)
-        _style(panel)
+        style(panel, "epoch")
     return figure
 
 
@@ -145,8 +145,9 @@ def _draw_noise_scale(panel: Axes, train: Rows) -> None:
     panel.legend(frameon=False, loc="upper left", fontsize=9)
 
 
-def _style(panel: Axes) -> None:
-    panel.set_xlabel("epoch")
+def style(panel: Axes, x_title: str) -> None:
+    """Makes a panel look like all others."""
+    panel.set_xlabel(x_title)
     panel.title.set(fontsize=11, color=INK)
     panel.grid(True, color="#e6e6e6", linewidth=0.8)
     panel.set_axisbelow(True)

@@ -9,6 +9,7 @@ import jinja2
 from PIL import Image
 
 VALIDATION_PAGE = "validation.html"
+DATASET_PAGE = "dataset.html"
 
 TALLEST = 480
 """Pixels on the screen that a picture is high at most."""
@@ -39,6 +40,20 @@ class Card:
         """Pixels on the screen that each of the two pictures is wide at most."""
         shown = min(self.objects.width, self.objects.width * TALLEST // self.objects.height)
         return min(shown, ENLARGED_WIDTH) if self.objects.width > self.width else shown
+
+
+@dataclass(frozen=True)
+class PictureCard:
+    """One image on the page of a data set."""
+
+    name: str
+    part: str
+    """Such as ``train``."""
+    height: int
+    width: int
+    """Of the original image, in pixels."""
+    picture: Image.Image
+    """With its boxes."""
 
 
 def render(template: str, **values: Any) -> bytes:

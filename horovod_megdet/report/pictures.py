@@ -77,6 +77,19 @@ def write_validation_page(
         file.write(render(VALIDATION_PAGE, title=title, summary=f"{summary}.", classes=classes, cards=cards))
 
 
+def draw_ground_truth(dataset: CocoDataset, index: int) -> tuple[Image.Image, set[int]]:
+    """An image with the boxes of its objects, groups of objects in gray; and the labels among them."""
+    found = dataset.ground_truth
+    rows = slice(found.first_box[index], found.first_box[index + 1])
+    labels, crowd = found.labels[rows].tolist(), found.crowd[rows].tolist()
+    boxes = np.concatenate([found.boxes[rows, :2], found.boxes[rows, :2] + found.boxes[rows, 2:]], axis=1).tolist()
+    marks = [
+        _object_mark(box, label, is_crowd, True, dataset.class_names)
+        for box, label, is_crowd in zip(boxes, labels, crowd, strict=True)
+    ]
+    return _scaled_down(draw_marks(dataset.read(index)[0], marks)), set(labels)
+
+
 def _card(dataset: CocoDataset, index: int, truth: GroundTruth, detections: Arrays) -> Card:
     boxes, scores, labels = detections
     image = dataset.read(index)[0]

@@ -18,7 +18,7 @@ LAYERS = (
     {"evaluation", "solver"},
     {"report"},
     {"engine"},
-    {"cluster", "predict"},
+    {"cluster", "import_data", "predict"},
     {"run"},
     {"cli"},
 )
