@@ -22,20 +22,21 @@ class AnyImage(nn.Module):
 
         Args:
             image: uint8 (H, W, 3), RGB.
-            original_size: int64 (2,), height and width of the image that boxes shall be in pixels of, where ``image``
-                has been decoded at a fraction of its size; zeros stand for the size of ``image``.
+            original_size: int64 (2,), height and width that boxes shall be in pixels of. They are those of ``image``,
+                or larger where it was decoded at a fraction of its size.
 
         Returns boxes float32 (k, 4) xyxy, scores float32 (k,) and labels int64 (k,), from 1.
         """
         stored_size = torch._shape_as_tensor(image)[:2].to(original_size)
-        size = torch.where(original_size > 0, original_size, stored_size).double()
-        scale = torch.minimum(self.sides[0] / size.min(), self.sides[1] / size.max())
+        size = original_size.double()
+        scale = torch.minimum(self.sides[:1] / size.amin(0, keepdim=True), self.sides[1:] / size.amax(0, keepdim=True))
         new_size = (size * scale).round().clamp(min=1)
-        pixels = image.permute(2, 0, 1).float()
-        # Pillow's order, in which PyTorch resizes 8-bit images, too: rows, rounded, then columns.
-        pixels = _round(pixels @ _weights(stored_size[1], new_size[1]).t())
-        pixels = _round(_weights(stored_size[0], new_size[0]) @ pixels)
-        found = self._detect(pixels / 255)
+        # Pillow's order, in which PyTorch resizes 8-bit images, too: rows, rounded, then columns. In float64 the sums are
+        # exact, so that what is rounded is the same number.
+        pixels = image.permute(2, 0, 1).double()
+        pixels = _round(pixels @ _weights(stored_size[1:], new_size[1:]).t())
+        pixels = _round(_weights(stored_size[:1], new_size[:1]) @ pixels)
+        found = self._detect(pixels.float() / 255)
         ratio = (size / new_size).float().flip(0)
         return found["boxes"] * torch.cat([ratio, ratio]), found["scores"], found["labels"]
 
@@ -49,15 +50,18 @@ class AnyImage(nn.Module):
 def _weights(old: Tensor, new: Tensor) -> Tensor:
     """How much each of ``old`` pixels counts in each of ``new``: (new, old), the triangle filter with antialiasing.
 
-    As in PyTorch's ``interpolate(..., antialias=True)`` for 8-bit images they are integers below 2^15, over a power of 2.
+    As in PyTorch's ``interpolate(..., antialias=True)`` for 8-bit images they are integers below 2^15, over a power of
+    2. Numbers are float64 (1,): without a dimension, the exporter to ONNX would make float32 of them.
     """
     step = old.double() / new
-    center = (torch.arange(new, dtype=torch.float64, device=old.device) + 0.5) * step
-    pixel = torch.arange(old, dtype=torch.float64, device=old.device) + 0.5
+    center = (torch.arange(new[0], dtype=torch.float64, device=old.device) + 0.5) * step
+    pixel = torch.arange(old[0], dtype=torch.float64, device=old.device) + 0.5
     weights = (1 - (pixel[None] - center[:, None]).abs() / step.clamp(min=1)).clamp(min=0)
     weights = weights / weights.sum(dim=1, keepdim=True)
-    unit = torch.pow(2.0, (32767.5 / weights.max()).log2().floor().clamp(max=22))
-    return ((weights * unit + 0.5).floor() / unit).float()
+    largest = weights.flatten().amax(0, keepdim=True)
+    power = (32767.5 / largest).log2().floor().clamp(max=22)
+    unit = torch.pow(torch.full_like(power, 2), power)
+    return (weights * unit + 0.5).floor() / unit
 
 
 def _round(pixels: Tensor) -> Tensor:
