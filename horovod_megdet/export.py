@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from horovod_megdet import __version__
 from horovod_megdet.engine import checkpoint as checkpoints
 from horovod_megdet.engine.checkpoint import Checkpoint
 from horovod_megdet.errors import UserError
@@ -30,8 +29,8 @@ OPSET = 17
 
 INPUTS = {
     "image": "uint8 (height, width, 3), RGB, upright, of any size; the detector resizes it",
-    "original_size": "int64 (2,): height and width that boxes shall be in pixels of: those of image, or of the file where "
-    "image was decoded at a fraction of its size (JPEG)",
+    "original_size": "int64 (2,): height and width that boxes shall be in pixels of: those of image, or of the file "
+    "where image was decoded at a fraction of its size (JPEG)",
 }
 OUTPUTS = {
     "boxes": "float32 (detections, 4): x1, y1, x2, y2 in pixels, best score first",
@@ -72,7 +71,6 @@ def metadata(saved: Checkpoint) -> dict[str, Any]:
         "inputs": INPUTS,
         "outputs": OUTPUTS,
         "images_seen": saved.images_seen,
-        "horovod_megdet": __version__,
     }
 
 
@@ -98,7 +96,7 @@ def _onnx(saved: Checkpoint) -> bytes:
         torch.onnx.export(
             _any_image(saved),
             _example(saved),
-            traced,
+            traced,  # type: ignore[arg-type]
             dynamo=False,
             opset_version=OPSET,
             input_names=list(INPUTS),

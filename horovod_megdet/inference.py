@@ -119,15 +119,17 @@ class TrainedDetector:
         return [found[number] for number in range(len(found))]
 
     def _resized(self, number: int, source: Source) -> "_Resized":
-        try:
-            pixels = None if isinstance(source, str | Path) else _pixels(source)
-        except ValueError as error:
-            raise UserError(f"Image {number} of the list cannot be used: {error}.") from None
-        size = read_header(Path(source)).size if isinstance(source, str | Path) else _size(pixels)
         transform, generator = build_transform(self.config.data, training=False), torch.Generator()
+        if isinstance(source, str | Path):
+            size = read_header(Path(source)).size
+            pixels = read_image(Path(source), at_least=transform.draw_size(size, generator))
+        else:
+            try:
+                pixels = _pixels(source)
+            except ValueError as error:
+                raise UserError(f"Image {number} of the list, from 0, cannot be used: {error}.") from None
+            size = _size(pixels)
         new_size = transform.draw_size(size, generator)
-        if pixels is None:
-            pixels = read_image(Path(source), new_size)
         resized, _ = transform.apply(pixels, torch.zeros(0, 4), size, new_size, generator)
         return _Resized(number, source, size, resized)
 
@@ -204,7 +206,7 @@ def _pixels(source: Source) -> Tensor:
         case Image.Image():
             return to_tensor(source)
         case np.ndarray(ndim=3, dtype=np.uint8) if source.shape[2] == 3 and source.size:
-            return torch.from_numpy(np.ascontiguousarray(source)).permute(2, 0, 1)
+            return torch.from_numpy(source.copy()).permute(2, 0, 1)  # Pillow's arrays are read-only
         case Tensor(ndim=3) if source.shape[0] == 3 and source.numel():
             if source.dtype == torch.uint8 or source.is_floating_point():
                 return source

@@ -31,8 +31,8 @@ class AnyImage(nn.Module):
         size = original_size.double()
         scale = torch.minimum(self.sides[:1] / size.amin(0, keepdim=True), self.sides[1:] / size.amax(0, keepdim=True))
         new_size = (size * scale).round().clamp(min=1)
-        # Pillow's order, in which PyTorch resizes 8-bit images, too: rows, rounded, then columns. In float64 the sums are
-        # exact, so that what is rounded is the same number.
+        # Pillow's order, in which PyTorch resizes 8-bit images, too: rows, rounded, then columns. In float64 the sums
+        # are exact, so that what is rounded is the same number.
         pixels = image.permute(2, 0, 1).double()
         pixels = _round(pixels @ _weights(stored_size[1:], new_size[1:]).t())
         pixels = _round(_weights(stored_size[:1], new_size[:1]) @ pixels)
@@ -41,7 +41,7 @@ class AnyImage(nn.Module):
         return found["boxes"] * torch.cat([ratio, ratio]), found["scores"], found["labels"]
 
     def _detect(self, image: Tensor) -> dict[str, Tensor]:
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self.detector([image])[1][0]  # a scripted detector gives losses, too
         found: dict[str, Tensor] = self.detector([image])[0]
         return found
@@ -54,8 +54,8 @@ def _weights(old: Tensor, new: Tensor) -> Tensor:
     2. Numbers are float64 (1,): without a dimension, the exporter to ONNX would make float32 of them.
     """
     step = old.double() / new
-    center = (torch.arange(new[0], dtype=torch.float64, device=old.device) + 0.5) * step
-    pixel = torch.arange(old[0], dtype=torch.float64, device=old.device) + 0.5
+    center = (torch.arange(new[0], dtype=torch.float64, device=old.device) + 0.5) * step  # type: ignore[call-overload]
+    pixel = torch.arange(old[0], dtype=torch.float64, device=old.device) + 0.5  # type: ignore[call-overload]
     weights = (1 - (pixel[None] - center[:, None]).abs() / step.clamp(min=1)).clamp(min=0)
     weights = weights / weights.sum(dim=1, keepdim=True)
     largest = weights.flatten().amax(0, keepdim=True)

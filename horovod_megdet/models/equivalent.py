@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import get_model
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 from horovod_megdet.config import DataConfig, ModelConfig, Norm
 from horovod_megdet.models.backbone import add_biases, with_fpn
@@ -62,7 +62,7 @@ def _box_head(model: ModelConfig) -> nn.Module:
     return FastRCNNConvFCHead(size, [channels] * 4, [model.box_head_channels], nn.BatchNorm2d)
 
 
-def _fold(fpn: nn.Module) -> None:
+def _fold(fpn: FeaturePyramidNetwork) -> None:
     """Makes one convolution of each convolution and its norm."""
     for block in (*fpn.inner_blocks, *fpn.layer_blocks):
         if len(block) > 1:
