@@ -61,9 +61,7 @@ def build_backbone(model: ModelConfig, norms: Norms) -> BackboneWithFPN:
     return backbone
 
 
-def with_fpn(
-    resnet: torchvision.models.ResNet, channels: int, norm_layer: Callable[..., nn.Module] | None
-) -> BackboneWithFPN:
+def with_fpn(resnet: models.ResNet, channels: int, norm_layer: Callable[..., nn.Module] | None) -> BackboneWithFPN:
     """torchvision's FPN of ``channels`` on a ResNet."""
     narrowest = resnet.inplanes // 8
     return BackboneWithFPN(
