@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torchvision import models
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 from horovod_megdet.config import ModelConfig
