@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_synth,
         _add_evaluate,
         _add_predict,
+        _add_export,
         _add_doctor,
         _add_launch,
         _add_report,
@@ -310,6 +311,31 @@ def _predict(arguments: argparse.Namespace) -> int:
         arguments.checkpoint, arguments.images, arguments.output, arguments.score, torch.device(arguments.device)
     )
     print(results)
+    return 0
+
+
+def _add_export(commands: Commands) -> None:
+    parser = commands.add_parser("export", help="a checkpoint's detector as a file for other programs (docs/export.md)")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run directory for its newest")
+    parser.add_argument(
+        "--format",
+        choices=("onnx", "torchscript", "torchvision"),
+        default="onnx",
+        help="onnx and torchscript: the whole detector, for images of any size; torchvision: a state dict of its "
+        "FasterRCNN (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="the file to write (default: detector.onnx, .pt or .pth, in this folder)"
+    )
+    parser.set_defaults(run=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from horovod_megdet.export import SUFFIXES, export_detector
+
+    output = arguments.output or Path(f"detector{SUFFIXES[arguments.format]}")
+    export_detector(arguments.checkpoint, output, arguments.format)
+    print(output)
     return 0
 
 

@@ -1,7 +1,10 @@
 """ResNet and FPN from torchvision's parts: norms, frozen stages, initial weights and recomputation."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torchvision import models
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 from horovod_megdet.config import ModelConfig
@@ -11,6 +14,9 @@ from horovod_megdet.models.resnet import BasicBlock, Body, Bottleneck, ResNet, b
 
 STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
 """The modules of each backbone stage, from the image up."""
+
+LEVELS = {"layer1": "0", "layer2": "1", "layer3": "2", "layer4": "3"}
+"""The FPN's levels P2 to P5 in its output, by the stage below."""
 
 
 class RecomputedStage(nn.Sequential):
@@ -46,16 +52,8 @@ def build_backbone(model: ModelConfig, norms: Norms) -> BackboneWithFPN:
     for stage in STAGES[:frozen]:
         for name in stage:
             _freeze(resnet, name)
-    channels = resnet.inplanes // 8
-    levels = {"layer1": "0", "layer2": "1", "layer3": "2", "layer4": "3"}
-    backbone = BackboneWithFPN(
-        resnet,
-        return_layers=levels,
-        in_channels_list=[channels, 2 * channels, 4 * channels, 8 * channels],
-        out_channels=model.fpn_channels,
-        norm_layer=norms.layer(model.fpn_norm),
-    )
-    backbone.body = Body(resnet, return_layers=levels)
+    backbone = with_fpn(resnet, model.fpn_channels, norms.layer(model.fpn_norm))
+    backbone.body = Body(resnet, return_layers=LEVELS)
     norms.finish(backbone.body, model.backbone_norm, "backbone.body")
     norms.finish(backbone.fpn, model.fpn_norm, "backbone.fpn")
     if model.activation_checkpointing != "none":
@@ -64,16 +62,33 @@ def build_backbone(model: ModelConfig, norms: Norms) -> BackboneWithFPN:
     return backbone
 
 
+def with_fpn(resnet: models.ResNet, channels: int, norm_layer: Callable[..., nn.Module] | None) -> BackboneWithFPN:
+    """torchvision's FPN of ``channels`` on a ResNet."""
+    narrowest = resnet.inplanes // 8
+    return BackboneWithFPN(
+        resnet,
+        return_layers=LEVELS,
+        in_channels_list=[narrowest, 2 * narrowest, 4 * narrowest, 8 * narrowest],
+        out_channels=channels,
+        norm_layer=norm_layer,
+    )
+
+
 def _build_resnet(model: ModelConfig, norms: Norms) -> ResNet:
     # Without a norm its place is taken by the identity, and the shift by the convolution's bias.
     resnet = build_resnet(model.backbone, norms.layer(model.backbone_norm) or nn.Identity)
     if model.backbone_norm == "none":
-        for layer in resnet.modules():
-            if isinstance(layer, nn.Conv2d):
-                layer.bias = nn.Parameter(torch.zeros(layer.out_channels))
+        add_biases(resnet)
     if model.backbone_norm in ("none", "frozen"):
         _bound_variance(resnet)
     return resnet
+
+
+def add_biases(resnet: nn.Module) -> None:
+    """Gives each convolution of a ResNet without norms a bias of 0."""
+    for layer in resnet.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.bias = nn.Parameter(torch.zeros(layer.out_channels))
 
 
 @torch.no_grad()

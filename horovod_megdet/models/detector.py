@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.misc import Conv2dNormActivation
 from torchvision.ops.poolers import LevelMapper
 
@@ -30,6 +31,7 @@ IMAGE_STD = [0.229, 0.224, 0.225]
 ROI_SIZE = 7
 """Side of the feature maps that RoIAlign cuts out."""
 
+Pool = TypeVar("Pool", bound=MultiScaleRoIAlign)
 
 COUNT_OF_LOSS = {
     "loss_objectness": SAMPLED_ANCHORS,
@@ -110,11 +112,16 @@ def build_detector(
     return Detector(backbone, rpn, roi_heads, _Transform(channels_last))
 
 
-def _build_rpn(model: ModelConfig) -> RPN:
-    anchors = AnchorGenerator(
+def build_anchors(model: ModelConfig) -> AnchorGenerator:
+    """The anchors of all levels."""
+    return AnchorGenerator(
         sizes=tuple((size,) for size in model.anchor_sizes),
         aspect_ratios=(tuple(model.anchor_aspect_ratios),) * len(model.anchor_sizes),
     )
+
+
+def _build_rpn(model: ModelConfig) -> RPN:
+    anchors = build_anchors(model)
     return RPN(
         anchors,
         _RPNHead(model.fpn_channels, anchors.num_anchors_per_location()[0]),
@@ -142,13 +149,25 @@ def _build_roi_heads(model: ModelConfig, norms: Norms, num_classes: int) -> RoIH
 
 
 def _build_roi_pool(model: ModelConfig) -> TrainedRoIAlign:
-    """RoIAlign on P2 to P5. FPN puts RoIs of 224 pixels on P4, whose anchors have 128; others scale it alike."""
-    scale = round(model.anchor_sizes[2] * 224 / 128)
-    pool = TrainedRoIAlign(["0", "1", "2", "3"], output_size=ROI_SIZE, sampling_ratio=2, canonical_scale=scale)
-    # torchvision would guess the strides from the first batch, wrongly if its images are small, and keep them: a
-    # resumed run, whose first batch is another one, would go on differently.
+    scale = canonical_scale(model)
+    return with_fpn_scales(
+        TrainedRoIAlign(["0", "1", "2", "3"], output_size=ROI_SIZE, sampling_ratio=2, canonical_scale=scale)
+    )
+
+
+def canonical_scale(model: ModelConfig) -> int:
+    """Side of the RoIs on P4. FPN puts those of 224 pixels there, whose anchors have 128; others scale it alike."""
+    return round(model.anchor_sizes[2] * 224 / 128)
+
+
+def with_fpn_scales(pool: Pool) -> Pool:
+    """Sets what RoIAlign on P2 to P5 needs to know of them.
+
+    torchvision would guess the strides from the first batch, wrongly if its images are small, and keep them: a resumed
+    run, whose first batch is another one, would go on differently.
+    """
     pool.scales = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
-    pool.map_levels = LevelMapper(2, 5, canonical_scale=scale)
+    pool.map_levels = LevelMapper(2, 5, canonical_scale=pool.canonical_scale)
     return pool
 
 

@@ -14,12 +14,13 @@ LAYERS = (
     {"config", "files", "launched"},
     {"arguments", "comm", "data"},
     {"layers"},
-    {"models", "__init__"},
+    {"models"},
     {"evaluation", "solver"},
     {"report"},
     {"engine"},
-    {"cluster", "import_data", "predict"},
-    {"run"},
+    {"cluster", "import_data", "inference"},
+    {"export", "predict"},
+    {"run", "__init__"},
     {"cli"},
 )
 """Modules and packages; each imports from those in the sets before its own only."""
