@@ -160,7 +160,7 @@ class _Resized:
 
     @property
     def padded_size(self) -> Size:
-        """That of the network's input, a multiple of its largest stride."""
+        """That of the network's input, in units of its largest stride, 32."""
         height, width = _size(self.pixels)
         return -(-height // 32), -(-width // 32)
 

@@ -19,7 +19,7 @@ from horovod_megdet.files import atomic_write
 from horovod_megdet.wording import some
 
 SHOWN = 10
-"""Bad things that an error message lists; `problems.txt` has all of them."""
+"""Bad things that an error message lists; `bad.txt` has all of them."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Source:
     images: Path
     """Folder of the images; their names in the COCO JSON are relative to it."""
     format: str | None = None
-    """A key of :data:`~horovod_megdet.data.annotation_formats.SUFFIXES`; None finds out."""
+    """A key of :data:`~horovod_megdet.data.importing.formats.SUFFIXES`; None finds out."""
     classes: Path | None = None
     """File with the names of the classes."""
     output: Path | None = None
