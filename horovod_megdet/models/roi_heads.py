@@ -16,6 +16,9 @@ SAMPLED_ROIS = "sampled_rois"
 WEIGHTS = (10.0, 5.0)
 """Of the offsets from RoIs; see :mod:`horovod_megdet.models.boxes`."""
 
+POSITIVE_FRACTION = 0.25
+"""Of the sampled RoIs, at most."""
+
 
 class RoIHeads(roi_heads.RoIHeads):
     """torchvision's RoI heads; in training they sample by the images' seeds, without loops over images.
@@ -27,7 +30,7 @@ class RoIHeads(roi_heads.RoIHeads):
         super().__init__(
             *arguments,
             batch_size_per_image=rois_per_image,
-            positive_fraction=0.25,
+            positive_fraction=POSITIVE_FRACTION,
             bbox_reg_weights=(WEIGHTS[0], WEIGHTS[0], WEIGHTS[1], WEIGHTS[1]),
             **keywords,
         )
@@ -61,9 +64,11 @@ class RoIHeads(roi_heads.RoIHeads):
         objects = Objects.of(targets, proposals.boxes.dtype)
         boxes = torch.cat([proposals.boxes, objects.boxes], dim=1)
         valid = torch.cat([proposals.valid, objects.valid], dim=1)
-        matches = match(objects, boxes, 0.5, 0.5, keep_best=False).masked_fill_(~valid, IGNORED)
+        matcher = self.proposal_matcher
+        matches = match(objects, boxes, matcher.high_threshold, matcher.low_threshold, keep_best=False)
+        matches = matches.masked_fill_(~valid, IGNORED)
         seeds = 2 * image_seeds(targets, boxes.device) + 1  # others than the RPN's
-        samples = sample(matches, seeds, self.rois_per_image, 0.25)
+        samples = sample(matches, seeds, self.rois_per_image, POSITIVE_FRACTION)
         # The head's batch normalization must see real RoIs only, so that here, once, a GPU is waited for.
         counts = samples.valid.sum(dim=1).tolist()
         image, place = samples.valid.nonzero(as_tuple=True)

@@ -18,6 +18,9 @@ SAMPLED_ANCHORS = "sampled_anchors"
 WEIGHTS = (1.0, 1.0)
 """Of the offsets from anchors; see :mod:`horovod_megdet.models.boxes`."""
 
+POSITIVE_FRACTION = 0.5
+"""Of the sampled anchors, at most."""
+
 
 class RPN(RegionProposalNetwork):
     """torchvision's RPN without its loops over images; in training it samples by the images' seeds.
@@ -27,7 +30,9 @@ class RPN(RegionProposalNetwork):
     """
 
     def __init__(self, *arguments: Any, anchors_per_image: int, **keywords: Any) -> None:
-        super().__init__(*arguments, batch_size_per_image=anchors_per_image, positive_fraction=0.5, **keywords)
+        super().__init__(
+            *arguments, batch_size_per_image=anchors_per_image, positive_fraction=POSITIVE_FRACTION, **keywords
+        )
         self.anchors_per_image = anchors_per_image
 
     def forward(
@@ -56,8 +61,9 @@ class RPN(RegionProposalNetwork):
 
     def _losses(self, anchors: Tensor, objectness: Tensor, offsets: Tensor, targets: Targets) -> dict[str, Tensor]:
         objects = Objects.of(targets, anchors.dtype)
-        matches = match(objects, anchors[None], 0.7, 0.3, keep_best=True)
-        samples = sample(matches, 2 * image_seeds(targets, anchors.device), self.anchors_per_image, 0.5)
+        matcher = self.proposal_matcher
+        matches = match(objects, anchors[None], matcher.high_threshold, matcher.low_threshold, keep_best=True)
+        samples = sample(matches, 2 * image_seeds(targets, anchors.device), self.anchors_per_image, POSITIVE_FRACTION)
         matches = matches.gather(1, samples.indices)
         positive = samples.valid & (matches >= 0)
         expected = encode(take(objects.boxes, matches.clamp(min=0)), anchors[samples.indices], WEIGHTS)
