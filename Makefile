@@ -18,6 +18,9 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
+# Images of containers like to set it; then every start of every rank would compile torch's modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # For the set-up and the kit, which run outside of the environment.
 define FIND_PYTHON
 python="$(PYTHON)"; \

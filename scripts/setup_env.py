@@ -251,7 +251,10 @@ class Setup:
             "import torchvision, horovod.torch as hvd\n"
             f"assert (hvd.gloo_built(), hvd.mpi_built(), bool(hvd.nccl_built())) == {wanted}, 'another build'"
         )
-        self.runner.run("import", "importing torchvision and Horovod", [str(self.python), "-c", program])
+        # Its bytecode is written even if the environment says otherwise, as images of containers like to do: without it,
+        # every start of every rank would compile torch's thousand modules again, 5 s of it.
+        write = {"PYTHONDONTWRITEBYTECODE": ""}
+        self.runner.run("import", "importing torchvision and Horovod", [str(self.python), "-c", program], **write)
 
     def build_horovod(self, found: horovod_wheel.Found, cache: Path) -> Path:
         """Compile Horovod, always from nothing. One that OFFLINE has compiled already is taken as it is."""
