@@ -28,6 +28,18 @@ def by_horovodrun() -> bool:
     return "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
 
 
+def elastic() -> bool:
+    """Whether horovodrun started it with its elastic driver: ranks may come and go."""
+    return os.environ.get("HOROVOD_ELASTIC") == "1"
+
+
+def move(rank: int, size: int, local_rank: int, local_size: int, cross_rank: int, cross_size: int) -> None:
+    """Notes the new place of this process in an elastic job, for Horovod, too."""
+    names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
+    numbers = (rank, size, local_rank, local_size, cross_rank, cross_size)
+    os.environ.update({f"HOROVOD_{name}": str(number) for name, number in zip(names, numbers, strict=True)})
+
+
 def by_mpi() -> bool:
     """Whether an MPI launcher started this process and Horovod will use MPI."""
     others = (names[0] for names in PLACE_VARIABLES if names[0] != "HOROVOD_RANK")

@@ -1,6 +1,7 @@
 """Starting and ending Horovod, under any launcher or alone, and what it was built and started with."""
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -28,7 +29,15 @@ Horovod's default, 30, is for ranks that start late; :func:`init` waits for thos
 
 
 def init(deterministic: bool = False, groups: bool = False) -> None:
-    """Starts Horovod, under any launcher or alone.
+    """Starts Horovod, under any launcher or alone; :func:`prepare` explains the arguments."""
+    prepare(deterministic, groups)
+    if launched.by_horovodrun():
+        meet()
+    hvd.init()
+
+
+def prepare(deterministic: bool, groups: bool) -> None:
+    """Sets the environment variables that Horovod reads when it starts.
 
     ``groups`` makes :func:`split_world` possible. It costs every negotiation another round of messages, so that it is
     off where all ranks share their statistics.
@@ -47,33 +56,34 @@ def init(deterministic: bool = False, groups: bool = False) -> None:
         os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = "gloo"
     if launched.by_horovodrun():
         os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", GLOO_TIMEOUT)
-        with waiting_for("start"):
-            _wait_for_late_ranks()
-    hvd.init()
 
 
-def _wait_for_late_ranks() -> None:
-    """Returns when all ranks that horovodrun has started have called this.
+def meet(timeout: float = math.inf) -> bool:
+    """Returns True when all ranks that horovodrun has started have called this; False after ``timeout`` seconds.
 
     One host may take a minute longer than another to import torch from a cold disk, and Gloo would give up. The ranks
-    meet at horovodrun's own store of keys and values.
+    meet at horovodrun's own store of keys and values. Rank 0 decides: the others wait twice as long.
     """
     store = os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"], os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"], "megdet_start"
+    main = launched.rank() == 0
+    deadline = time.monotonic() + (timeout if main else 2 * timeout)
 
-    def wait_for(key: str) -> None:
-        while True:
+    def wait_for(key: str) -> bool:
+        while time.monotonic() < deadline:
             with contextlib.suppress(RuntimeError):  # not there yet
                 http_client.read_data_from_kvstore(*store, key)
-                return
+                return True
             time.sleep(0.2)
+        return False
 
-    if launched.rank() == 0:
-        for other in range(1, launched.size()):
-            wait_for(str(other))
+    with waiting_for("start"):
+        if not main:
+            http_client.put_data_into_kvstore(*store, str(launched.rank()), True)
+            return wait_for("all")
+        if not all(wait_for(str(other)) for other in range(1, launched.size())):
+            return False
         http_client.put_data_into_kvstore(*store, "all", True)
-    else:
-        http_client.put_data_into_kvstore(*store, str(launched.rank()), True)
-        wait_for("all")
+    return True
 
 
 def set_launch_defaults() -> None:

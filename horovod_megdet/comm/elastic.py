@@ -1,0 +1,155 @@
+"""Elastic jobs: ranks come and go while the others go on, under Horovod's elastic driver and Gloo.
+
+The driver (``horovodrun --min-np ... --host-discovery-script ...``) starts a process for each slot of the hosts that it
+knows of, and gives them their ranks. After a change every process that is left asks it for its new place, and the ranks
+begin anew:
+
+    a rank is lost           collectives of the others raise LostRankError; the driver strikes the rank's host out
+    a host joins or leaves   the driver tells rank 0, which tells all others at the next safe point: HostsChanged
+    rejoin()                 hang up; ask for a place; meet the others; start Horovod
+
+Horovod's own way through this (``hvd.elastic.run``) does not do here. It leaves the connections of a broken job open,
+so that ranks that do not talk to the lost one notice the loss only at their timeout; and it asks for the new place and
+connects in one step, in which an exception ends the process: where a new host is slow to start, or fails, all are lost.
+"""
+
+import contextlib
+import http.client
+import os
+import socket
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import horovod.torch as hvd
+from horovod.runner.elastic.worker import WorkerNotificationManager
+
+from horovod_megdet import launched
+from horovod_megdet.comm import start
+from horovod_megdet.comm.collectives import waiting_for
+from horovod_megdet.errors import UserError
+
+LONGEST_START = 120.0
+"""Seconds that the ranks wait for those that have just been started. Then they go on without them, if they have ended."""
+
+REMOVED = -1
+"""The rank that the driver gives a process that it has no place for."""
+
+
+class HostsChanged(Exception):
+    """Raised by all ranks together at a safe point: the driver knows of hosts that came or went."""
+
+
+class RemovedError(Exception):
+    """This process has no place in the job any more: its host was taken away, or one of its ranks failed."""
+
+
+class _News:
+    """Hears from the driver that hosts came or went. The driver tells only rank 0."""
+
+    def __init__(self) -> None:
+        self.changed = False
+        self._manager: WorkerNotificationManager | None = None
+
+    def listen(self) -> None:
+        """Tells the driver where to send news; does so once."""
+        if self._manager is None:
+            self._manager = WorkerNotificationManager()
+            self._manager.init()
+            self._manager.register_listener(self)
+
+    def on_hosts_updated(self, timestamp: int, update: int) -> None:
+        """Called by Horovod, in a thread."""
+        self.changed = True
+
+
+_news = _News()
+_connections: set[str] = set()
+"""The kernel's names of the sockets that Horovod opened."""
+
+
+def hosts_changed() -> bool:
+    """Whether this rank was told that hosts came or went since it joined; False in a job that is not elastic."""
+    return _news.changed
+
+
+def join(deterministic: bool = False) -> None:
+    """Starts Horovod with the place that the driver gave this process when it started it. Collective.
+
+    Raises :class:`RemovedError` and :class:`UserError` as :func:`rejoin` does.
+    """
+    start.prepare(deterministic, groups=False)
+    if start.meet(LONGEST_START):
+        _connect()
+    else:
+        _take_new_place()
+
+
+def rejoin(lost: bool) -> None:
+    """Starts Horovod anew after a change, with the ranks that are there then. Collective.
+
+    ``lost``: a rank does not answer. Waits until the driver has its minimum of ranks. Raises :class:`RemovedError`
+    where this process is no longer needed, and :class:`UserError` if the driver gives up.
+    """
+    if lost:
+        _hang_up()
+    hvd.shutdown()
+    _take_new_place()
+
+
+def _take_new_place() -> None:
+    _news.changed = False
+    arrived = False
+    while not arrived:
+        with waiting_for("place in the job"):
+            place = _ask_for_place()
+        if place[0] == REMOVED:
+            raise RemovedError
+        launched.move(*place)
+        arrived = start.meet(LONGEST_START)
+    os.environ["HOROVOD_ELASTIC"] = "0"  # or Horovod would ask once more, and wait for all others to do so
+    _connect()
+    os.environ["HOROVOD_ELASTIC"] = "1"
+
+
+def _connect() -> None:
+    global _connections
+    before = set(_sockets().values())
+    hvd.init()
+    _connections = set(_sockets().values()) - before
+    _news.listen()
+
+
+def _hang_up() -> None:
+    """Closes the connections to the other ranks, so that they notice at once that this one does not go on.
+
+    Horovod keeps them open until it starts again, and the others would wait for what this rank has not sent.
+    """
+    for descriptor, name in _sockets().items():
+        if name in _connections:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+def _sockets() -> dict[int, str]:
+    """The sockets of this process: file descriptors and the kernel's names."""
+    found = {}
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # that of the folder itself is closed
+            if (name := str(link.readlink())).startswith("socket:"):
+                found[int(link.name)] = name
+    return found
+
+
+def _ask_for_place() -> list[int]:
+    """Asks for rank, number of ranks, local rank and size, cross rank and size; answered when all have asked."""
+    server = f"{os.environ['HOROVOD_GLOO_RENDEZVOUS_ADDR']}:{os.environ['HOROVOD_GLOO_RENDEZVOUS_PORT']}"
+    key = f"{os.environ['HOROVOD_HOSTNAME']}:{os.environ['HOROVOD_LOCAL_RANK']}"
+    try:
+        with urllib.request.urlopen(f"http://{server}/rank_and_size/{key}") as answer:
+            return [int(number) for number in answer.read().decode().split(",")]
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+        raise UserError(
+            f"the launcher gives this process no place among the remaining ranks: {error}. Too few hosts are left, or "
+            "the launcher has ended. Start again with --resume."
+        ) from None
