@@ -15,6 +15,7 @@ from horovod_megdet.cluster.watchdog.heartbeats import LastWords
 from horovod_megdet.cluster.watchdog.watchdog import Watchdog
 from horovod_megdet.config import Config, override
 from horovod_megdet.engine import checkpoint
+from horovod_megdet.engine.elastic import ElasticRun
 from horovod_megdet.engine.startup import build_for_evaluation, build_trainer
 from horovod_megdet.engine.trainer import evaluate_detector
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_STOPPED, UserError
@@ -30,7 +31,10 @@ def train(arguments: argparse.Namespace) -> int:
     def program(config: Config) -> int:
         if arguments.eval_only:
             return evaluate(config, Path(arguments.checkpoint or config.output.run_dir))
-        exit_code = build_trainer(config, arguments.resume).train()
+        if launched.elastic():
+            exit_code = ElasticRun(config, arguments.resume).train()
+        else:
+            exit_code = build_trainer(config, arguments.resume).train()
         if exit_code == EXIT_STOPPED and comm.is_main():
             say("Stopped by a signal; the checkpoint is written. Start again with --resume.")
         return exit_code
@@ -86,18 +90,29 @@ class _Job:
         self.watchdog: Watchdog | None = None
 
     def start(self, get_config: Callable[[], Config]) -> Config:
-        """Reads the configuration and starts the watchdog and Horovod. An error of one rank becomes one of all."""
+        """Reads the configuration and starts the watchdog and Horovod. An error of one rank becomes one of all.
+
+        Not in an elastic job: there the others may be in the middle of training when this rank starts.
+        """
+        if launched.elastic():
+            config = get_config()
+            self._watch(config)
+            comm.join(config.runtime.deterministic)
+            return config
         with comm.agreement("configuration"):
             try:
                 config = get_config()
             except UserError:
                 comm.init()  # the other ranks have to hear of it
                 raise
-            run_dir = Path(config.output.run_dir) if self.heartbeats else None
-            self.watchdog = Watchdog(run_dir, config.runtime.stall_timeout)
-            self.watchdog.start()
+            self._watch(config)
             comm.init(deterministic=config.runtime.deterministic, groups=config.batch_norm.bn_size != "world")
         return config
+
+    def _watch(self, config: Config) -> None:
+        run_dir = Path(config.output.run_dir) if self.heartbeats else None
+        self.watchdog = Watchdog(run_dir, config.runtime.stall_timeout)
+        self.watchdog.start()
 
     def end(self, error: BaseException) -> int:
         """Reports an error and returns the exit code, if all ranks raise it; otherwise ends this rank, and so the job.
@@ -107,6 +122,9 @@ class _Job:
         rank = f"rank {comm.rank()} on {launched.host()}"
         at_step = f", at step {progress.step}," if progress.step else ""
         match error:
+            case comm.RemovedError():
+                say(f"A rank on {launched.host()} leaves the job: its host was taken away, or a rank there failed.")
+                return 0
             case UserError(on_all_ranks=True):
                 if comm.is_main():
                     say(f"error: {error}")

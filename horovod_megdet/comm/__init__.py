@@ -29,6 +29,7 @@ from horovod_megdet.comm.collectives import (
     world,
 )
 from horovod_megdet.comm.consensus import agreed_error, agreement, check_same
+from horovod_megdet.comm.elastic import HostsChanged, RemovedError, hosts_changed, join, rejoin
 from horovod_megdet.comm.start import (
     GLOO_TIMEOUT,
     LAUNCH_DEFAULTS,
@@ -46,7 +47,9 @@ __all__ = [
     "LAUNCH_DEFAULTS",
     "DistributedOptimizer",
     "Group",
+    "HostsChanged",
     "LostRankError",
+    "RemovedError",
     "abort",
     "agreed_error",
     "agreement",
@@ -63,13 +66,16 @@ __all__ = [
     "gather",
     "gather_objects",
     "gpu_is_shared",
+    "hosts_changed",
     "init",
     "is_main",
+    "join",
     "launch_settings",
     "local_rank",
     "local_size",
     "mpi_library",
     "rank",
+    "rejoin",
     "shutdown",
     "size",
     "split_world",

@@ -30,7 +30,7 @@ from horovod_megdet.comm.collectives import waiting_for
 from horovod_megdet.errors import UserError
 
 LONGEST_START = 120.0
-"""Seconds that the ranks wait for those that have just been started. Then they go on without them, if they have ended."""
+"""Seconds that the ranks wait for new ones to start. Then they go on without those that have ended meanwhile."""
 
 REMOVED = -1
 """The rank that the driver gives a process that it has no place for."""
@@ -78,6 +78,8 @@ def join(deterministic: bool = False) -> None:
 
     Raises :class:`RemovedError` and :class:`UserError` as :func:`rejoin` does.
     """
+    # A message may not count as arrived while it is in the GPU's queue: what follows from it is kept as a whole step.
+    os.environ.setdefault("HOROVOD_ENABLE_ASYNC_COMPLETION", "0")
     start.prepare(deterministic, groups=False)
     if start.meet(LONGEST_START):
         _connect()

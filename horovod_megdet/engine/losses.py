@@ -60,6 +60,8 @@ class Agreement:
     """Each loss over the samples of all ranks, averaged over the passes."""
     stop_requested: bool
     """Whether any rank received a signal to stop."""
+    hosts_changed: bool
+    """Whether hosts came or went, in an elastic job."""
 
 
 def agree_on_step(reports: list[PassReport], stop_requested: bool, step: int, skip_unreadable: bool) -> Agreement:
@@ -72,9 +74,9 @@ def agree_on_step(reports: list[PassReport], stop_requested: bool, step: int, sk
     # All that the host has to know of a step is fetched here, when the device has nothing else to do for it.
     fetched = torch.stack([torch.cat([report.sums, report.all_counts]) for report in reports]).cpu()
     mine, all_counts = fetched.chunk(2, dim=1)
-    flags = torch.tensor([stop_requested, bool(errors)], dtype=torch.float64)
+    flags = torch.tensor([stop_requested, bool(errors), comm.hosts_changed()], dtype=torch.float64)
     message = comm.sum_(torch.cat([mine.flatten(), flags]), "losses")
-    sums, (stops, unreadable) = message[:-2].view_as(mine), message[-2:]
+    sums, (stops, unreadable, news) = message[:-3].view_as(mine), message[-3:]
     if unreadable and not skip_unreadable:
         with comm.agreement("images"):
             if errors:
@@ -84,7 +86,7 @@ def agree_on_step(reports: list[PassReport], stop_requested: bool, step: int, sk
     if not torch.isfinite(sums).all():
         _raise_not_finite(reports, step)
     means = (sums / all_counts).mean(0)
-    return Agreement(dict(zip(COUNT_OF_LOSS, means.tolist(), strict=True)), bool(stops))
+    return Agreement(dict(zip(COUNT_OF_LOSS, means.tolist(), strict=True)), bool(stops), bool(news))
 
 
 def _raise_not_finite(reports: list[PassReport], step: int) -> None:

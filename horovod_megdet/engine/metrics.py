@@ -102,6 +102,11 @@ class MetricsLog:
         self._write({"kind": "evaluation", **row})
         self.console.print(table)
 
+    def change(self, row: dict[str, Any]) -> None:
+        """Writes one row about a change of the ranks, and says it in a sentence."""
+        self._write({"kind": "ranks", **row})
+        self.console.print(describe_change(row))
+
     def _write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
         for key, value in row.items():
@@ -113,3 +118,17 @@ class MetricsLog:
         self._progress.stop()
         self._file.close()
         self._tensorboard.close()
+
+
+def describe_change(row: dict[str, Any]) -> str:
+    """``12 -> 8 ranks at epoch 3.2 (lost: 4 on node03): mini-batch 24 -> 16, learning rate 0.03 -> 0.02``."""
+    hosts = {name: row[f"hosts_{name}"] for name in ("lost", "joined")}
+    parts = [
+        f"{name}: " + ", ".join(f"{n} on {host}" for host, n in ranks.items()) for name, ranks in hosts.items() if ranks
+    ]
+    return (
+        f"{row['ranks_before']} -> {row['ranks']} ranks at epoch {row['epoch']:.2f}"
+        + (f" ({'; '.join(parts)})" if parts else "")
+        + f": mini-batch {row['mini_batch_before']} -> {row['mini_batch']}, "
+        f"learning rate {row['lr_before']:.4g} -> {row['lr']:.4g}"
+    )

@@ -94,6 +94,12 @@ class RunFolder:
             with _warned("metrics"):
                 self._log.train(row)
 
+    def log_change(self, row: dict[str, Any]) -> None:
+        """Writes a row about a change of the ranks, in an elastic job."""
+        if self._log:
+            with _warned("metrics"):
+                self._log.change(row)
+
     def log_evaluation(self, row: dict[str, Any], evaluation: Evaluation) -> None:
         """Writes a row of evaluation metrics, and begins to write the detections and the curves."""
         if self._log:

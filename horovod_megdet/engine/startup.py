@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -25,40 +27,104 @@ from horovod_megdet.solver.agvm import check_agvm
 from horovod_megdet.solver.schedule import make_schedule
 from horovod_megdet.versions import NUMERICAL, versions
 
+T = TypeVar("T", bound=Trainer)
+
+
+@dataclass(frozen=True)
+class Foundation:
+    """What a trainer is built on and that does not depend on the number of ranks."""
+
+    config: Config
+    """With the precision in the place of ``auto``."""
+    precision_choice: str
+    device: torch.device
+    train_set: CocoDataset
+    val_set: CocoDataset
+    stop_request: StopRequest
+
+    @property
+    def description(self) -> RunDescription:
+        """What the run trains, for its checkpoints."""
+        return RunDescription(
+            config=self.config.model_dump(mode="json"),
+            class_names=self.train_set.class_names,
+            category_ids=self.train_set.category_ids,
+            training_data=self.train_set.fingerprint,
+            versions=versions(NUMERICAL),
+        )
+
 
 def build_trainer(config: Config, resume: bool) -> Trainer:
     """Builds the trainer of this rank. Collective; raises :class:`UserError` on all ranks alike."""
+    check_start(config)
+    stop_request, saved = StopRequest(), find_run(config, resume)
+    foundation = lay_foundation(config, stop_request, saved.config if saved else None)
+    return start_trainer(foundation, resume, saved, Trainer)
+
+
+def check_start(config: Config) -> None:
+    """Raises :class:`UserError` on all ranks unless they have the same configuration and versions. Collective."""
     comm.check_same({"configuration": config.fingerprint(), **versions(NUMERICAL)}, "start")
-    stop_request = StopRequest()
-    run_dir = Path(config.output.run_dir)
+
+
+def find_run(config: Config, resume: bool) -> checkpoint.Checkpoint | None:
+    """Looks at the run directory; see :func:`find_checkpoint`. Collective."""
     with comm.agreement("run directory"):
-        saved = find_checkpoint(run_dir, resume)
+        return find_checkpoint(Path(config.output.run_dir), resume)
+
+
+def lay_foundation(config: Config, stop_request: StopRequest, earlier: Config | None) -> Foundation:
+    """Chooses device and precision and loads the data sets. Collective.
+
+    ``earlier`` is the configuration with which the run was trained until now, if it was, on rank 0 or on all.
+    """
     with comm.agreement("device"):
         device = hardware.choose(config.runtime)
-    # Compared above with `auto` in it: what it stands for follows from what all ranks know, so that it is equal, too.
-    config, why = precision.decide(config, device, saved.config if saved else None)
+    # Compared before with `auto` in it: what it stands for follows from what all ranks know, so that it is equal, too.
+    config, why = precision.decide(config, device, earlier)
     train_set, val_set = load_datasets(config)
+    return Foundation(config, why, device, train_set, val_set, stop_request)
+
+
+def assemble(foundation: Foundation, kind: type[T], load: bool) -> T:
+    """Builds what depends on the number of ranks, and a trainer of it. Collective.
+
+    ``load`` reads the pre-trained weights that the configuration names.
+    """
+    config, train_set = foundation.config, foundation.train_set
     with comm.agreement("schedule"):
         schedule = make_schedule(config.solver, len(train_set), comm.size(), config.data.images_per_rank)
         check_agvm(config, schedule)
-    detector = start_detector(config, len(train_set.class_names), device)
-    description = RunDescription(
-        config=config.model_dump(mode="json"),
-        class_names=train_set.class_names,
-        category_ids=train_set.category_ids,
-        training_data=train_set.fingerprint,
-        versions=versions(NUMERICAL),
+    detector = start_detector(config, len(train_set.class_names), foundation.device, load)
+    return kind(
+        config,
+        detector,
+        train_set,
+        foundation.val_set,
+        schedule,
+        foundation.device,
+        foundation.stop_request,
+        foundation.description,
     )
-    trainer = Trainer(config, detector, train_set, val_set, schedule, device, stop_request, description)
+
+
+def start_trainer(foundation: Foundation, resume: bool, saved: checkpoint.Checkpoint | None, kind: type[T]) -> T:
+    """Builds the trainer that starts a run, or goes on from a checkpoint, which rank 0 has found. Collective."""
+    trainer = assemble(foundation, kind, load=True)
     if resume:
         with comm.agreement("resume"):
             resume_from(trainer, saved)
+    begin_run(foundation)
+    if comm.is_main():
+        _print_start(trainer, foundation.precision_choice)
+    return trainer
+
+
+def begin_run(foundation: Foundation) -> None:
+    """Writes the configuration into the run directory. Collective."""
     with comm.agreement("configuration file"):
         if comm.is_main():
-            write_config(run_dir, config)
-    if comm.is_main():
-        _print_start(trainer, why)
-    return trainer
+            write_config(Path(foundation.config.output.run_dir), foundation.config)
 
 
 def resume_from(trainer: Trainer, found: checkpoint.Checkpoint | None) -> None:
@@ -95,21 +161,25 @@ def load_datasets(config: Config) -> tuple[CocoDataset, CocoDataset]:
     return train_set, val_set
 
 
-def start_detector(config: Config, num_classes: int, device: torch.device) -> Detector:
-    """Builds the detector with its starting weights, equal on all ranks, on the device."""
+def start_detector(config: Config, num_classes: int, device: torch.device, load: bool = True) -> Detector:
+    """Builds the detector with its starting weights, equal on all ranks, on the device.
+
+    Without ``load`` it gets other weights later, so that none are read.
+    """
     random_state.seed(config.runtime.seed)
     with comm.agreement("model"):
         group = bn_group(config.batch_norm, config.data.images_per_rank)
         layout = precision.channels_last(config.runtime)
         detector = build_detector(config.model, config.batch_norm, num_classes, group=group, channels_last=layout)
-        notices = load_weights(detector, config.model)
+        notices = load_weights(detector, config.model) if load else []
     if comm.is_main():
         for notice in notices:
             say(notice)
-    if config.model.weights != "none":
+    if load and config.model.weights != "none":
         comm.check_same({"starting weights": weights_hash(detector)}, "weights")
     detector = detector.to(device)
-    comm.broadcast_weights(detector)
+    if load:
+        comm.broadcast_weights(detector)
     detector.train()
     return detector
 

@@ -81,6 +81,10 @@ class Trainer:
             self.averaged = averaged_model(detector, config.solver.ema * schedule.dataset_images, schedule.mini_batch)
         self.position = Position()
         self.stopping = False
+        self.hosts_changed = False
+        """Whether hosts came or went, in an elastic job."""
+        self.unfinished: int | None = None
+        """Where the last step began, if what is due after it has yet to be done; see :meth:`after_step`."""
         self.unsaved = False
         """Whether the last checkpoint could not be written."""
         self.window = Window()
@@ -88,29 +92,36 @@ class Trainer:
 
     def train(self) -> int:
         """Trains to the end, or until a signal; returns the exit code."""
-        schedule, position, output = self.schedule, self.position, self.config.output
-        evaluate_every = schedule.images(output.evaluate_every_epochs)
-        checkpoint_every = schedule.images(output.checkpoint_every_epochs)
-        self.run_folder.open_log(schedule.total_images, position)
+        schedule, position = self.schedule, self.position
+        self.open_log()
         # A full collection would scan all that the imports made, and every other rank waits for it.
         gc.freeze()
         batches = iter(self._train_loader())
-        evaluation = None
-        while not schedule.finished(position.images_seen):
+        evaluation = None if self.unfinished is None else self.after_step(self.unfinished)
+        while not (self.stopping or schedule.finished(position.images_seen)):
             before = position.images_seen
             self.train_step(batches)
-            log_due = schedule.due(output.log_every_images, before, position.images_seen)
-            save_due = self.stopping or schedule.due(checkpoint_every, before, position.images_seen)
-            if log_due:
-                self.write_metrics()
-            if schedule.due(evaluate_every, before, position.images_seen):
-                evaluation, is_best = self.evaluate()
-                save_due = save_due or is_best
-            if save_due or (self.unsaved and log_due):
-                self.save()
-            if self.stopping:
-                break
+            evaluation = self.after_step(before) or evaluation
         return self.finish(evaluation)
+
+    def open_log(self) -> None:
+        """Opens the log of metrics where this position in training is."""
+        self.run_folder.open_log(self.schedule.total_images, self.position)
+
+    def after_step(self, before: int) -> Evaluation | None:
+        """What is due after a step that began at the position ``before``: metrics, an evaluation, a checkpoint."""
+        schedule, output, seen = self.schedule, self.config.output, self.position.images_seen
+        evaluation = None
+        log_due = schedule.due(output.log_every_images, before, seen)
+        save_due = self.stopping or schedule.due(schedule.images(output.checkpoint_every_epochs), before, seen)
+        if log_due and self.window.steps:
+            self.write_metrics()
+        if schedule.due(schedule.images(output.evaluate_every_epochs), before, seen):
+            evaluation, is_best = self.evaluate()
+            save_due = save_due or is_best
+        if save_due or (self.unsaved and log_due):
+            self.save()
+        return evaluation
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step: ``accumulation`` forward and backward passes, averaged gradients."""
@@ -150,6 +161,7 @@ class Trainer:
         skip_unreadable = self.config.data.bad_annotations == "skip"
         agreed = agree_on_step(reports, bool(self.stop_request), self.position.step + 1, skip_unreadable)
         self.stopping = self.stopping or agreed.stop_requested
+        self.hosts_changed = agreed.hosts_changed
         self.window.add_losses(agreed.losses)
 
     def apply_gradients(self) -> None:
@@ -224,8 +236,9 @@ class Trainer:
             if comm.is_main():
                 say(f"warning: {error} Training goes on and tries again.")
 
-    def _write_checkpoint(self, random_states: list[dict[str, Any]]) -> None:
-        state = TrainingState(
+    def state(self, random_states: list[dict[str, Any]]) -> TrainingState:
+        """What training needs to go on, beside the weights of :attr:`evaluated_detector`."""
+        return TrainingState(
             self.optimizer.state_dict(),
             self.scaler.state_dict(),
             self.position,
@@ -234,6 +247,9 @@ class Trainer:
             agvm=self.agvm,
             weights=self.detector.state_dict() if self.averaged else None,
         )
+
+    def _write_checkpoint(self, random_states: list[dict[str, Any]]) -> None:
+        state = self.state(random_states)
         run_dir, epoch = self.run_folder.path, self._where()["epoch"]
         checkpoint.save(run_dir, self.evaluated_detector.state_dict(), state, self.description, epoch)
         try:
@@ -257,14 +273,17 @@ class Trainer:
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
         """Goes on where a checkpoint was written. Collective only through what its callers agree on."""
-        state = saved.state()
         load_checkpoint(self.detector, saved.path)
+        self.take_over(saved.state(), saved.path)
+
+    def take_over(self, state: TrainingState, source: Path) -> None:
+        """Takes over a state; the detector has its weights already. ``source`` is named in errors."""
         if self.averaged:
             self.averaged.module.load_state_dict(self.detector.state_dict())
             self.averaged.n_averaged.fill_(state.position.step)
         if state.weights:
             self.detector.load_state_dict(state.weights)
-        load_optimizer(self.optimizer, state.optimizer, saved.path)
+        load_optimizer(self.optimizer, state.optimizer, source)
         if state.scaler:  # empty where the run was not in float16 until now
             self.scaler.load_state_dict(state.scaler)
         self.position, self.noise.averages = state.position, state.noise

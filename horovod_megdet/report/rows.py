@@ -10,6 +10,9 @@ from horovod_megdet.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 
+KINDS = ("train", "evaluation", "ranks")
+"""Means since the row before, an evaluation, and a change of the ranks in an elastic job."""
+
 Rows = list[dict[str, Any]]
 
 
@@ -32,7 +35,7 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
         row = json.loads(line)
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON ({error}). Was the file edited? Remove the line.") from None
-    if not isinstance(row, dict) or row.get("kind") not in ("train", "evaluation"):
+    if not isinstance(row, dict) or row.get("kind") not in KINDS:
         raise UserError(f'{where}: not a row of metrics: it lacks "kind": "train" or "evaluation".')
     return row
 

@@ -123,13 +123,19 @@ class Heartbeats:
                 path.unlink(missing_ok=True)
         return max(reports, default="", key=len)
 
-    def remove(self, rank: int) -> None:
-        """Removes the file of a rank that ends normally; the last one removes the folder and an empty run directory."""
+    def remove(self, rank: int, size: int) -> None:
+        """Removes the file of a rank that ends normally; the last one removes the folder and an empty run directory.
+
+        Rank 0 also removes what ranks beyond ``size`` have left, which an elastic job has lost.
+        """
         # The folder may not be empty or not exist, or the disk may fail: then it stays, and nothing depends on it.
         with contextlib.suppress(OSError):
             self._path(rank).unlink(missing_ok=True)
             if rank == 0:
                 self.take_report()
+                for path in self.folder.glob("rank_*.json"):
+                    if int(path.stem.removeprefix("rank_")) >= size:
+                        path.unlink(missing_ok=True)
             self.folder.rmdir()
             self.run_dir.rmdir()  # a start that failed leaves no run behind
 

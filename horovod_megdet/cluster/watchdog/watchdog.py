@@ -51,7 +51,6 @@ class Watchdog:
     def __init__(self, run_dir: Path | None, stall_timeout: float) -> None:
         self.stall_timeout = stall_timeout
         self.heartbeats = Heartbeats(run_dir) if run_dir else None
-        self.rank, self.size = launched.rank(), launched.size()
         self.launcher = LauncherWatch() if launched.by_launcher() else None
         self.beat_every = min(BEAT_EVERY, stall_timeout / 4) if stall_timeout else BEAT_EVERY
         self.timer = StallTimer(stall_timeout, 3 * self.beat_every, progress.notes, time.monotonic())
@@ -62,6 +61,11 @@ class Watchdog:
         self._writing = threading.Lock()
         self._wakeup, self._waker = os.pipe()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    @property
+    def rank(self) -> int:
+        """The rank of this process, which changes in elastic jobs."""
+        return launched.rank()
 
     def start(self) -> None:
         """Starts watching."""
@@ -83,7 +87,7 @@ class Watchdog:
         self._thread.join()
         os.close(self._wakeup)
         if self.heartbeats:
-            self.heartbeats.remove(self.rank)
+            self.heartbeats.remove(self.rank, launched.size())
 
     def last_words(self, reason: LastWords) -> None:
         """Leaves the reason why this rank ends, for the other ranks and for whoever looks afterwards."""
@@ -151,7 +155,7 @@ class Watchdog:
     def _heartbeat(self) -> Heartbeat:
         return Heartbeat(
             rank=self.rank,
-            size=self.size,
+            size=launched.size(),
             host=launched.host(),
             pid=os.getpid(),
             step=progress.step,

@@ -1,0 +1,249 @@
+"""Training in an elastic job: ranks come and go, and those that are left go on at the same image.
+
+Between two changes of the ranks lies a session: one trainer, for the ranks that are there, and the plain loop. When a
+session ends, each rank keeps the state after the last whole step. The next one begins with a new trainer, so that
+mini-batch, learning rate, passes per step, batch normalization and loader follow the number of ranks as they do at the
+start of a run, and the trainer takes over the state as it does from a checkpoint.
+
+The state is kept by reference: the ranks communicate in a step, and so can lose each other, only before anything but
+the running statistics of batch normalization has changed. Those are copied after each step.
+"""
+
+import gc
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from horovod_megdet import comm, launched
+from horovod_megdet.config import Config
+from horovod_megdet.data.loader import Batch
+from horovod_megdet.engine import checkpoint
+from horovod_megdet.engine.checkpoint import TrainingState
+from horovod_megdet.engine.run_folder import CONFIG_FILE
+from horovod_megdet.engine.signals import StopRequest
+from horovod_megdet.engine.startup import (
+    Foundation,
+    assemble,
+    begin_run,
+    check_start,
+    find_run,
+    lay_foundation,
+    start_trainer,
+)
+from horovod_megdet.engine.trainer import Trainer
+from horovod_megdet.errors import UserError
+from horovod_megdet.printing import say
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state after a whole step, on the CPU, and the ranks that came so far."""
+
+    weights: dict[str, Tensor]
+    """Those that are evaluated, as in a checkpoint."""
+    state: TrainingState
+    unfinished: int | None
+    """As in :class:`Trainer`."""
+    config: Config
+    hosts: tuple[str, ...]
+    """The host of each rank."""
+    mini_batch: int
+    lr: float
+
+    @property
+    def progress(self) -> tuple[int, bool]:
+        """How far it is: greater for a later one."""
+        return self.state.position.step, self.unfinished is None
+
+
+class ElasticTrainer(Trainer):
+    """A trainer for one session, which keeps the state after each step."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._statistics = list(self.detector.buffers())
+        self._kept_statistics = [value.clone() for value in self._statistics]
+        self._kept_position = replace(self.position)
+        self.change: dict[str, Any] | None = None
+        """The row of metrics about the change of ranks that this session began with."""
+
+    def go_on(self, snapshot: Snapshot, hosts: tuple[str, ...]) -> None:
+        """Takes over the state in which the session before has ended. ``hosts``: of the ranks of this one."""
+        self.detector.load_state_dict(snapshot.weights)
+        self.take_over(snapshot.state, self.run_folder.path)
+        self.unfinished = snapshot.unfinished
+        lr = self.schedule.lr(self.position.images_seen)
+        self.change = self._where() | {
+            "ranks_before": len(snapshot.hosts),
+            "ranks": len(hosts),
+            "mini_batch_before": snapshot.mini_batch,
+            "mini_batch": self.schedule.mini_batch,
+            "lr_before": snapshot.lr,
+            "lr": lr,
+            "hosts_lost": dict(Counter(snapshot.hosts) - Counter(hosts)),
+            "hosts_joined": dict(Counter(hosts) - Counter(snapshot.hosts)),
+        }
+
+    def open_log(self) -> None:
+        """Opens the log, and reports the change of ranks in it."""
+        super().open_log()
+        self.keep()  # of a checkpoint, where the run was resumed from one
+        if self.change:
+            self.run_folder.log_change(self.change)
+
+    def train_step(self, batches: Iterator[Batch]) -> None:
+        """One optimizer step, after which its state is kept. Before it, all that was due is done: a safe point.
+
+        Raises :class:`comm.HostsChanged` on all ranks together.
+        """
+        before = self.position.images_seen
+        self.unfinished, self._kept_position = None, replace(self.position)
+        if self.hosts_changed:
+            raise comm.HostsChanged
+        super().train_step(batches)
+        self.unfinished = before
+        self.keep()
+
+    def keep(self) -> None:
+        """Keeps the state as it is now."""
+        self._kept_position = replace(self.position)
+        torch._foreach_copy_(self._kept_statistics, self._statistics)
+
+    def snapshot(self, hosts: tuple[str, ...]) -> Snapshot:
+        """The state that was kept last, without communication."""
+        torch._foreach_copy_(self._statistics, self._kept_statistics)
+        self.position = self._kept_position
+        state = self.state(random_states=[])
+        return Snapshot(
+            weights=_on_cpu(self.evaluated_detector.state_dict()),
+            state=replace(state, optimizer=_on_cpu(state.optimizer), weights=_on_cpu(state.weights)),
+            unfinished=self.unfinished,
+            config=self.config,
+            hosts=hosts,
+            mini_batch=self.schedule.mini_batch,
+            lr=self.schedule.lr(self.position.images_seen),
+        )
+
+
+class ElasticRun:
+    """This process's part in an elastic run, through all of its sessions."""
+
+    def __init__(self, config: Config, resume: bool) -> None:
+        check_elastic(config)
+        self.config = config
+        self.resume = resume
+        self.stop_request = StopRequest()
+        self.attempted = False
+        """Whether this process has tried to start the run."""
+        self.foundation: Foundation | None = None
+        self.snapshot: Snapshot | None = None
+
+    def train(self) -> int:
+        """Trains to the end, or until a signal, through all changes of the ranks; returns the exit code.
+
+        Raises :class:`comm.RemovedError` where this process is no longer needed.
+        """
+        while True:
+            try:
+                return self._session()
+            except comm.LostRankError:
+                lost = True
+            except comm.HostsChanged:
+                lost = False
+            # What the training loop froze includes the trainer of the session that has ended.
+            gc.unfreeze()
+            gc.collect()
+            comm.rejoin(lost)
+
+    def _session(self) -> int:
+        hosts = self._meet()
+        trainer = self._go_on(self.snapshot, hosts) if self.snapshot else self._start()
+        try:
+            return trainer.train()
+        except (comm.LostRankError, comm.HostsChanged):
+            self.snapshot = trainer.snapshot(hosts)
+            trainer.run_folder.close()
+            raise
+
+    def _meet(self) -> tuple[str, ...]:
+        """Brings all ranks to the latest state that one of them has; returns the host of each. Collective.
+
+        A rank may have taken a step in which others lost contact, and new ranks have no state.
+        """
+        behind = (-1, False)
+        mine = self.snapshot.progress if self.snapshot else behind
+        ranks = comm.gather_objects((launched.host(), mine, self.config.fingerprint(), self.foundation is None), "meet")
+        latest = max(progress for _, progress, _, _ in ranks)
+        first = next(number for number, rank in enumerate(ranks) if rank[1] == latest)
+        if self.config.fingerprint() != ranks[first][2]:
+            raise UserError("its configuration is not that of the run, so that it cannot join. Use the same files.")
+        if latest != behind and any(progress != latest for _, progress, _, _ in ranks):
+            received = comm.broadcast_object(self.snapshot if comm.rank() == first else None, "snapshot", first)
+            self.snapshot = self.snapshot if mine == latest else received
+        if any(new for _, _, _, new in ranks):
+            self.foundation = None
+        return tuple(host for host, _, _, _ in ranks)
+
+    def _start(self) -> ElasticTrainer:
+        """Starts the run, or goes on from a checkpoint. If a rank is lost in the middle of it, all start once more."""
+        check_start(self.config)
+        resume = self._resumes()
+        saved = find_run(self.config, resume)
+        self.foundation = lay_foundation(self.config, self.stop_request, saved.config if saved else None)
+        return start_trainer(self.foundation, resume, saved, ElasticTrainer)
+
+    def _resumes(self) -> bool:
+        """Whether to go on with a run: if the user says so, or if an attempt to start had already begun it."""
+        begun = comm.is_main() and (Path(self.config.output.run_dir) / CONFIG_FILE).exists()
+        ranks = comm.gather_objects((self.attempted, begun), "attempts")
+        self.attempted = True
+        return self.resume or (any(attempted for attempted, _ in ranks) and ranks[0][1])
+
+    def _go_on(self, snapshot: Snapshot, hosts: tuple[str, ...]) -> ElasticTrainer:
+        if self.foundation is None:
+            check_start(self.config)
+            self.foundation = lay_foundation(self.config, self.stop_request, snapshot.config)
+        try:
+            trainer = assemble(self.foundation, ElasticTrainer, load=False)
+        except UserError:  # agreed on by all: these ranks cannot share the mini-batch
+            if comm.is_main():
+                _save(snapshot, self.foundation)
+            raise
+        trainer.go_on(snapshot, hosts)
+        begin_run(self.foundation)  # the disk of another rank 0 may be another one
+        return trainer
+
+
+def check_elastic(config: Config) -> None:
+    """Raises :class:`UserError` for what an elastic job cannot do."""
+    if config.batch_norm.bn_size not in ("world", config.data.images_per_rank):
+        raise UserError(
+            f"batch_norm.bn_size: {config.batch_norm.bn_size} does not work in an elastic job: Horovod ends the "
+            f"ranks of a group that has lost one. Use world, or data.images_per_rank = {config.data.images_per_rank} for "
+            "statistics of single ranks."
+        )
+
+
+def _save(snapshot: Snapshot, foundation: Foundation) -> None:
+    """Writes the state as a checkpoint, where training cannot go on."""
+    seen, images = snapshot.state.position.images_seen, len(foundation.train_set)
+    path = checkpoint.save(
+        Path(foundation.config.output.run_dir), snapshot.weights, snapshot.state, foundation.description, seen / images
+    )
+    say(f"These ranks cannot go on. The state in memory is written: {path}")
+
+
+def _on_cpu(value: Any) -> Any:
+    """Tensors in containers, on the CPU: those that are there already, and copies of others."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_on_cpu(item) for item in value)
+    return value
