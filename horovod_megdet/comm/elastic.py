@@ -117,9 +117,9 @@ def _start_alone() -> None:
     """Starts Horovod without any other rank, and ends it again, so that no process starts it for the first time.
 
     Where HOROVOD_CYCLE_TIME is set, Horovod 0.28.1 fuses up to 128 MB when a process starts it for the first time, and
-    up to 1 MB whenever it starts it again: its ParameterManager then writes the default cycle time, 1, into the place of
-    the threshold. Ranks that fuse differently read each other's messages wrongly. With both variables set, it writes
-    outside of its memory.
+    up to 1 MB whenever it starts it again: its ParameterManager then writes the default cycle time, 1, into the place
+    of the threshold. Ranks that fuse differently read each other's messages wrongly. With both variables set, it
+    writes outside of its memory.
     """
     if "HOROVOD_FUSION_THRESHOLD" in os.environ:
         del os.environ["HOROVOD_CYCLE_TIME"]

@@ -224,8 +224,8 @@ def check_elastic(config: Config) -> None:
     if config.batch_norm.bn_size not in ("world", config.data.images_per_rank):
         raise UserError(
             f"batch_norm.bn_size: {config.batch_norm.bn_size} does not work in an elastic job: Horovod ends the "
-            f"ranks of a group that has lost one. Use world, or data.images_per_rank = {config.data.images_per_rank} for "
-            "statistics of single ranks."
+            "ranks of a group that has lost one. Use world, or for statistics of single ranks data.images_per_rank = "
+            f"{config.data.images_per_rank}."
         )
 
 

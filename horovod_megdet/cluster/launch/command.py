@@ -10,12 +10,13 @@ import os
 import re
 import shlex
 import socket
+import subprocess
 from pathlib import Path
 
 from horovod_megdet.arguments import positive
 from horovod_megdet.cluster.launch import reach
 from horovod_megdet.cluster.launch.hostfile import Host, parse_hostfile, write_hostfile
-from horovod_megdet.cluster.launch.job import Command, Job, horovodrun_command, mpirun_command, place_ranks
+from horovod_megdet.cluster.launch.job import Command, Elastic, Job, horovodrun_command, mpirun_command, place_ranks
 from horovod_megdet.cluster.launch.launcher import Family, Mpirun, find_mpirun, find_program
 from horovod_megdet.cluster.launch.process import run_horovodrun, run_mpirun
 from horovod_megdet.errors import UserError
@@ -25,6 +26,7 @@ FORWARDED_PREFIXES = ("HOROVOD_", "NCCL_")
 """Environment variables that are passed on to the ranks, if they are set."""
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_HOST = re.compile(r"[A-Za-z0-9_.-]+:[1-9][0-9]{0,5}")
 _INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}")
 # The launchers pass paths through the shell of another host, and not all of them quote.
 _SAFE_PATH = re.compile(r"[A-Za-z0-9_./+@=-]+")
@@ -37,8 +39,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--controller",
         choices=("mpi", "gloo"),
-        default="mpi",
-        help="how ranks communicate: mpi (started by mpirun) or gloo (by horovodrun) (default: %(default)s)",
+        help="how ranks communicate: mpi (started by mpirun) or gloo (by horovodrun) (default: mpi; in an elastic job "
+        "gloo)",
+    )
+    parser.add_argument(
+        "--min-ranks",
+        type=positive,
+        metavar="N",
+        help="makes the job elastic: it goes on when ranks are lost, and waits while there are fewer than N",
+    )
+    parser.add_argument("--max-ranks", type=positive, metavar="N", help="most ranks of an elastic job")
+    parser.add_argument(
+        "--discover",
+        metavar="FILE",
+        help="in place of --hostfile, for an elastic job: a program that prints the hosts that work now, one per line, "
+        "such as node01:8; it is asked every second",
     )
     parser.add_argument("--interface", metavar="NAME", help="network interface to use on all hosts, such as eth0")
     parser.add_argument(
@@ -78,23 +93,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_launch(arguments: argparse.Namespace) -> int:
     """What ``megdet launch`` does; returns the exit code of the job. Raises :class:`UserError` for bad arguments."""
+    elastic = _elastic(arguments)
     hosts = _hosts(arguments)
     if arguments.expand:
         write_hostfile(hosts, arguments.expand)
         return 0
-    job = _job(arguments, hosts)
-    mpirun = find_mpirun(arguments.mpirun) if arguments.controller == "mpi" else None
+    job = _job(arguments, hosts, elastic)
+    controller = arguments.controller or ("gloo" if elastic else "mpi")
+    mpirun = find_mpirun(arguments.mpirun) if controller == "mpi" else None
     command = _mpi_command(job, mpirun) if mpirun else _gloo_command(job, arguments)
     if arguments.dry_run:
         print(command)
         return 0
     _check_machine(job)
     if not arguments.no_check:
-        _check_others(job, mpirun, arguments.hostfile)
+        _check_others(job, mpirun, arguments.hostfile or arguments.discover)
     return run_mpirun(command) if mpirun else run_horovodrun(command)
 
 
+def _elastic(arguments: argparse.Namespace) -> Elastic | None:
+    """The limits of an elastic job; None if the job is not elastic."""
+    minimum, maximum = arguments.min_ranks, arguments.max_ranks
+    if minimum is None:
+        for option in ("max_ranks", "discover"):
+            if getattr(arguments, option):
+                raise UserError(f"--{option.replace('_', '-')} is for elastic jobs: give --min-ranks, too.")
+        return None
+    if arguments.controller == "mpi":
+        raise UserError("--min-ranks: MPI jobs cannot be elastic; omit --controller mpi.")
+    if arguments.ranks:
+        raise UserError("--ranks: an elastic job has between --min-ranks and --max-ranks of them.")
+    if maximum is not None and maximum < minimum:
+        raise UserError(f"--max-ranks {maximum} is less than --min-ranks {minimum}.")
+    if bool(arguments.hostfile) == bool(arguments.discover):
+        raise UserError("an elastic job needs its hosts from either --hostfile or --discover.")
+    discover = Path(arguments.discover).absolute() if arguments.discover else None
+    return Elastic(minimum, maximum, discover)
+
+
+def _discovered(program: Path) -> list[Host]:
+    """The hosts that a discovery program prints now."""
+    try:
+        answer = subprocess.run([program], capture_output=True, text=True, errors="replace", timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"--discover {program}: cannot be run: {error}. Is it executable (chmod +x)?") from None
+    if answer.returncode:
+        raise UserError(f"--discover {program}: ended with {answer.returncode}: {answer.stderr.strip()}")
+    hosts = []
+    for line in answer.stdout.split():
+        name, _, slots = line.partition(":")
+        if not _HOST.fullmatch(line):
+            raise UserError(f"--discover {program}: it printed {line!r}; print one host per line, such as node01:8.")
+        hosts.append(Host(name, int(slots), int(slots)))
+    return hosts
+
+
 def _hosts(arguments: argparse.Namespace) -> list[Host]:
+    if arguments.discover:
+        return _discovered(Path(arguments.discover).absolute())
     if arguments.hostfile:
         return parse_hostfile(arguments.hostfile)
     if arguments.ranks:
@@ -102,7 +158,7 @@ def _hosts(arguments: argparse.Namespace) -> list[Host]:
     raise UserError("say on which hosts to run (--hostfile hostfiles/2x8) or how many ranks on this one (--ranks 2).")
 
 
-def _job(arguments: argparse.Namespace, hosts: list[Host]) -> Job:
+def _job(arguments: argparse.Namespace, hosts: list[Host], elastic: Elastic | None) -> Job:
     for host in hosts:
         if ":" in host.name:
             raise UserError(
@@ -111,6 +167,8 @@ def _job(arguments: argparse.Namespace, hosts: list[Host]) -> Job:
             )
     if arguments.interface and not _INTERFACE.fullmatch(arguments.interface):
         raise UserError(f"--interface {arguments.interface}: not the name of a network interface, such as eth0.")
+    if elastic and not elastic.discover:
+        _check_fixed_hosts(elastic, hosts, arguments.hostfile)
     variables = _variables(arguments)
     identity = arguments.ssh_identity_file and Path(arguments.ssh_identity_file).expanduser().absolute()
     return Job(
@@ -123,8 +181,17 @@ def _job(arguments: argparse.Namespace, hosts: list[Host]) -> Job:
         ssh_identity_file=_safe(identity, "--ssh-identity-file") if identity else None,
         bind_to=arguments.bind_to,
         prefix=Path(arguments.prefix) if arguments.prefix else None,
+        elastic=elastic,
         launcher_args=_split(arguments.launcher_args),
     )
+
+
+def _check_fixed_hosts(elastic: Elastic, hosts: list[Host], hostfile: str) -> None:
+    slots = sum(host.slots for host in hosts)
+    if len(hosts) < 2:
+        raise UserError(f"{hostfile}: an elastic job needs two hosts or more: with a rank, its host is given up.")
+    if slots < elastic.min_ranks:
+        raise UserError(f"--min-ranks {elastic.min_ranks}: {hostfile} has slots for {slots}.")
 
 
 def _mpi_command(job: Job, mpirun: Mpirun) -> Command:

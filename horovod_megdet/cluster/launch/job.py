@@ -15,6 +15,22 @@ KEEPALIVE = {"oob_tcp_keepalive_time": 3, "oob_tcp_keepalive_intvl": 2, "oob_tcp
 minutes."""
 
 
+COOLDOWN = 10, 600
+"""Horovod's range, in seconds, of the time for which a host is left out after a rank on it was lost: the first time
+twice to three times the lower limit, then twice as long each time."""
+
+
+@dataclass(frozen=True)
+class Elastic:
+    """Limits of a job whose ranks come and go."""
+
+    min_ranks: int
+    """With fewer, the job waits."""
+    max_ranks: int | None
+    discover: Path | None
+    """A program that prints the hosts; None: they are always the same."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A command to run on every rank."""
@@ -32,6 +48,8 @@ class Job:
     bind_to: str = "none"
     prefix: Path | None = None
     """Where Open MPI is on the other hosts; None: where it is here."""
+    elastic: "Elastic | None" = None
+    """None: the ranks are those that start."""
     launcher_args: list[str] = field(default_factory=list)
     """From the user, for launcher options that this class has no field for."""
 
@@ -102,14 +120,28 @@ def mpirun_command(job: Job, mpirun: Mpirun) -> Command:
 
 def horovodrun_command(job: Job, horovodrun: Path) -> Command:
     """The command line of horovodrun with the Gloo controller, which passes on the whole environment by itself."""
-    argv = [str(horovodrun), "--gloo", "-np", str(job.ranks), "-H", job.hosts]
-    if job.interface:
-        argv += ["--network-interfaces", job.interface]
+    argv = [str(horovodrun), "--gloo"]
+    argv += _elastic_options(job.elastic, job.hosts) if job.elastic else ["-np", str(job.ranks), "-H", job.hosts]
+    # To find interfaces that all hosts have, horovodrun would wait for a second host in an elastic job.
+    interface = job.interface or ("lo" if job.elastic and not job.remote else None)
+    if interface:
+        argv += ["--network-interfaces", interface]
     if job.ssh_port:
         argv += ["--ssh-port", str(job.ssh_port)]
     if job.ssh_identity_file:
         argv += ["--ssh-identity-file", str(job.ssh_identity_file)]
     return Command([*argv, *job.launcher_args, *job.program], job.variables)
+
+
+def _elastic_options(elastic: Elastic, hosts: str) -> list[str]:
+    options = ["-np", str(elastic.min_ranks), "--min-np", str(elastic.min_ranks)]
+    if elastic.max_ranks:
+        options += ["--max-np", str(elastic.max_ranks)]
+    if elastic.discover is None:
+        return [*options, "-H", hosts]
+    # What it prints works again. Of fixed hosts nobody knows that, and each attempt lets the other ranks wait.
+    cooldown = [str(seconds) for seconds in COOLDOWN]
+    return [*options, "--host-discovery-script", str(elastic.discover), "--blacklist-cooldown-range", *cooldown]
 
 
 def _open_mpi(job: Job, mpirun: Mpirun) -> Command:
