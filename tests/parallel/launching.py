@@ -24,6 +24,11 @@ LAUNCHERS = {
     "gloo": [str(BIN / "horovodrun"), "--gloo", "-np"],
     # This machine under two names: two hosts for Horovod, each with a local rank 0.
     "two_hosts": [str(BIN / "horovodrun"), "--gloo", "-H", "localhost:1,127.0.0.1:1", "-np"],
+    # Likewise, with the hosts that the program hosts.sh prints; one that was lost is tried again after a second.
+    "elastic": [
+        *(str(BIN / "horovodrun"), "--gloo", "--network-interfaces", "lo", "--min-np", "1"),
+        *("--host-discovery-script", "./hosts.sh", "--blacklist-cooldown-range", "1", "1", "-np"),
+    ],
 }
 ENVIRONMENT = {
     **os.environ,

@@ -1,0 +1,130 @@
+"""Jobs whose ranks come and go, under Horovod's elastic driver: this machine stands for two hosts."""
+
+import itertools
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import launching
+import pytest
+
+from horovod_megdet.config import load_config
+from horovod_megdet.data.loader import image_seed
+from horovod_megdet.engine import checkpoint
+from horovod_megdet.report.rows import Rows, read_metrics
+
+SCRIPT = Path(__file__).with_name("elastic_train.py")
+IMAGES = 24
+"""In an epoch of the tiny configuration."""
+
+
+def start(folder: Path, ranks: int, hosts: str, arguments: list[str]) -> launching.Job:
+    """Starts an elastic job on ``hosts``, such as ``localhost:2 127.0.0.1:1``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    program = folder / "hosts.sh"
+    program.write_text(f"#!/bin/sh\nprintf '%s\\n' {hosts}\n")
+    program.chmod(0o755)
+    return launching.Job("elastic", ranks, arguments, folder, SCRIPT)
+
+
+def rank_on(job: launching.Job, host: str) -> int:
+    """The process id of a rank on a host."""
+    for pid in job.ranks():
+        if f"HOROVOD_HOSTNAME={host}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return pid
+    raise AssertionError(f"no rank on {host}:\n{job.output}")
+
+
+def images_of_steps(folder: Path) -> list[tuple[int, int]]:
+    """(epoch, index) of the images in the steps that count: of steps from the same position, the last."""
+    seen: dict[tuple[str, str], set[int]] = {}
+    steps: dict[str, tuple[str, str]] = {}
+    for line in (folder / "images.txt").read_text().splitlines():
+        match line.split():
+            case ["seen", position, ranks, seed]:
+                seen.setdefault((position, ranks), set()).add(int(seed))
+            case ["step", position, end, ranks]:
+                steps[position] = end, ranks
+    image_of = {image_seed(0, epoch, index): (epoch, index) for epoch in range(9) for index in range(IMAGES)}
+    images, position = [], "0"
+    while position in steps:
+        end, ranks = steps[position]
+        found = [image_of[seed] for seed in seen[position, ranks]]
+        assert len(found) == int(end) - int(position)
+        images += found
+        position = end
+    return images
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """The folder of a job of two ranks. One is killed in a step, and comes back; then rank 0 ends at the evaluation of
+    the first epoch, and after it has come back, rank 0 ends before a checkpoint is written."""
+    folder = tmp_path_factory.mktemp("elastic")
+    arguments = launching.tiny(folder / "run", "solver.epochs=4", "output.log_every_images=2", data=data)
+    job = start(folder, 2, "localhost:1 127.0.0.1:1", [*arguments, "--ends"])
+    job.wait_for_output("step 2 ", timeout=120)
+    os.kill(rank_on(job, "127.0.0.1"), signal.SIGKILL)
+    assert job.wait(300) == 0, job.output
+    return folder
+
+
+def metrics(folder: Path, kind: str) -> Rows:
+    return [row for row in read_metrics(folder / "run" / "metrics.jsonl") if row["kind"] == kind]
+
+
+def test_every_image_counts_once_in_each_epoch(run: Path) -> None:
+    images = images_of_steps(run)
+    counts = Counter(images)
+    assert len(images) >= 4 * IMAGES
+    assert set(counts.values()) == {1}
+    whole = {image for image in counts if image[0] < 4}
+    assert whole == set(itertools.product(range(4), range(IMAGES)))
+
+
+def test_the_others_go_on_and_lost_hosts_come_back(run: Path) -> None:
+    changes = metrics(run, "ranks")
+    assert [(row["ranks_before"], row["ranks"]) for row in changes] == 3 * [(2, 1), (1, 2)]
+    for row in changes:
+        assert (row["mini_batch_before"], row["mini_batch"]) == (2 * row["ranks_before"], 2 * row["ranks"])
+        assert row["lr"] / row["lr_before"] == pytest.approx(row["ranks"] / row["ranks_before"])
+    host = next(iter(changes[0]["hosts_lost"]))
+    output = (run / "log.txt").read_text()
+    assert f"2 -> 1 ranks at epoch {changes[0]['epoch']:.2f} (lost: 1 on {host}): mini-batch 4 -> 2, learning" in output
+    assert (run / "ended_evaluating").exists()
+    assert (run / "ended_writing").exists()
+    assert not (run / "run" / "heartbeats").exists()
+
+
+def test_what_was_due_when_a_rank_ended_is_done_once(run: Path) -> None:
+    """The evaluation in which rank 0 ended, and the checkpoint that it did not write."""
+    evaluations = metrics(run, "evaluation")
+    assert [int(row["epoch"]) for row in evaluations] == [1, 2, 3, 4]
+    saved = [checkpoint.read(path) for path in sorted((run / "run" / "checkpoints").iterdir())]
+    positions = [row["images_seen"] for row in metrics(run, "train")]
+    assert positions == sorted(set(positions))
+    assert all(one.images_seen in positions for one in saved)
+    assert saved[-1].images_seen >= 4 * IMAGES
+
+
+def test_its_checkpoints_resume_elsewhere(run: Path, data: Path, tmp_path: Path) -> None:
+    arguments = [*launching.tiny(run / "run", "solver.epochs=4.5", data=data), "--resume"]
+    code, output = launching.run("python", 1, arguments, tmp_path)
+    assert code == 0, output
+    assert "Resuming after step" in output
+    assert checkpoint.newest(run / "run", report=pytest.fail).images_seen >= 4.5 * IMAGES
+    assert load_config(run / "run" / "config.yaml").solver.epochs == 4.5
+
+
+def test_a_mini_batch_that_the_remaining_ranks_cannot_share(data: Path, tmp_path: Path) -> None:
+    """All end with a sentence, and what is in memory is written."""
+    arguments = launching.tiny(tmp_path / "run", "solver.mini_batch=6", "output.log_every_images=2", data=data)
+    job = start(tmp_path, 3, "localhost:2 127.0.0.1:1", arguments)
+    job.wait_for_output("step 1 ", timeout=120)
+    os.kill(rank_on(job, "127.0.0.1"), signal.SIGKILL)
+    assert job.wait(120) != 0
+    assert "solver.mini_batch = 6 is not a multiple of 4 = 2 ranks x 2 images" in job.output
+    assert "Exit code: 2" in job.output
+    steps = [row["step"] for row in metrics(tmp_path, "train")]
+    assert checkpoint.newest(tmp_path / "run", report=pytest.fail).step >= steps[-1] >= 1
