@@ -1,6 +1,6 @@
 """train.py, with a log of the images of each step, and with ranks that end themselves at chosen moments.
 
-The log is ``images.txt`` in the working directory: ``seen START RANKS SEED`` for each image before its forward pass, and
+The log is ``images.txt`` in the working directory: ``seen START RANKS SEED`` for each image before a forward pass, and
 ``step START END RANKS`` for each step that was taken. START and END are positions in the stream of images.
 """
 
@@ -8,6 +8,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ def forward_and_note(self: Trainer, batch: Batch) -> Any:
 def step_and_note(self: ElasticTrainer, batches: Iterator[Batch]) -> None:
     before = self.position.images_seen
     train_step(self, batches)
+    if comm.size() == 1:
+        time.sleep(1)  # so that a lost rank is back before the run ends
     note("step", before, self.position.images_seen, comm.size())
 
 

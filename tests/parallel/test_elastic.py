@@ -25,7 +25,7 @@ def start(folder: Path, ranks: int, hosts: str, arguments: list[str]) -> launchi
     program = folder / "hosts.sh"
     program.write_text(f"#!/bin/sh\nprintf '%s\\n' {hosts}\n")
     program.chmod(0o755)
-    return launching.Job("elastic", ranks, arguments, folder, SCRIPT)
+    return launching.Job("elastic", ranks, arguments, folder, SCRIPT, launching.QUICK_START)
 
 
 def rank_on(job: launching.Job, host: str) -> int:
@@ -62,11 +62,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """The folder of a job of two ranks. One is killed in a step, and comes back; then rank 0 ends at the evaluation of
     the first epoch, and after it has come back, rank 0 ends before a checkpoint is written."""
     folder = tmp_path_factory.mktemp("elastic")
-    arguments = launching.tiny(folder / "run", "solver.epochs=4", "output.log_every_images=2", data=data)
+    arguments = launching.tiny(folder / "run", "solver.epochs=3", "output.log_every_images=2", data=data)
     job = start(folder, 2, "localhost:1 127.0.0.1:1", [*arguments, "--ends"])
     job.wait_for_output("step 2 ", timeout=120)
     os.kill(rank_on(job, "127.0.0.1"), signal.SIGKILL)
-    assert job.wait(300) == 0, job.output
+    assert job.wait(400) == 0, job.output
     return folder
 
 
@@ -77,10 +77,10 @@ def metrics(folder: Path, kind: str) -> Rows:
 def test_every_image_counts_once_in_each_epoch(run: Path) -> None:
     images = images_of_steps(run)
     counts = Counter(images)
-    assert len(images) >= 4 * IMAGES
+    assert len(images) >= 3 * IMAGES
     assert set(counts.values()) == {1}
-    whole = {image for image in counts if image[0] < 4}
-    assert whole == set(itertools.product(range(4), range(IMAGES)))
+    whole = {image for image in counts if image[0] < 3}
+    assert whole == set(itertools.product(range(3), range(IMAGES)))
 
 
 def test_the_others_go_on_and_lost_hosts_come_back(run: Path) -> None:
@@ -100,21 +100,21 @@ def test_the_others_go_on_and_lost_hosts_come_back(run: Path) -> None:
 def test_what_was_due_when_a_rank_ended_is_done_once(run: Path) -> None:
     """The evaluation in which rank 0 ended, and the checkpoint that it did not write."""
     evaluations = metrics(run, "evaluation")
-    assert [int(row["epoch"]) for row in evaluations] == [1, 2, 3, 4]
+    assert [int(row["epoch"]) for row in evaluations] == [1, 2, 3]
     saved = [checkpoint.read(path) for path in sorted((run / "run" / "checkpoints").iterdir())]
     positions = [row["images_seen"] for row in metrics(run, "train")]
     assert positions == sorted(set(positions))
     assert all(one.images_seen in positions for one in saved)
-    assert saved[-1].images_seen >= 4 * IMAGES
+    assert saved[-1].images_seen >= 3 * IMAGES
 
 
 def test_its_checkpoints_resume_elsewhere(run: Path, data: Path, tmp_path: Path) -> None:
-    arguments = [*launching.tiny(run / "run", "solver.epochs=4.5", data=data), "--resume"]
+    arguments = [*launching.tiny(run / "run", "solver.epochs=3.5", data=data), "--resume"]
     code, output = launching.run("python", 1, arguments, tmp_path)
     assert code == 0, output
     assert "Resuming after step" in output
-    assert checkpoint.newest(run / "run", report=pytest.fail).images_seen >= 4.5 * IMAGES
-    assert load_config(run / "run" / "config.yaml").solver.epochs == 4.5
+    assert checkpoint.newest(run / "run", report=pytest.fail).images_seen >= 3.5 * IMAGES
+    assert load_config(run / "run" / "config.yaml").solver.epochs == 3.5
 
 
 def test_a_mini_batch_that_the_remaining_ranks_cannot_share(data: Path, tmp_path: Path) -> None:
