@@ -163,6 +163,52 @@ def test_gloo(capsys, hosts: str) -> None:
     assert has(command, "--ssh-port", "2222", "--ssh-identity-file", "/keys/id")
 
 
+@pytest.fixture
+def discover(tmp_path: Path) -> str:
+    """A program that prints two hosts."""
+    path = tmp_path / "discover.sh"
+    path.write_text("#!/bin/sh\nprintf 'far1:2\\nfar2:4\\n'\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_elastic(capsys, hosts: str, discover: str) -> None:
+    """Hosts that come and go are tried again after a loss; fixed ones are not."""
+    words = ["--min-ranks", "2", "--max-ranks", "4"]
+    command = dry_run(capsys, *words, "--discover", discover, "--interface", "eth0", "--", "python", "train.py")
+    assert has(command, "--gloo", "-np", "2", "--min-np", "2", "--max-np", "4", "--host-discovery-script", discover)
+    assert has(command, "--blacklist-cooldown-range", "10", "600", "--network-interfaces", "eth0")
+    command = dry_run(capsys, *words, "--hostfile", hosts, "--", "python", "train.py")
+    assert has(command, "--min-np", "2", "--max-np", "4", "-H", "far1:2,far2:2")
+    assert "--blacklist-cooldown-range" not in command
+    assert "--network-interfaces" not in command
+
+
+def test_mistakes_about_elastic_jobs(hosts: str, discover: str, tmp_path: Path) -> None:
+    def said(*words: str) -> str:
+        with pytest.raises(UserError) as caught:
+            launch("--dry-run", *words, "--", "python")
+        return str(caught.value)
+
+    assert "give --min-ranks, too" in said("--max-ranks", "4", "--hostfile", hosts)
+    assert "give --min-ranks, too" in said("--discover", discover)
+    assert "either --hostfile or --discover" in said("--min-ranks", "1")
+    assert "either --hostfile or --discover" in said("--min-ranks", "1", "--hostfile", hosts, "--discover", discover)
+    assert "MPI jobs cannot be elastic" in said("--min-ranks", "1", "--hostfile", hosts, "--controller", "mpi")
+    assert "--ranks: an elastic job" in said("--min-ranks", "1", "--hostfile", hosts, "--ranks", "2")
+    assert "is less than --min-ranks 3" in said("--min-ranks", "3", "--max-ranks", "2", "--hostfile", hosts)
+    assert "has slots for 4" in said("--min-ranks", "5", "--hostfile", hosts)
+    (tmp_path / "one").write_text("far slots=4\n")
+    assert "needs two hosts or more" in said("--min-ranks", "1", "--hostfile", str(tmp_path / "one"))
+    assert "cannot be run" in said("--min-ranks", "1", "--discover", str(tmp_path / "no-such-program"))
+    Path(discover).write_text("#!/bin/sh\necho node01 slots=8\n")
+    assert "it printed 'node01'; print one host per line, such as node01:8" in said(
+        "--min-ranks", "1", "--discover", discover
+    )
+    Path(discover).write_text("#!/bin/sh\necho no network >&2; exit 3\n")
+    assert "ended with 3: no network" in said("--min-ranks", "1", "--discover", discover)
+
+
 def test_one_machine_needs_no_options_for_others(capsys, mpirun) -> None:
     command = dry_run(capsys, "--ranks", "3", "--mpirun", mpirun(OPEN_MPI_4), "--ssh-port", "2222", "python", "-c", "0")
     assert has(command, "-np", "3", "--host", "localhost:3")
