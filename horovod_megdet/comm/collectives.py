@@ -155,7 +155,7 @@ def broadcast_object(value: T, name: str, root: int = 0) -> T:
 
 
 def broadcast_large_object(value: T, name: str, root: int = 0) -> T:
-    """As :func:`broadcast_object`, for weights: Horovod's own makes its message byte by byte, seconds for each 10 MB."""
+    """As :func:`broadcast_object`, for weights: Horovod makes its message byte by byte, seconds for 10 MB."""
     if size() == 1:
         return value
     data = bytearray(pickle.dumps(value)) if rank() == root else bytearray()
@@ -163,7 +163,7 @@ def broadcast_large_object(value: T, name: str, root: int = 0) -> T:
     message = torch.frombuffer(data, dtype=torch.uint8) if rank() == root else torch.empty(length, dtype=torch.uint8)
     with waiting_for(name):
         hvd.broadcast_(message, root_rank=root, name=name)
-    received: T = value if rank() == root else pickle.loads(memoryview(message.numpy()))
+    received: T = value if rank() == root else pickle.loads(message.numpy().data)
     return received
 
 
