@@ -74,12 +74,12 @@ def count(config: Path, settings: tuple[str, ...]) -> dict[str, float]:
         nonlocal normalized
         normalized += inputs[0].numel() * inputs[0].element_size()
 
-    for layer in trainer.model.modules():
+    for layer in trainer.detector.modules():
         if isinstance(layer, CrossGPUBatchNorm):
             layer.register_forward_pre_hook(add)
     with FlopCounterMode(display=False) as counter:
         trainer.train_step(batches)
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in trainer.model.parameters())
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in trainer.detector.parameters())
     return {
         "operations": counter.get_total_flops(),
         "norm_bytes": NORM_PASSES * normalized,
