@@ -49,7 +49,7 @@ def _add_plan(commands: Commands) -> None:
     parser = commands.add_parser("plan", help="print the schedule that a configuration has on so many ranks")
     add_config_arguments(parser)
     parser.add_argument("--ranks", type=positive, required=True, help="number of ranks (GPUs)")
-    parser.add_argument("--images", type=positive, help="images of the training set, where the data is not at hand")
+    parser.add_argument("--images", type=positive, help="images of an epoch, where the data is not at hand")
     parser.add_argument(
         "--latency-us",
         type=float,
@@ -114,9 +114,10 @@ def _noise_scale(run_dir: Path) -> float:
 
 def _training_images(config: Config) -> int:
     from horovod_megdet.data.configured import load_split
+    from horovod_megdet.data.loader import image_stream
 
     try:
-        return len(load_split(config.data, training=True))
+        return len(image_stream(load_split(config.data, training=True), config.data, config.runtime.seed))
     except UserError as error:
         raise UserError(f"{error}\nTo plan without the data, give the number of its images: --images 117266.") from None
 

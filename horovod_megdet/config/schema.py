@@ -145,6 +145,10 @@ class DataConfig(Section):
     keep_empty_images: bool = False
     """Train on images without annotations too."""
 
+    repeat_factor: Fraction = 0.0
+    """Threshold t of repeat-factor sampling (docs/data.md): an epoch has the images of a class that fewer than this
+    fraction of the images show sqrt(t / fraction) times. LVIS takes 0.001; 0: every image once."""
+
     bad_annotations: Literal["error", "skip"] = "error"
     """What to do about bad annotations and image files: `error` ends the run at the start and lists them; `skip` leaves
     them out, counts and reports them."""

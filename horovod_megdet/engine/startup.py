@@ -4,12 +4,15 @@ import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from horovod_megdet import comm, launched
 from horovod_megdet.config import Config
 from horovod_megdet.data.coco import CocoDataset, check_same_classes
 from horovod_megdet.data.configured import load_split, make_synthetic
+from horovod_megdet.data.loader import image_stream
+from horovod_megdet.data.sampler import ImageStream
 from horovod_megdet.engine import checkpoint, hardware, precision, random_state
 from horovod_megdet.engine.checkpoint import RunDescription
 from horovod_megdet.engine.run_folder import find_checkpoint, write_config
@@ -24,6 +27,7 @@ from horovod_megdet.report.tables import console, two_columns
 from horovod_megdet.solver.agvm import check_agvm
 from horovod_megdet.solver.schedule import make_schedule
 from horovod_megdet.versions import NUMERICAL, versions
+from horovod_megdet.wording import some
 
 
 def build_trainer(config: Config, resume: bool) -> Trainer:
@@ -39,7 +43,8 @@ def build_trainer(config: Config, resume: bool) -> Trainer:
     config, why = precision.decide(config, device, saved.config if saved else None)
     train_set, val_set = load_datasets(config)
     with comm.agreement("schedule"):
-        schedule = make_schedule(config.solver, len(train_set), comm.size(), config.data.images_per_rank)
+        stream = image_stream(train_set, config.data, config.runtime.seed)
+        schedule = make_schedule(config.solver, len(stream), comm.size(), config.data.images_per_rank)
         check_agvm(config, schedule)
     detector = start_detector(config, len(train_set.class_names), device)
     description = RunDescription(
@@ -57,7 +62,7 @@ def build_trainer(config: Config, resume: bool) -> Trainer:
         if comm.is_main():
             write_config(run_dir, config)
     if comm.is_main():
-        _print_start(trainer, why)
+        _print_start(trainer, why, stream)
     return trainer
 
 
@@ -72,6 +77,13 @@ def resume_from(trainer: Trainer, found: checkpoint.Checkpoint | None) -> None:
             f"{saved.path}: {trainer.config.data.train_annotations} is not the training data that this checkpoint was "
             "trained on, so its position in the data means nothing. Restore the data, or start a new run with "
             "model.weights set to this checkpoint."
+        )
+    before, now = saved.config.data.repeat_factor, trainer.config.data.repeat_factor
+    if before != now:
+        raise UserError(
+            f"{saved.path}: this checkpoint was trained with data.repeat_factor: {before:g}, so with {now:g} its "
+            f"position in the data means nothing. Use {before:g}, or start a new run with model.weights set to this "
+            "checkpoint."
         )
     theirs, ours = saved.config.solver.optimizer, trainer.config.solver.optimizer
     if theirs != ours:
@@ -151,7 +163,7 @@ def build_for_evaluation(
     return config, detector.to(device).eval(), val_set, device, saved
 
 
-def _print_start(trainer: Trainer, precision_choice: str) -> None:
+def _print_start(trainer: Trainer, precision_choice: str, stream: ImageStream) -> None:
     config, out = trainer.config, console()
     environment = [
         ("ranks", f"{comm.size()}, {comm.local_size()} on {launched.host()}, controller {comm.controller()}"),
@@ -164,6 +176,7 @@ def _print_start(trainer: Trainer, precision_choice: str) -> None:
             f"{len(trainer.train_set)} images, {len(trainer.train_set.class_names)} classes: "
             + ", ".join(trainer.train_set.class_names[:10]),
         ),
+        *_repeats(stream, trainer.train_set.class_names),
         ("validation set", f"{len(trainer.val_set)} images"),
         ("run directory", config.output.run_dir),
     ]
@@ -178,3 +191,13 @@ def _print_start(trainer: Trainer, precision_choice: str) -> None:
     if trainer.position.step:
         epoch = trainer.schedule.epoch(trainer.position.images_seen)
         out.print(f"Resuming after step {trainer.position.step}, epoch {epoch:.2f}.")
+
+
+def _repeats(stream: ImageStream, class_names: list[str]) -> list[tuple[str, str]]:
+    """What repeat factors make of an epoch, and the most repeated classes."""
+    if stream.factors is None:
+        return []
+    of_classes = stream.factors.of_classes
+    repeated = [f"{class_names[k]} x{of_classes[k]:.2f}" for k in np.argsort(-of_classes) if of_classes[k] > 1]
+    classes = f"repeated are the images of {some(repeated)}" if repeated else "no class is rare enough to be repeated"
+    return [("an epoch", f"{len(stream)} images of the {len(stream.portrait)}: {classes}")]
