@@ -144,7 +144,7 @@ class BatchReader(Dataset[Batch]):
         return batch
 
     def _read(self, planned: PlannedImage) -> tuple[Tensor, dict[str, Any]]:
-        index = planned.index
+        index = planned.image
         seed = image_seed(self.seed, planned)
         generator = torch.Generator().manual_seed(seed)
         height, width = self.dataset.sizes[index].tolist()
@@ -171,7 +171,7 @@ def _black_image() -> tuple[Tensor, dict[str, Any]]:
 def image_seed(seed: int, planned: PlannedImage) -> int:
     """A 63-bit seed for everything random about one image at one place of the stream."""
     repeat = (planned.repeat,) if planned.repeat else ()
-    sequence = np.random.SeedSequence([seed, planned.epoch, planned.index], spawn_key=repeat)
+    sequence = np.random.SeedSequence([seed, planned.epoch, planned.image], spawn_key=repeat)
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

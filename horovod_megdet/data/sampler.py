@@ -15,7 +15,8 @@ class PlannedImage(NamedTuple):
     """An image of the data set at one place of the stream."""
 
     epoch: int
-    index: int
+    image: int
+    """Its index in the data set."""
     repeat: int = 0
     """How often it came before in this epoch."""
 

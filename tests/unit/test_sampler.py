@@ -131,9 +131,9 @@ def test_repeats_of_an_image_are_numbered(stream: ImageStream, epoch: int) -> No
     planned = stream.indices(epoch * len(stream), len(stream))
     assert len(set(planned)) == len(planned), "no two places have the same augmentation"
     seen: dict[int, int] = {}
-    for image in planned:
-        assert image == (epoch, image.index, seen.get(image.index, 0))
-        seen[image.index] = image.repeat + 1
+    for place in planned:
+        assert place == (epoch, place.image, seen.get(place.image, 0))
+        seen[place.image] = place.repeat + 1
 
 
 def test_over_many_epochs_the_mean_is_the_factor() -> None:
