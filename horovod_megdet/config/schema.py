@@ -249,6 +249,10 @@ class SolverConfig(Section):
     """Epochs over which weights and statistics are averaged (EMA). The averages are what evaluation, the best
     checkpoint, predict and export use. Left out, there are none."""
 
+    patience: NotNegative = 0
+    """Evaluations in a row without a better output.best_metric after which training ends early; 0: it does not. Choose
+    it longer than the time between milestones: a lower learning rate often brings a better one."""
+
     @property
     def noise_interval(self) -> int | Literal["auto", "never"]:
         """Steps between two measurements of the gradient's noise. AGVM needs fixed ones, not those that time allows."""
@@ -275,6 +279,9 @@ class EvaluationConfig(Section):
 
     backend: Literal["hotcoco", "pycocotools"] = "hotcoco"
     """What computes COCO's metrics; both give the same bits, `pycocotools` takes much longer."""
+
+    loss: bool = False
+    """Compute the validation loss too (docs/method.md); an evaluation then takes about twice as long."""
 
 
 class RuntimeConfig(Section):
@@ -325,6 +332,10 @@ class OutputConfig(Section):
 
     evaluate_every_epochs: Annotated[float, Field(gt=0)] = 1.0
     """Epochs between two evaluations; the last step always evaluates."""
+
+    best_metric: str = "AP"
+    """What decides which checkpoint is the best: a metric of the evaluations (`AP`, `AP50`, `AP_small`, `AR_100`, ...),
+    `AP of` and the name of a class, or, with evaluation.loss, `loss` or one of its parts (`loss_classifier`, ...)."""
 
     pictures: NotNegative = 16
     """Validation images drawn with ground truth and detections."""

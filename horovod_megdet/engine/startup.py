@@ -18,6 +18,7 @@ from horovod_megdet.engine.checkpoint import RunDescription
 from horovod_megdet.engine.run_folder import find_checkpoint, write_config
 from horovod_megdet.engine.signals import StopRequest
 from horovod_megdet.engine.trainer import Trainer
+from horovod_megdet.engine.validation import check_best_metric
 from horovod_megdet.errors import UserError
 from horovod_megdet.models.detector import Detector, build_detector
 from horovod_megdet.models.norms import bn_group
@@ -46,6 +47,7 @@ def build_trainer(config: Config, resume: bool) -> Trainer:
         stream = image_stream(train_set, config.data, config.runtime.seed)
         schedule = make_schedule(config.solver, len(stream), comm.size(), config.data.images_per_rank)
         check_agvm(config, schedule)
+        check_best_metric(config, train_set.class_names)
     detector = start_detector(config, len(train_set.class_names), device)
     description = RunDescription(
         config=config.model_dump(mode="json"),
@@ -78,11 +80,11 @@ def resume_from(trainer: Trainer, found: checkpoint.Checkpoint | None) -> None:
             "trained on, so its position in the data means nothing. Restore the data, or start a new run with "
             "model.weights set to this checkpoint."
         )
-    before, now = saved.config.data.repeat_factor, trainer.config.data.repeat_factor
-    if before != now:
+    factor, other = saved.config.data.repeat_factor, trainer.config.data.repeat_factor
+    if factor != other:
         raise UserError(
-            f"{saved.path}: this checkpoint was trained with data.repeat_factor: {before:g}, so with {now:g} its "
-            f"position in the data means nothing. Use {before:g}, or start a new run with model.weights set to this "
+            f"{saved.path}: this checkpoint was trained with data.repeat_factor: {factor:g}, so with {other:g} its "
+            f"position in the data means nothing. Use {factor:g}, or start a new run with model.weights set to this "
             "checkpoint."
         )
     theirs, ours = saved.config.solver.optimizer, trainer.config.solver.optimizer
@@ -92,6 +94,9 @@ def resume_from(trainer: Trainer, found: checkpoint.Checkpoint | None) -> None:
             f"Use {theirs}, or start a new run with model.weights set to this checkpoint."
         )
     trainer.resume(saved)
+    before, now = saved.config.output.best_metric, trainer.config.output.best_metric
+    if before != now and comm.is_main():
+        say(f"output.best_metric was {before} until now: the best checkpoint is looked for anew, by {now}.")
 
 
 def load_datasets(config: Config) -> tuple[CocoDataset, CocoDataset]:

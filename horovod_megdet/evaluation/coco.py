@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,23 @@ class Evaluation:
     detections: Detections | None
     """The detections of all images on rank 0, None on the other ranks."""
 
+    losses: dict[str, float] = field(default_factory=dict)
+    """The validation losses, if they were computed; see :mod:`horovod_megdet.evaluation.loss`."""
+
     def row(self) -> dict[str, Any]:
-        """The metrics and ``per_class`` as a JSON object, with None for NaN."""
-        return _without_nan(self.metrics) | {"per_class": _without_nan(self.per_class)}
+        """Metrics, losses and ``per_class`` as a JSON object, with None for what is not finite."""
+        return _finite(self.metrics | self.total_loss | self.losses) | {"per_class": _finite(self.per_class)}
+
+    @property
+    def total_loss(self) -> dict[str, float]:
+        """``loss``, the sum of the validation losses, if they were computed."""
+        return {"loss": math.fsum(self.losses.values())} if self.losses else {}
+
+    @property
+    def values(self) -> dict[str, float]:
+        """All numbers by the names that ``output.best_metric`` takes."""
+        of_classes = {f"AP of {name}": value for name, value in self.per_class.items()}
+        return self.metrics | of_classes | self.total_loss | self.losses
 
     def write_detections(self, path: str | Path) -> None:
         """Writes COCO's results JSON, which ``COCO.loadRes`` and evaluation servers read. Rank 0 only."""
@@ -125,5 +139,5 @@ def _measure(detections: Detections, dataset: CocoDataset, backend: Backend) -> 
     return Evaluation(metrics, per_class, len(expected), list(dataset.category_ids), detections)
 
 
-def _without_nan(values: dict[str, float]) -> dict[str, float | None]:
-    return {name: None if math.isnan(value) else value for name, value in values.items()}
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -80,6 +80,19 @@ class Detector(GeneralizedRCNN):
         )
 
     @torch.no_grad()
+    def evaluation_losses(self, images: list[Tensor], targets: list[dict[str, Any]]) -> Losses:
+        """:meth:`forward_losses` in evaluation mode, with the running statistics; does not communicate."""
+        assert not self.training, "evaluation_losses() needs eval()"
+        heads = (self.rpn, self.roi_heads)
+        try:
+            for head in heads:
+                head.training = True  # of the head itself: the layers in it stay in evaluation mode
+            return self.forward_losses(images, targets)
+        finally:
+            for head in heads:
+                head.training = False
+
+    @torch.no_grad()
     def predict(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         """The detections in evaluation mode; does not communicate.
 

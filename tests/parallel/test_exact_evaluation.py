@@ -90,6 +90,12 @@ def test_every_image_is_predicted_once_and_ranks_have_equal_shares(together: Res
     assert [rank[job]["images"] for rank in together.ranks] == [images] * len(shares)
 
 
+def test_the_validation_loss_has_the_same_bits_on_any_number_of_ranks(alone: Results, together: Results) -> None:
+    expected = alone.ranks[0]["losses"]
+    assert all(value > 0 for value in expected.values())
+    assert [rank["losses"] for rank in together.ranks] == [expected] * len(together.ranks)
+
+
 def test_an_unreadable_image_on_one_rank_is_an_error_on_all(together: Results) -> None:
     last = len(together.ranks) - 1
     assert len({rank["error"] for rank in together.ranks}) == 1
