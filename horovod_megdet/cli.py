@@ -300,6 +300,7 @@ def _add_predict(commands: Commands) -> None:
     )
     parser.add_argument("--score", type=float, default=0.5, help="lowest score drawn (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    add_set_argument(parser)
     parser.set_defaults(run=_predict)
 
 
@@ -309,7 +310,12 @@ def _predict(arguments: argparse.Namespace) -> int:
     from horovod_megdet.predict import predict_images
 
     results = predict_images(
-        arguments.checkpoint, arguments.images, arguments.output, arguments.score, torch.device(arguments.device)
+        arguments.checkpoint,
+        arguments.images,
+        arguments.output,
+        arguments.score,
+        torch.device(arguments.device),
+        arguments.overrides,
     )
     print(results)
     return 0

@@ -50,7 +50,7 @@ def evaluate(config: Config, path: Path) -> int:
     config, detector, dataset, device, saved = build_for_evaluation(config, path)
     evaluation = evaluate_detector(config, detector, dataset, device)
     if comm.is_main():
-        console().print(render(evaluation))
+        console().print(render(evaluation, multi_scale=config.evaluation != config.evaluation.one_view))
         if evaluation.losses:
             console().print(f"Validation {loss_in_words(evaluation.row())}")
         detections = saved.path / "detections.json"

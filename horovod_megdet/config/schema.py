@@ -283,6 +283,23 @@ class EvaluationConfig(Section):
     loss: bool = False
     """Compute the validation loss too (docs/method.md); an evaluation then takes about twice as long."""
 
+    scales: tuple[Positive, ...] = ()
+    """Shorter sides for a multi-scale test, in pixels, whose detections are merged; left out, data.shorter_side_test
+    alone. `megdet evaluate` and `predict` use scales, flip and merge, and so does one more evaluation at the end of a
+    training; those in between take one scale, which is quicker."""
+
+    flip: bool = False
+    """Detect in the mirror image too, at each scale."""
+
+    merge: Literal["nms", "soft_nms"] = "nms"
+    """How the detections of all scales and flips become one list: class by class with NMS at model.nms_threshold, or
+    with soft-NMS (Bodla et al. 2017), which lowers the scores of overlapping boxes. It can be set without scales."""
+
+    @property
+    def one_view(self) -> "EvaluationConfig":
+        """The same with one scale, no flip and NMS."""
+        return self.model_copy(update={"scales": (), "flip": False, "merge": "nms"})
+
 
 class RuntimeConfig(Section):
     """How a run uses the machine."""

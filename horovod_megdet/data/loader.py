@@ -22,7 +22,7 @@ from horovod_megdet.data.coco import CocoDataset
 from horovod_megdet.data.images import ImageFileError
 from horovod_megdet.data.repeat_factors import repeat_factors
 from horovod_megdet.data.sampler import GroupedBatchSampler, ImageStream, PlannedImage, evaluation_shard
-from horovod_megdet.data.transforms import DetectionTransform, build_transform
+from horovod_megdet.data.transforms import DetectionTransform, build_transform, evaluation_transforms
 
 PREFETCH = 2
 """Batches that each worker prepares ahead, in shared memory (/dev/shm)."""
@@ -162,6 +162,18 @@ class BatchReader(Dataset[Batch]):
         return image, target
 
 
+class ViewsReader(Dataset[Batch]):
+    """Reads each image of a batch in several sizes, one after the other."""
+
+    def __init__(self, readers: list[BatchReader]) -> None:
+        self.readers = readers
+
+    def __getitem__(self, planned: list[PlannedImage]) -> Batch:
+        views = [reader[planned] for reader in self.readers]
+        images = [image for view in views for image in view.images]
+        return Batch(images, [target for view in views for target in view.targets], views[0].error)
+
+
 def _black_image() -> tuple[Tensor, dict[str, Any]]:
     boxes, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
     target = {"boxes": boxes, "labels": labels, "image_id": -1, "index": -1, "original_size": (64, 64), "seed": 0}
@@ -201,14 +213,24 @@ def build_train_loader(
 
 
 def build_eval_loader(
-    dataset: CocoDataset, data: DataConfig, *, rank: int, ranks: int, pin_memory: bool = False
+    dataset: CocoDataset,
+    data: DataConfig,
+    *,
+    rank: int,
+    ranks: int,
+    scales: tuple[int, ...] = (),
+    pin_memory: bool = False,
 ) -> DataLoader[Batch]:
-    """This rank's images, one per batch: with padding, detections would depend on the number of ranks."""
+    """This rank's images, one per batch: with padding, detections would depend on the number of ranks.
+
+    With ``scales`` a batch has its image in each of these sizes.
+    """
     shard = [[PlannedImage(0, int(index))] for index in evaluation_shard(dataset.sizes, rank, ranks)]
-    return _build_loader(BatchReader(dataset, build_transform(data, training=False), 0), shard, data, pin_memory)
+    readers = [BatchReader(dataset, transform, 0) for transform in evaluation_transforms(data, scales)]
+    return _build_loader(ViewsReader(readers), shard, data, pin_memory)
 
 
-def _build_loader(reader: BatchReader, sampler: Any, data: DataConfig, pin_memory: bool) -> DataLoader[Batch]:
+def _build_loader(reader: Dataset[Batch], sampler: Any, data: DataConfig, pin_memory: bool) -> DataLoader[Batch]:
     # The loader draws a seed when it starts. With its own generator it leaves the global one untouched.
     generator = torch.Generator().manual_seed(0)
     if data.workers == 0:

@@ -97,9 +97,9 @@ class MetricsLog:
             + f"ETA {timedelta(seconds=remaining)}"
         )
 
-    def evaluation(self, row: dict[str, Any], table: Table) -> None:
+    def evaluation(self, row: dict[str, Any], table: Table, multi_scale: bool = False) -> None:
         """Writes one row of evaluation metrics and prints its table."""
-        self._write({"kind": "evaluation", **row})
+        self._write({"kind": "multi_scale" if multi_scale else "evaluation", **row})
         self.console.print(table)
         if "loss" in row:
             self.console.print(f"step {row['step']}  epoch {row['epoch']:.2f}  validation {loss_in_words(row)}")

@@ -27,7 +27,7 @@ from horovod_megdet.engine.losses import PassReport, agree_on_step, weigh_losses
 from horovod_megdet.engine.metrics import Window
 from horovod_megdet.engine.run_folder import RunFolder
 from horovod_megdet.engine.signals import StopRequest
-from horovod_megdet.engine.validation import evaluate_detector, note_evaluation
+from horovod_megdet.engine.validation import evaluate_detector, in_one_view, note_evaluation, with_all_views
 from horovod_megdet.errors import EXIT_NOT_SAVED, EXIT_STOPPED, UserError
 from horovod_megdet.evaluation.coco import Evaluation
 from horovod_megdet.layers.cross_gpu_bn import average_running_statistics
@@ -208,10 +208,21 @@ class Trainer:
         """Evaluates on the validation set; returns the evaluation and whether it is the best of the run so far."""
         progress.set("evaluating")
         average_running_statistics(self.evaluated_detector)
-        evaluation = evaluate_detector(self.config, self.evaluated_detector, self.val_set, self.device)
+        config = in_one_view(self.config)
+        evaluation = evaluate_detector(config, self.evaluated_detector, self.val_set, self.device)
         is_best = note_evaluation(self.position, evaluation)
         self.run_folder.log_evaluation(self._where(), evaluation)
         return evaluation, is_best
+
+    def evaluate_multi_scale(self) -> Evaluation | None:
+        """The multi-scale test at the end of training, if the configuration has one."""
+        config = with_all_views(self.config)
+        if config is None:
+            return None
+        progress.set("evaluating at several scales")
+        evaluation = evaluate_detector(config, self.evaluated_detector, self.val_set, self.device)
+        self.run_folder.log_evaluation(self._where(), evaluation, multi_scale=True)
+        return evaluation
 
     def save(self) -> None:
         """Writes a checkpoint. When that fails training goes on and tries again, unless this was the last chance."""
@@ -255,9 +266,10 @@ class Trainer:
             self.run_folder.close()
             return EXIT_STOPPED
         if evaluation is not None:  # there is none when a finished run is resumed
+            multi_scale = self.evaluate_multi_scale()
             progress.set("writing the report")
             epoch = self._where()["epoch"]
-            self.run_folder.write_report(self.description, position, epoch, self.val_set, evaluation)
+            self.run_folder.write_report(self.description, position, epoch, self.val_set, evaluation, multi_scale)
         best = checkpoint.folder(self.run_folder.path) / str(position.best_checkpoint)
         self.run_folder.close(f"{self._how_it_ended()} Best {position.best_metric} {position.best_value:.3f}: {best}")
         return 0

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -10,13 +11,14 @@ import torch
 from horovod_megdet import comm
 from horovod_megdet.config import Config
 from horovod_megdet.data.coco import CocoDataset
-from horovod_megdet.data.loader import build_eval_loader
+from horovod_megdet.data.loader import Batch, build_eval_loader
 from horovod_megdet.engine import checkpoint, hardware
 from horovod_megdet.engine.checkpoint import Position
 from horovod_megdet.errors import UserError
 from horovod_megdet.evaluation.coco import Evaluation, evaluate
 from horovod_megdet.evaluation.loss import validation_losses
 from horovod_megdet.evaluation.metrics import METRICS
+from horovod_megdet.evaluation.views import Views
 from horovod_megdet.models.detector import COUNT_OF_LOSS, Detector
 from horovod_megdet.wording import some
 
@@ -26,17 +28,35 @@ LOSSES = ("loss", *COUNT_OF_LOSS)
 
 def evaluate_detector(config: Config, detector: Detector, dataset: CocoDataset, device: torch.device) -> Evaluation:
     """Evaluates on all ranks, each on its exact share of the data set; every rank gets the metrics."""
-    loader = build_eval_loader(
-        dataset, config.data, rank=comm.rank(), ranks=comm.size(), pin_memory=device.type == "cuda"
-    )
+    test = config.evaluation
+
+    def shard(scales: tuple[int, ...]) -> Iterable[Batch]:
+        pin_memory = device.type == "cuda"
+        return build_eval_loader(
+            dataset, config.data, rank=comm.rank(), ranks=comm.size(), scales=scales, pin_memory=pin_memory
+        )
 
     def autocast() -> AbstractContextManager[None]:
         return hardware.autocast(config.runtime, device)
 
-    evaluation = evaluate(detector, dataset, loader, device, autocast, config.evaluation.backend)
-    if config.evaluation.loss:
-        evaluation = replace(evaluation, losses=validation_losses(detector, dataset, loader, device, autocast))
+    evaluation = evaluate(
+        detector, dataset, shard(test.scales), device, autocast, test.backend, Views.of(test, config.model)
+    )
+    if test.loss:
+        evaluation = replace(evaluation, losses=validation_losses(detector, dataset, shard(()), device, autocast))
     return evaluation
+
+
+def in_one_view(config: Config) -> Config:
+    """The configuration of the evaluations during a training: one scale, no flip, and NMS."""
+    return config.model_copy(update={"evaluation": config.evaluation.one_view})
+
+
+def with_all_views(config: Config) -> Config | None:
+    """The configuration of the multi-scale test at the end of a training; None if it would be no other evaluation."""
+    if config.evaluation == config.evaluation.one_view:
+        return None
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"loss": False})})
 
 
 def check_best_metric(config: Config, class_names: list[str]) -> None:

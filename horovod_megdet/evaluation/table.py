@@ -9,9 +9,10 @@ from horovod_megdet.evaluation.coco import Evaluation
 from horovod_megdet.evaluation.metrics import METRICS, percent
 
 
-def render(evaluation: Evaluation) -> Table:
+def render(evaluation: Evaluation, multi_scale: bool = False) -> Table:
     """The twelve metrics and the AP of every class, in percent; a dash if there is no ground truth."""
-    table = Table(title=f"COCO box metrics on {evaluation.images} images", title_justify="left")
+    test = ", multi-scale test" if multi_scale else ""
+    table = Table(title=f"COCO box metrics on {evaluation.images} images{test}", title_justify="left")
     table.add_column("metric")
     table.add_column("over")
     table.add_column("%", justify="right")

@@ -11,12 +11,13 @@ import yaml
 from torch import Tensor, nn
 
 from horovod_megdet import comm
-from horovod_megdet.config import Config
+from horovod_megdet.config import Config, override
 from horovod_megdet.data.coco import CocoDataset, load_dataset
 from horovod_megdet.data.loader import Batch, build_eval_loader
 from horovod_megdet.errors import UserError
 from horovod_megdet.evaluation.coco import Evaluation, evaluate
 from horovod_megdet.evaluation.loss import validation_losses
+from horovod_megdet.evaluation.views import Views
 from horovod_megdet.models.detector import build_detector
 
 CPU = torch.device("cpu")
@@ -75,6 +76,17 @@ def with_detector(dataset: CocoDataset) -> Evaluation:
     return evaluate(detector, dataset, shard(dataset), CPU)
 
 
+def with_views(dataset: CocoDataset) -> Evaluation:
+    """The same at three scales, and mirrored."""
+    torch.manual_seed(0)
+    detector = build_detector(CONFIG.model, CONFIG.batch_norm, len(dataset.class_names))
+    config = override(CONFIG, ["evaluation.scales=[48,64,100]", "evaluation.flip=true", "evaluation.merge=soft_nms"])
+    loader = build_eval_loader(
+        dataset, config.data, rank=comm.rank(), ranks=comm.size(), scales=config.evaluation.scales
+    )
+    return evaluate(detector, dataset, loader, CPU, views=Views.of(config.evaluation, config.model))
+
+
 def losses(dataset: CocoDataset) -> dict[str, float]:
     """The validation losses of the real detector, with random weights and statistics that are not those of a batch."""
     torch.manual_seed(0)
@@ -103,6 +115,7 @@ def main(root: Path, output: Path) -> None:
     jobs: dict[str, tuple[Callable[[CocoDataset], Evaluation], CocoDataset]] = {
         "noisy": (with_noisy, many),
         "detector": (with_detector, many),
+        "views": (with_views, many),
         "few images": (with_noisy, two),
     }
     seen: dict[str, Any] = {"error": bad_image_on_last_rank(many), "losses": losses(many)}

@@ -16,7 +16,7 @@ from horovod_megdet.data.synthetic import ensure_synthetic
 pytestmark = pytest.mark.parallel
 
 MANY, TWO = 7, 2
-JOBS = ("noisy", "detector", "few images")
+JOBS = ("noisy", "detector", "views", "few images")
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def test_metrics_and_detections_do_not_depend_on_the_number_of_ranks(
 def test_a_missing_or_duplicate_image_would_change_these_numbers(alone: Results) -> None:
     assert 0.1 < alone.ranks[0]["noisy"]["row"]["AP"] < 0.9
     assert len(json.loads(alone.files["detector"])) > 10 * MANY
+    assert alone.files["views"] != alone.files["detector"]
 
 
 @pytest.mark.parametrize(("job", "images"), [("noisy", MANY), ("few images", TWO)])
