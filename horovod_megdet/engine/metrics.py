@@ -9,6 +9,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from horovod_megdet.evaluation.table import loss_in_words
 from horovod_megdet.files import atomic_write
 from horovod_megdet.report.rows import METRICS_FILE, read_metrics
 from horovod_megdet.report.tables import console
@@ -87,9 +88,8 @@ class MetricsLog:
         self._write({"kind": "train", **row})
         self._progress.update(self._task, completed=row["images_seen"])
         remaining = round(max(0, self.total_images - row["images_seen"]) / row["images_per_second"])
-        parts = " ".join(f"{key.removeprefix('loss_')} {value:.3f}" for key, value in row.items() if "loss_" in key)
         self.console.print(
-            f"step {row['step']}  epoch {row['epoch']:.2f}  loss {row['loss']:.3f} ({parts})  lr {row['lr']:.4g}  "
+            f"step {row['step']}  epoch {row['epoch']:.2f}  {loss_in_words(row)}  lr {row['lr']:.4g}  "
             f"{row['images_per_second']:.1f} images/s  step {row['step_seconds']:.2f} s "
             f"(ranks {row['step_seconds_min']:.2f} to {row['step_seconds_max']:.2f})  "
             f"data {row['data_seconds']:.2f} s  memory {row['memory_mb']:.0f} MB  "
@@ -97,10 +97,12 @@ class MetricsLog:
             + f"ETA {timedelta(seconds=remaining)}"
         )
 
-    def evaluation(self, row: dict[str, Any], table: Table) -> None:
+    def evaluation(self, row: dict[str, Any], table: Table, multi_scale: bool = False) -> None:
         """Writes one row of evaluation metrics and prints its table."""
-        self._write({"kind": "evaluation", **row})
+        self._write({"kind": "multi_scale" if multi_scale else "evaluation", **row})
         self.console.print(table)
+        if "loss" in row:
+            self.console.print(f"step {row['step']}  epoch {row['epoch']:.2f}  validation {loss_in_words(row)}")
 
     def _write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")

@@ -94,13 +94,14 @@ class RunFolder:
             with _warned("metrics"):
                 self._log.train(row)
 
-    def log_evaluation(self, row: dict[str, Any], evaluation: Evaluation) -> None:
+    def log_evaluation(self, row: dict[str, Any], evaluation: Evaluation, multi_scale: bool = False) -> None:
         """Writes a row of evaluation metrics, and begins to write the detections and the curves."""
         if self._log:
             self.wait()
             with _warned("metrics"):
-                self._log.evaluation(row | evaluation.row(), render(evaluation))
-            detections = self.path / "evaluation" / f"{checkpoint.name(row['step'])}.json"
+                self._log.evaluation(row | evaluation.row(), render(evaluation, multi_scale), multi_scale)
+            name = checkpoint.name(row["step"]) + ("_multi_scale" if multi_scale else "")
+            detections = self.path / "evaluation" / f"{name}.json"
             self._written = self._thread.submit(self._write_evaluation, detections, evaluation)
 
     def _write_evaluation(self, detections: Path, evaluation: Evaluation) -> None:
@@ -124,18 +125,21 @@ class RunFolder:
         epoch: float,
         val_set: CocoDataset,
         evaluation: Evaluation,
+        multi_scale: Evaluation | None,
     ) -> None:
-        """Writes the page of validation images and the summary."""
+        """Writes the summary and the page of validation images, with the detections of the multi-scale test, if any."""
         if self._log:
             from horovod_megdet.report.page import VALIDATION_PAGE
             from horovod_megdet.report.pictures import write_validation_page
 
             with _warned("the report"):
-                title = f"{self.path.name}, epoch {epoch:.2f}"
+                title = f"{self.path.name}, epoch {epoch:.2f}" + (", multi-scale test" if multi_scale else "")
                 write_validation_page(
-                    self.path / VALIDATION_PAGE, val_set, evaluation, count=self.pictures, title=title
+                    self.path / VALIDATION_PAGE, val_set, multi_scale or evaluation, count=self.pictures, title=title
                 )
                 summary = asdict(description) | asdict(position) | evaluation.row()
+                if multi_scale:
+                    summary["multi_scale"] = multi_scale.row()
                 with atomic_write(self.path / SUMMARY_FILE) as file:
                     file.write(json.dumps(summary, indent=1).encode())
 

@@ -4,17 +4,21 @@ import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from horovod_megdet import comm, launched
 from horovod_megdet.config import Config
 from horovod_megdet.data.coco import CocoDataset, check_same_classes
 from horovod_megdet.data.configured import load_split, make_synthetic
+from horovod_megdet.data.loader import image_stream
+from horovod_megdet.data.sampler import ImageStream
 from horovod_megdet.engine import checkpoint, hardware, precision, random_state
 from horovod_megdet.engine.checkpoint import RunDescription
 from horovod_megdet.engine.run_folder import find_checkpoint, write_config
 from horovod_megdet.engine.signals import StopRequest
 from horovod_megdet.engine.trainer import Trainer
+from horovod_megdet.engine.validation import check_best_metric
 from horovod_megdet.errors import UserError
 from horovod_megdet.models.detector import Detector, build_detector
 from horovod_megdet.models.norms import bn_group
@@ -24,6 +28,7 @@ from horovod_megdet.report.tables import console, two_columns
 from horovod_megdet.solver.agvm import check_agvm
 from horovod_megdet.solver.schedule import make_schedule
 from horovod_megdet.versions import NUMERICAL, versions
+from horovod_megdet.wording import some
 
 
 def build_trainer(config: Config, resume: bool) -> Trainer:
@@ -39,8 +44,10 @@ def build_trainer(config: Config, resume: bool) -> Trainer:
     config, why = precision.decide(config, device, saved.config if saved else None)
     train_set, val_set = load_datasets(config)
     with comm.agreement("schedule"):
-        schedule = make_schedule(config.solver, len(train_set), comm.size(), config.data.images_per_rank)
+        stream = image_stream(train_set, config.data, config.runtime.seed)
+        schedule = make_schedule(config.solver, len(stream), comm.size(), config.data.images_per_rank)
         check_agvm(config, schedule)
+        check_best_metric(config, train_set.class_names)
     detector = start_detector(config, len(train_set.class_names), device)
     description = RunDescription(
         config=config.model_dump(mode="json"),
@@ -57,7 +64,7 @@ def build_trainer(config: Config, resume: bool) -> Trainer:
         if comm.is_main():
             write_config(run_dir, config)
     if comm.is_main():
-        _print_start(trainer, why)
+        _print_start(trainer, why, stream)
     return trainer
 
 
@@ -73,6 +80,13 @@ def resume_from(trainer: Trainer, found: checkpoint.Checkpoint | None) -> None:
             "trained on, so its position in the data means nothing. Restore the data, or start a new run with "
             "model.weights set to this checkpoint."
         )
+    factor, other = saved.config.data.repeat_factor, trainer.config.data.repeat_factor
+    if factor != other:
+        raise UserError(
+            f"{saved.path}: this checkpoint was trained with data.repeat_factor: {factor:g}, so with {other:g} its "
+            f"position in the data means nothing. Use {factor:g}, or start a new run with model.weights set to this "
+            "checkpoint."
+        )
     theirs, ours = saved.config.solver.optimizer, trainer.config.solver.optimizer
     if theirs != ours:
         raise UserError(
@@ -80,6 +94,9 @@ def resume_from(trainer: Trainer, found: checkpoint.Checkpoint | None) -> None:
             f"Use {theirs}, or start a new run with model.weights set to this checkpoint."
         )
     trainer.resume(saved)
+    before, now = saved.config.output.best_metric, trainer.config.output.best_metric
+    if before != now and comm.is_main():
+        say(f"output.best_metric was {before} until now: the best checkpoint is looked for anew, by {now}.")
 
 
 def load_datasets(config: Config) -> tuple[CocoDataset, CocoDataset]:
@@ -151,7 +168,7 @@ def build_for_evaluation(
     return config, detector.to(device).eval(), val_set, device, saved
 
 
-def _print_start(trainer: Trainer, precision_choice: str) -> None:
+def _print_start(trainer: Trainer, precision_choice: str, stream: ImageStream) -> None:
     config, out = trainer.config, console()
     environment = [
         ("ranks", f"{comm.size()}, {comm.local_size()} on {launched.host()}, controller {comm.controller()}"),
@@ -164,6 +181,7 @@ def _print_start(trainer: Trainer, precision_choice: str) -> None:
             f"{len(trainer.train_set)} images, {len(trainer.train_set.class_names)} classes: "
             + ", ".join(trainer.train_set.class_names[:10]),
         ),
+        *_repeats(stream, trainer.train_set.class_names),
         ("validation set", f"{len(trainer.val_set)} images"),
         ("run directory", config.output.run_dir),
     ]
@@ -178,3 +196,13 @@ def _print_start(trainer: Trainer, precision_choice: str) -> None:
     if trainer.position.step:
         epoch = trainer.schedule.epoch(trainer.position.images_seen)
         out.print(f"Resuming after step {trainer.position.step}, epoch {epoch:.2f}.")
+
+
+def _repeats(stream: ImageStream, class_names: list[str]) -> list[tuple[str, str]]:
+    """What repeat factors make of an epoch, and the most repeated classes."""
+    if stream.factors is None:
+        return []
+    of_classes = stream.factors.of_classes
+    repeated = [f"{class_names[k]} x{of_classes[k]:.2f}" for k in np.argsort(-of_classes) if of_classes[k] > 1]
+    classes = f"repeated are the images of {some(repeated)}" if repeated else "no class is rare enough to be repeated"
+    return [("an epoch", f"{len(stream)} images of the {len(stream.portrait)}: {classes}")]

@@ -10,6 +10,9 @@ from horovod_megdet.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 
+KINDS = ("train", "evaluation", "multi_scale")
+"""Of rows; the last is that of the multi-scale test at the end of a run."""
+
 Rows = list[dict[str, Any]]
 
 
@@ -32,8 +35,9 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
         row = json.loads(line)
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON ({error}). Was the file edited? Remove the line.") from None
-    if not isinstance(row, dict) or row.get("kind") not in ("train", "evaluation"):
-        raise UserError(f'{where}: not a row of metrics: it lacks "kind": "train" or "evaluation".')
+    if not isinstance(row, dict) or row.get("kind") not in KINDS:
+        kinds = ", ".join(f'"{kind}"' for kind in KINDS)
+        raise UserError(f'{where}: not a row of metrics: it lacks a "kind", one of {kinds}.')
     return row
 
 
