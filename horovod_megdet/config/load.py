@@ -5,12 +5,14 @@ overrides key by key. ``--set section.key=value`` overrides both.
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
 import pydantic
 import yaml
 from pydantic import BaseModel
+from pydantic_core import ErrorDetails
 
 from horovod_megdet.config.schema import Config, section_type
 from horovod_megdet.errors import UserError
@@ -134,7 +136,7 @@ def _explain(error: pydantic.ValidationError, sources: dict[str, str], default: 
         else:
             message = item["msg"].removeprefix("Value error, ")
             given = "" if isinstance(item["input"], dict | BaseModel) else f", not {item['input']!r}"
-            sentences.append(f"{where}: `{key}`: {message[0].lower()}{message[1:]}{given}.")
+            sentences.append(f"{where}: `{key}`: {message[0].lower()}{message[1:]}{given}{_nearest_choice(item)}")
     return "\n".join(dict.fromkeys(sentences))
 
 
@@ -144,6 +146,13 @@ def _existing_key(names: list[str], sources: dict[str, str]) -> str:
         if ".".join(names[:length]) in sources:
             return ".".join(names[:length])
     return ".".join(names)
+
+
+def _nearest_choice(item: ErrorDetails) -> str:
+    """The end of the sentence about a value that is not one of a few: what was meant, if that is clear."""
+    choices = re.findall("'(.*?)'", item.get("ctx", {}).get("expected", "")) if item["type"] == "literal_error" else []
+    close = difflib.get_close_matches(str(item["input"]), choices, n=1, cutoff=0.6)
+    return f"; did you mean `{close[0]}`?" if close else "."
 
 
 def _nearest(names: list[str]) -> str:

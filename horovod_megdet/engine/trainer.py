@@ -84,7 +84,7 @@ class Trainer:
         self.unsaved = False
         """Whether the last checkpoint could not be written."""
         self.window = Window()
-        self.run_folder = RunFolder(Path(config.output.run_dir), config.output.pictures)
+        self.run_folder = RunFolder(config)
 
     def train(self) -> int:
         """Trains to the end, or until a signal; returns the exit code."""
@@ -235,7 +235,8 @@ class Trainer:
             weights=self.detector.state_dict() if self.averaged else None,
         )
         run_dir, epoch = self.run_folder.path, self._where()["epoch"]
-        checkpoint.save(run_dir, self.evaluated_detector.state_dict(), state, self.description, epoch)
+        saved = checkpoint.save(run_dir, self.evaluated_detector.state_dict(), state, self.description, epoch)
+        self.run_folder.log_checkpoint(saved)
         try:
             checkpoint.prune(run_dir, self.config.output.keep_checkpoints, self.position.best_checkpoint)
         except OSError as error:

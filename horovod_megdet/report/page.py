@@ -41,6 +41,14 @@ class Card:
         shown = min(self.objects.width, self.objects.width * TALLEST // self.objects.height)
         return min(shown, ENLARGED_WIDTH) if self.objects.width > self.width else shown
 
+    def beside(self) -> Image.Image:
+        """Both in one picture, the ground truth on the left."""
+        gap = self.objects.width // 50
+        picture = Image.new("RGB", (2 * self.objects.width + gap, self.objects.height), "white")
+        picture.paste(self.objects)
+        picture.paste(self.detections, (self.objects.width + gap, 0))
+        return picture
+
 
 @dataclass(frozen=True)
 class PictureCard:
