@@ -151,7 +151,7 @@ def _existing_key(names: list[str], sources: dict[str, str]) -> str:
 def _nearest_choice(item: ErrorDetails) -> str:
     """The end of the sentence about a value that is not one of a few: what was meant, if that is clear."""
     choices = re.findall("'(.*?)'", item.get("ctx", {}).get("expected", "")) if item["type"] == "literal_error" else []
-    close = difflib.get_close_matches(str(item["input"]), choices, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(item["input"]), choices, n=1, cutoff=0.7)
     return f"; did you mean `{close[0]}`?" if close else "."
 
 

@@ -161,7 +161,7 @@ class WandB:
     """
 
     def __init__(self, config: Config, step: int) -> None:
-        mode = os.environ.get("WANDB_MODE", "offline")
+        mode: Any = os.environ.get("WANDB_MODE", "offline")
         if mode == "offline":
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # would call its makers
         import wandb
@@ -179,7 +179,8 @@ class WandB:
             id=run_id,
             resume="allow" if mode == "online" else None,
             config=config.model_dump(mode="json"),
-            settings=wandb.Settings(silent=True, console="off", login_timeout=1),  # nobody is there to type a key
+            # Nobody is there to type a key; and without its server, W&B holds up the end of the process as well.
+            settings=wandb.Settings(silent=True, console="off", login_timeout=1, init_timeout=PATIENCE),
         )
 
     def row(self, row: dict[str, Any]) -> None:
@@ -189,8 +190,7 @@ class WandB:
         self.run.summary["checkpoint"] = path
 
     def pictures(self, pictures: Pictures, step: int) -> None:
-        images = [self.image(picture, caption=name) for name, picture in pictures.items()]
-        self.run.log({"validation": images}, step=step)
+        self.run.log({f"validation/{name}": self.image(picture) for name, picture in pictures.items()}, step=step)
 
     def close(self, finished: bool) -> None:
         self.run.finish()

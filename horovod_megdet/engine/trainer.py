@@ -9,7 +9,6 @@ import gc
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import torch
