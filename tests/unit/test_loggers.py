@@ -130,6 +130,15 @@ def records(path: Path) -> list[Any]:
     return found
 
 
+def complete(path: Path) -> list[Any]:
+    """The records, once W&B's own process has written the last one."""
+    deadline = time.monotonic() + 60
+    while not (found := records(path)) or not any(record.HasField("exit") for record in found):
+        assert time.monotonic() < deadline, f"{path}: {len(found)} records"
+        time.sleep(0.05)
+    return found
+
+
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed: pip install 'horovod-megdet[wandb]'")
     for name in ("WANDB_MODE", "WANDB_PROJECT"):
@@ -137,7 +146,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = tmp_path / "cells"
     log(run_dir, "wandb")
     [path] = offline_runs(run_dir)
-    found = records(path)
+    found = complete(path)
     [run] = [record.run for record in found if record.HasField("run")]
     assert (run.display_name, run.project) == ("cells", "megdet")
     values = {update.key: json.loads(update.value_json) for update in run.config.update}
@@ -156,7 +165,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     time.sleep(1.1)  # W&B names its folders by the second
     log(run_dir, "wandb")
-    first, second = ([each.run for each in records(path) if each.HasField("run")] for path in offline_runs(run_dir))
+    first, second = ([each.run for each in complete(path) if each.HasField("run")] for path in offline_runs(run_dir))
     assert first[0].run_id == second[0].run_id, "a resumed run has the id of the first"
 
 
