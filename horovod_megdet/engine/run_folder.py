@@ -5,7 +5,7 @@ metrics.jsonl        one line per row of metrics; also drawn, in curves.png
 tensorboard/         the same, for the loggers of the configuration; also mlflow/, wandb/
 evaluation/          the detections of each evaluation
 validation.html      the last one's beside the ground truth; its numbers are in summary.json
-checkpoints/         see checkpoint.py
+checkpoints/         see checkpoint.py; at the end, README.md of the best and the last one (model_card.py)
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from horovod_megdet.evaluation.table import render
 from horovod_megdet.files import atomic_write
 from horovod_megdet.printing import say
 from horovod_megdet.progress import progress
+from horovod_megdet.solver.schedule import Schedule
 
 if TYPE_CHECKING:
     from horovod_megdet.engine.loggers import Loggers
@@ -155,8 +156,27 @@ class RunFolder:
                 with atomic_write(self.path / SUMMARY_FILE) as file:
                     file.write(json.dumps(summary, indent=1).encode())
 
+    def write_model_cards(
+        self,
+        description: RunDescription,
+        position: Position,
+        schedule: Schedule,
+        train_set: CocoDataset,
+        val_set: CocoDataset,
+    ) -> None:
+        """Writes into the folders of the best and the last checkpoint what they are."""
+        if self._log:
+            from horovod_megdet.engine.model_card import write_model_cards
+
+            self.wait()  # for the curves
+            with _warned("the model card"):
+                write_model_cards(self.path, description, position, schedule, train_set, val_set)
+
     def close(self, last_words: str = "") -> None:
-        """Ends the progress bar, completes the files, and prints ``last_words``, which a run that is finished has."""
+        """Ends the progress bar, completes the files, and prints ``last_words``, which a run that is finished has.
+
+        Nothing is written from then on.
+        """
         if self._log and self._loggers:
             self.wait()
             if last_words:
@@ -164,6 +184,7 @@ class RunFolder:
             self._log.close()
             progress.set("waiting for output.loggers")
             self._loggers.close(finished=bool(last_words))
+            self._log = self._loggers = None
 
 
 @contextlib.contextmanager

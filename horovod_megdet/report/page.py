@@ -1,4 +1,4 @@
-"""Pages of one HTML file that needs nothing beside it, from the templates in ``templates``."""
+"""Pages of one file that needs nothing beside it, from the templates in ``templates``."""
 
 import base64
 import io
@@ -65,9 +65,12 @@ class PictureCard:
 
 
 def render(template: str, **values: Any) -> bytes:
-    """The page of a template, such as ``validation.html``, in UTF-8. What is inserted is escaped."""
+    """The page of a template, such as ``validation.html``, in UTF-8. What is inserted into HTML is escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("horovod_megdet.report"), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("horovod_megdet.report"),
+        autoescape=not template.endswith(".md"),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
     )
     environment.filters["data_url"] = _data_url
     return environment.get_template(template).render(values).encode()
