@@ -6,6 +6,7 @@ overrides key by key. ``--set section.key=value`` overrides both.
 
 import difflib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,34 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         sources = dict.fromkeys(_key_paths(base_values), str(base_path)) | sources
         values = _merge(base_values, values)
     return _validate(values, overrides or [], sources, str(path))
+
+
+def as_config(config: Config | Mapping[str, Any] | str | Path) -> Config:
+    """The configuration of a file, or of a dict of sections, whose values override those of its ``base`` if it has one.
+
+    A ``base`` is the path of a YAML file, from the working directory. Raises like :func:`load_config`.
+    """
+    if isinstance(config, Config):
+        return config
+    if isinstance(config, str | Path):
+        return load_config(config)
+    values = dict(config)
+    base = values.pop("base", None)
+    return merge(Config() if base is None else load_config(base), values)
+
+
+def merge(config: Config, values: Mapping[str, Any]) -> Config:
+    """Returns the configuration with the values of these sections in the place of its own; raises like above."""
+    merged = _merge(config.model_dump(mode="json"), _without_paths(dict(values)))
+    return _validate(merged, [], dict.fromkeys(_key_paths(merged), "the configuration"), "the configuration")
+
+
+def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """Strings in the place of paths, as in a YAML file."""
+    return {
+        key: _without_paths(value) if isinstance(value, dict) else str(value) if isinstance(value, Path) else value
+        for key, value in values.items()
+    }
 
 
 def override(config: Config, overrides: list[str]) -> Config:

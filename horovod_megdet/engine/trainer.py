@@ -52,7 +52,7 @@ class Trainer:
         val_set: CocoDataset,
         schedule: Schedule,
         device: torch.device,
-        stop_request: StopRequest,
+        stop_request: StopRequest | None,
         description: RunDescription,
     ) -> None:
         self.config = config
@@ -251,6 +251,7 @@ class Trainer:
             progress.set("writing the report")
             epoch = self._where()["epoch"]
             self.run_folder.write_report(self.description, position, epoch, self.val_set, evaluation)
+            self.run_folder.write_model_cards(self.description, position, self.schedule, self.train_set, self.val_set)
         best = checkpoint.folder(self.run_folder.path) / str(position.best_checkpoint)
         self.run_folder.close(f"Finished after {position.step} steps. Best AP {position.best_ap:.3f}: {best}")
         return 0
