@@ -15,6 +15,7 @@ from horovod_megdet.cluster.watchdog.heartbeats import LastWords
 from horovod_megdet.cluster.watchdog.watchdog import Watchdog
 from horovod_megdet.config import Config, override
 from horovod_megdet.engine import checkpoint
+from horovod_megdet.engine.signals import StopRequest
 from horovod_megdet.engine.startup import build_for_evaluation, build_trainer
 from horovod_megdet.engine.validation import evaluate_detector
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_STOPPED, UserError
@@ -30,7 +31,7 @@ def train(arguments: argparse.Namespace) -> int:
     def program(config: Config) -> int:
         if arguments.eval_only:
             return evaluate(config, Path(arguments.checkpoint or config.output.run_dir))
-        exit_code = build_trainer(config, arguments.resume).train()
+        exit_code = build_trainer(config, arguments.resume, StopRequest()).train()
         if exit_code == EXIT_STOPPED and comm.is_main():
             say("Stopped by a signal; the checkpoint is written. Start again with --resume.")
         return exit_code

@@ -11,6 +11,7 @@ from horovod.runner.http import http_client
 
 from horovod_megdet import launched
 from horovod_megdet.comm.collectives import size, waiting_for
+from horovod_megdet.errors import UserError
 
 LAUNCH_DEFAULTS = {
     # Without yielding, an idle rank's busy wait steals the core that another rank or Horovod's own thread needs.
@@ -35,7 +36,12 @@ def init(deterministic: bool = False, groups: bool = False) -> None:
 
     ``deterministic`` turns off fusion: each tensor is then summed on its own, in an order that depends on nothing but
     its size and the number of ranks, and not on what else happened to be ready.
+
+    Where Horovod runs already, it stays as it is; raises :class:`UserError` if it runs without what is asked for.
     """
+    if hvd.is_initialized():
+        _check_running(deterministic, groups)
+        return
     set_launch_defaults()
     if deterministic:
         os.environ["HOROVOD_FUSION_THRESHOLD"] = "0"
@@ -50,6 +56,18 @@ def init(deterministic: bool = False, groups: bool = False) -> None:
         with waiting_for("start"):
             _wait_for_late_ranks()
     hvd.init()
+
+
+def _check_running(deterministic: bool, groups: bool) -> None:
+    settings = {
+        "HOROVOD_FUSION_THRESHOLD": ("0", "runtime.deterministic", deterministic),
+        "HOROVOD_DYNAMIC_PROCESS_SETS": ("1", "a batch_norm.bn_size other than world", groups),
+    }
+    for name, (value, what, is_needed) in settings.items():
+        if is_needed and size() > 1 and os.environ.get(name) != value:
+            raise UserError(
+                f"Horovod runs already, without what {what} needs: set {name}={value} before it is started."
+            )
 
 
 def _wait_for_late_ranks() -> None:

@@ -1,6 +1,6 @@
 """The configuration of a run: see :mod:`.schema` for the keys and :mod:`.load` for the files."""
 
-from horovod_megdet.config.load import load_config, override
+from horovod_megdet.config.load import as_config, load_config, merge, override
 from horovod_megdet.config.schema import (
     BatchNormConfig,
     Config,
@@ -26,7 +26,9 @@ __all__ = [
     "RuntimeConfig",
     "Section",
     "SolverConfig",
+    "as_config",
     "load_config",
+    "merge",
     "override",
     "section_type",
 ]

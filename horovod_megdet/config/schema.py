@@ -357,6 +357,10 @@ class OutputConfig(Section):
     pictures: NotNegative = 16
     """Validation images drawn with ground truth and detections."""
 
+    loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
+    """Where metrics, configuration and pictures go beside the files of the run (docs/loggers.md): `tensorboard`,
+    `mlflow`, `wandb` (extras of the same names). One that is missing or fails is a warning."""
+
 
 class Config(Section):
     """The whole configuration of a run."""

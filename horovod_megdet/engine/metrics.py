@@ -1,4 +1,4 @@
-"""Metrics of a run: averages on every rank; rank 0 writes them to the terminal or log, to a file and to TensorBoard."""
+"""Metrics of a run: averages on every rank; rank 0 writes them to the terminal or log and to a file."""
 
 import json
 import math
@@ -58,9 +58,6 @@ class MetricsLog:
     """Writes rows of metrics, on rank 0. A resumed run first drops the rows that lie behind its checkpoint."""
 
     def __init__(self, run_dir: Path, total_images: int, images_seen: int, step: int) -> None:
-        # A second that the other ranks would wait for.
-        from torch.utils.tensorboard import SummaryWriter
-
         self.console = console()
         self.total_images = total_images
         path = run_dir / METRICS_FILE
@@ -68,7 +65,6 @@ class MetricsLog:
         with atomic_write(path) as file:
             file.writelines(json.dumps(row).encode() + b"\n" for row in kept)
         self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -85,7 +81,7 @@ class MetricsLog:
 
     def train(self, row: dict[str, Any]) -> None:
         """Writes one row of training metrics, the means since the row before."""
-        self._write({"kind": "train", **row})
+        self._write(row)
         self._progress.update(self._task, completed=row["images_seen"])
         remaining = round(max(0, self.total_images - row["images_seen"]) / row["images_per_second"])
         self.console.print(
@@ -97,21 +93,17 @@ class MetricsLog:
             + f"ETA {timedelta(seconds=remaining)}"
         )
 
-    def evaluation(self, row: dict[str, Any], table: Table, multi_scale: bool = False) -> None:
+    def evaluation(self, row: dict[str, Any], table: Table) -> None:
         """Writes one row of evaluation metrics and prints its table."""
-        self._write({"kind": "multi_scale" if multi_scale else "evaluation", **row})
+        self._write(row)
         self.console.print(table)
         if "loss" in row:
             self.console.print(f"step {row['step']}  epoch {row['epoch']:.2f}  validation {loss_in_words(row)}")
 
     def _write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
-        for key, value in row.items():
-            if isinstance(value, int | float) and key not in ("step", "images_seen"):
-                self._tensorboard.add_scalar(f"{row['kind']}/{key}", value, row["step"])
 
     def close(self) -> None:
-        """Ends the progress bar and flushes the files."""
+        """Ends the progress bar and flushes the file."""
         self._progress.stop()
         self._file.close()
-        self._tensorboard.close()

@@ -31,10 +31,9 @@ from horovod_megdet.versions import NUMERICAL, versions
 from horovod_megdet.wording import some
 
 
-def build_trainer(config: Config, resume: bool) -> Trainer:
+def build_trainer(config: Config, resume: bool, stop_request: StopRequest | None = None) -> Trainer:
     """Builds the trainer of this rank. Collective; raises :class:`UserError` on all ranks alike."""
     comm.check_same({"configuration": config.fingerprint(), **versions(NUMERICAL)}, "start")
-    stop_request = StopRequest()
     run_dir = Path(config.output.run_dir)
     with comm.agreement("run directory"):
         saved = find_checkpoint(run_dir, resume)

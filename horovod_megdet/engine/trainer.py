@@ -9,7 +9,6 @@ import gc
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -53,7 +52,7 @@ class Trainer:
         val_set: CocoDataset,
         schedule: Schedule,
         device: torch.device,
-        stop_request: StopRequest,
+        stop_request: StopRequest | None,
         description: RunDescription,
     ) -> None:
         self.config = config
@@ -84,7 +83,7 @@ class Trainer:
         self.unsaved = False
         """Whether the last checkpoint could not be written."""
         self.window = Window()
-        self.run_folder = RunFolder(Path(config.output.run_dir), config.output.pictures)
+        self.run_folder = RunFolder(config)
 
     def train(self) -> int:
         """Trains to the end, early or not, or until a signal; returns the exit code."""
@@ -253,7 +252,8 @@ class Trainer:
             weights=self.detector.state_dict() if self.averaged else None,
         )
         run_dir, epoch = self.run_folder.path, self._where()["epoch"]
-        checkpoint.save(run_dir, self.evaluated_detector.state_dict(), state, self.description, epoch)
+        saved = checkpoint.save(run_dir, self.evaluated_detector.state_dict(), state, self.description, epoch)
+        self.run_folder.log_checkpoint(saved)
         try:
             checkpoint.prune(run_dir, self.config.output.keep_checkpoints, self.position.best_checkpoint)
         except OSError as error:
@@ -270,6 +270,7 @@ class Trainer:
             progress.set("writing the report")
             epoch = self._where()["epoch"]
             self.run_folder.write_report(self.description, position, epoch, self.val_set, evaluation, multi_scale)
+            self.run_folder.write_model_cards(self.description, position, self.schedule, self.train_set, self.val_set)
         best = checkpoint.folder(self.run_folder.path) / str(position.best_checkpoint)
         self.run_folder.close(f"{self._how_it_ended()} Best {position.best_metric} {position.best_value:.3f}: {best}")
         return 0
