@@ -10,7 +10,6 @@ BIN := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(VENV)/bin
 IN_VENV := PATH="$(BIN):$$PATH"
 # Options of 'make experiments'.
 EXPERIMENTS := $(if $(ONLY),--only '$(ONLY)') $(if $(SEEDS),--seeds $(SEEDS)) $(if $(LIST),--list) $(if $(QUICK),--quick)
-TESTS := $(wildcard tests/unit tests/parallel)
 
 # Open MPI refuses to work for root unless it is told twice; in a container, root is often the only user.
 ifeq ($(shell id -u),0)
@@ -36,7 +35,7 @@ fi
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gpu-kit demo experiments test test-gpu test-cluster lint ruff mypy format clean distclean
+.PHONY: help setup gpu-kit demo experiments test test-unit test-parallel test-gpu test-cluster lint ruff mypy format clean distclean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -62,8 +61,13 @@ demo: setup ## Train a small detector on a synthetic data set with NP ranks
 experiments: setup ## Make the missing runs of docs/findings.md, and the page (ONLY='k08_*' SEEDS=1 LIST=1 QUICK=1)
 	$(IN_VENV) python -m experiments $(EXPERIMENTS)
 
-test: setup ## Run the unit tests and the tests with several ranks
-	$(IN_VENV) python -m pytest $(TESTS) $(ARGS)
+test: test-unit test-parallel ## Run the unit tests and the tests with several ranks
+
+test-unit: setup ## Run the unit tests, several at a time
+	$(IN_VENV) python -m pytest tests/unit -n auto --maxprocesses 8 $(ARGS)
+
+test-parallel: setup ## Run the tests with several ranks
+	$(IN_VENV) python -m pytest tests/parallel $(ARGS)
 
 test-gpu: setup ## Run the tests that need an NVIDIA GPU
 	$(IN_VENV) python -m pytest tests/gpu $(ARGS)

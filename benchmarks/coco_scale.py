@@ -193,7 +193,7 @@ def run_folder_rows(folder: Path) -> list[Row]:
     evaluation = Evaluation(dict.fromkeys(METRICS, 0.5), aps, len(dataset), dataset.category_ids, found)
     description = RunDescription({}, dataset.class_names, dataset.category_ids, "", {})
     with tempfile.TemporaryDirectory(dir=folder) as run_dir:
-        files = RunFolder(Path(run_dir), Config().output.pictures)
+        files = RunFolder(Config.model_validate({"output": {"run_dir": run_dir}}))
         files.open_log(len(dataset), Position())
         for step in (1, 2):
             began = time.perf_counter()

@@ -160,13 +160,19 @@ class Launcher:
         self, ranks: int, environment: dict[str, str] | None = None, **variants: tuple[str, ...]
     ) -> dict[str, Measured]:
         """Our trainer; several variants take turns in one launch."""
+        arguments = ["--steps", str(self.steps), "--variants", json.dumps(variants)]
+        found = self.under_mpirun(ranks, Path(__file__), *arguments, environment=environment)
+        images = ranks * self.settings.images_per_rank
+        return {name: Measured(images, Timing(times), found["peak_mb"]) for name, times in found["seconds"].items()}
+
+    def under_mpirun(
+        self, ranks: int, script: Path, *arguments: str, environment: dict[str, str] | None = None
+    ) -> dict[str, Any]:
+        """What a script leaves in its ``--result``; its ``--config`` trains the same as the peer."""
         config = self.folder / "config.yaml"
         config.write_text(our_config(self.settings, self.folder).to_yaml())
         command = [_program("mpirun"), "--oversubscribe", "--bind-to", "none", "-np", str(ranks), sys.executable]
-        command += [str(HERE / "detector_step.py"), "--steps", str(self.steps), "--config", str(config)]
-        found = self._run([*command, "--variants", json.dumps(variants)], environment or {})
-        images = ranks * self.settings.images_per_rank
-        return {name: Measured(images, Timing(times), found["peak_mb"]) for name, times in found["seconds"].items()}
+        return self._run([*command, str(script), "--config", str(config), *arguments], environment or {})
 
     def peer(self, ranks: int) -> Measured:
         """The torchvision trainer."""

@@ -49,7 +49,7 @@ def _add_plan(commands: Commands) -> None:
     parser = commands.add_parser("plan", help="print the schedule that a configuration has on so many ranks")
     add_config_arguments(parser)
     parser.add_argument("--ranks", type=positive, required=True, help="number of ranks (GPUs)")
-    parser.add_argument("--images", type=positive, help="images of the training set, where the data is not at hand")
+    parser.add_argument("--images", type=positive, help="images of an epoch, where the data is not at hand")
     parser.add_argument(
         "--latency-us",
         type=float,
@@ -114,9 +114,10 @@ def _noise_scale(run_dir: Path) -> float:
 
 def _training_images(config: Config) -> int:
     from horovod_megdet.data.configured import load_split
+    from horovod_megdet.data.loader import image_stream
 
     try:
-        return len(load_split(config.data, training=True))
+        return len(image_stream(load_split(config.data, training=True), config.data, config.runtime.seed))
     except UserError as error:
         raise UserError(f"{error}\nTo plan without the data, give the number of its images: --images 117266.") from None
 
@@ -299,6 +300,7 @@ def _add_predict(commands: Commands) -> None:
     )
     parser.add_argument("--score", type=float, default=0.5, help="lowest score drawn (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    add_set_argument(parser)
     parser.set_defaults(run=_predict)
 
 
@@ -308,7 +310,12 @@ def _predict(arguments: argparse.Namespace) -> int:
     from horovod_megdet.predict import predict_images
 
     results = predict_images(
-        arguments.checkpoint, arguments.images, arguments.output, arguments.score, torch.device(arguments.device)
+        arguments.checkpoint,
+        arguments.images,
+        arguments.output,
+        arguments.score,
+        torch.device(arguments.device),
+        arguments.overrides,
     )
     print(results)
     return 0

@@ -1,7 +1,7 @@
 """A trained detector for Python programs: images in, detections out."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from horovod_megdet.config import Config
+from horovod_megdet.config import Config, override
 from horovod_megdet.data.images import read_header, read_image, to_tensor
-from horovod_megdet.data.transforms import build_transform
+from horovod_megdet.data.transforms import evaluation_transforms
 from horovod_megdet.engine import checkpoint as checkpoints
 from horovod_megdet.errors import UserError
-from horovod_megdet.evaluation.detections import Detections, in_original_pixels
+from horovod_megdet.evaluation.detections import Arrays, Detections
+from horovod_megdet.evaluation.views import Views, in_view
 from horovod_megdet.models.detector import Detector, build_detector
+from horovod_megdet.models.weights import load_checkpoint
 from horovod_megdet.report.pictures import draw_detections
 
 Size = tuple[int, int]
@@ -98,7 +100,8 @@ class TrainedDetector:
     def detect(self, images: Iterable[Source], batch_size: int = 4) -> list[ImageDetections]:
         """The detections in images of any sizes, in their order.
 
-        Images are resized as in an evaluation of the configuration. At most ``batch_size`` of them run together, and
+        Images are resized as in an evaluation of the configuration, and seen at several scales and mirrored if it says
+        so (``evaluation.scales``, ``evaluation.flip``). At most ``batch_size`` of them run together, and
         only such that fill one batch without padding that they would not have alone: the detections in an image do not
         depend on the others. Files are turned as their EXIF orientation says; Pillow images are taken as they are.
 
@@ -106,57 +109,74 @@ class TrainedDetector:
         """
         if isinstance(images, str | Path | Image.Image):
             raise UserError("detect() takes a list of images: detect([image]) for a single one.")
-        found: dict[int, ImageDetections] = {}
-        batches: dict[Size, list[_Resized]] = defaultdict(list)
+        views = Views.of(self.config.evaluation, self.config.model)
+        found: dict[int, list[Arrays]] = {}
+        sizes: list[tuple[Source, Size]] = []
+        batches: dict[Size, list[_View]] = defaultdict(list)
         for number, source in enumerate(images):
-            image = self._resized(number, source)
-            batch = batches[image.padded_size]
-            batch.append(image)
-            if len(batch) >= batch_size:
-                found |= self._detect(batches.pop(image.padded_size))
+            size, of_image = self._views_of(number, source, views)
+            sizes.append((source, size))
+            found[number] = [_NOTHING] * len(of_image)
+            for view in of_image:
+                batch = batches[view.padded_size]
+                batch.append(view)
+                if len(batch) >= batch_size:
+                    self._detect(batches.pop(view.padded_size), found, suppress=views is None)
         for batch in batches.values():
-            found |= self._detect(batch)
-        return [found[number] for number in range(len(found))]
+            self._detect(batch, found, suppress=views is None)
+        return [
+            ImageDetections(
+                *sizes[number],
+                *(views.merged(candidates) if views else candidates[0]),
+                self.class_names,
+                self.category_ids,
+            )
+            for number, candidates in found.items()
+        ]
 
-    def _resized(self, number: int, source: Source) -> "_Resized":
-        transform, generator = build_transform(self.config.data, training=False), torch.Generator()
-        if isinstance(source, str | Path):
-            size = read_header(Path(source)).size
-            pixels = read_image(Path(source), at_least=transform.draw_size(size, generator))
+    def _views_of(self, number: int, source: Source, views: Views | None) -> tuple[Size, list["_View"]]:
+        """The size of an image, and the image as the network shall see it, once or several times."""
+        path, generator = Path(source) if isinstance(source, str | Path) else None, torch.Generator()
+        if path:
+            size = read_header(path).size
         else:
             try:
                 pixels = _pixels(source)
             except ValueError as error:
                 raise UserError(f"Image {number} of the list, from 0, cannot be used: {error}.") from None
             size = _size(pixels)
-        new_size = transform.draw_size(size, generator)
-        resized, _ = transform.apply(pixels, torch.zeros(0, 4), size, new_size, generator)
-        return _Resized(number, source, size, resized)
+        resized = []
+        for transform in evaluation_transforms(self.config.data, self.config.evaluation.scales):
+            new_size = transform.draw_size(size, generator)
+            if path:
+                pixels = read_image(path, at_least=new_size)
+            resized.append(transform.apply(pixels, torch.zeros(0, 4), size, new_size, generator)[0])
+        shown = views.all_of(resized) if views else [(image, False) for image in resized]
+        return size, [_View(number, place, size, *view) for place, view in enumerate(shown)]
 
     @torch.inference_mode()
-    def _detect(self, batch: list["_Resized"]) -> dict[int, ImageDetections]:
-        predictions = self.detector.predict([image.pixels.to(self.device) for image in batch])
-        return {
-            image.number: ImageDetections(
-                image.source,
-                image.size,
-                *in_original_pixels(prediction, _size(image.pixels), image.size),
-                self.class_names,
-                self.category_ids,
-            )
-            for image, prediction in zip(batch, predictions, strict=True)
-        }
+    def _detect(self, batch: list["_View"], found: dict[int, list[Arrays]], suppress: bool) -> None:
+        """Puts what is detected in some views into ``found``."""
+        predictions = self.detector.predict([view.pixels.to(self.device) for view in batch], suppress)
+        for view, prediction in zip(batch, predictions, strict=True):
+            arrays = in_view(prediction, _size(view.pixels), view.flipped, view.original_size)
+            found[view.number][view.place] = arrays
+
+
+_NOTHING: Arrays = (np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
 
 
 @dataclass(frozen=True)
-class _Resized:
-    """An image in the size that the network shall see."""
+class _View:
+    """An image in a size that the network shall see."""
 
     number: int
-    source: Source
-    size: Size
-    """Of the original image."""
+    """Of the image."""
+    place: int
+    """Among the views of the image."""
+    original_size: Size
     pixels: Tensor
+    flipped: bool
 
     @property
     def padded_size(self) -> Size:
@@ -166,7 +186,10 @@ class _Resized:
 
 
 def load(
-    checkpoint: str | Path, device: str | torch.device = "cpu", score_threshold: float | None = None
+    checkpoint: str | Path,
+    device: str | torch.device = "cpu",
+    score_threshold: float | None = None,
+    settings: Sequence[str] = (),
 ) -> TrainedDetector:
     """Reads the detector of a checkpoint.
 
@@ -174,18 +197,19 @@ def load(
         checkpoint: a checkpoint folder, or a run directory for its newest checkpoint.
         device: where the detector shall run: ``cpu``, ``cuda`` or ``cuda:1``.
         score_threshold: detections with a lower score are left out; by default what the configuration says.
+        settings: other values of the checkpoint's configuration, such as ``evaluation.flip=true``.
 
-    Raises :class:`UserError` for a checkpoint, device or score that cannot be used.
+    Raises :class:`UserError` for a checkpoint, device, score or setting that cannot be used.
     """
     if score_threshold is not None and not 0 <= score_threshold <= 1:
         raise UserError(f"The lowest score must be between 0 and 1, not {score_threshold:g}.")
     saved = checkpoints.read(checkpoint)
-    config, run = saved.config, saved.run
-    update: dict[str, Any] = {"weights": "none"}
     if score_threshold is not None:
-        update["score_threshold"] = score_threshold
-    detector = build_detector(config.model.model_copy(update=update), config.batch_norm, len(run.class_names))
-    detector.load_state_dict(saved.weights())
+        settings = [*settings, f"model.score_threshold={score_threshold}"]
+    config, run = override(saved.config, list(settings)), saved.run
+    model = config.model.model_copy(update={"weights": "none"})
+    detector = build_detector(model, config.batch_norm, len(run.class_names))
+    load_checkpoint(detector, saved.path)
     detector.to(_checked(device)).eval()
     return TrainedDetector(detector, config, run.class_names, run.category_ids)
 

@@ -1,6 +1,7 @@
 """Detections of a trained checkpoint in any images."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ DETECTIONS_FILE = "detections.json"
 
 
 def predict_images(
-    checkpoint: str | Path, images: list[Path], output: Path, score_threshold: float, device: str | torch.device
+    checkpoint: str | Path,
+    images: list[Path],
+    output: Path,
+    score_threshold: float,
+    device: str | torch.device,
+    settings: Sequence[str] = (),
 ) -> Path:
     """Writes the detections in some images to a JSON in COCO format, and each image with its detections drawn on it.
 
@@ -29,11 +35,12 @@ def predict_images(
             ``annotations`` with ``score``: a complete COCO file whose ``annotations`` alone are COCO's results format.
         score_threshold: detections with a lower score are left out.
         device: where the detector runs: ``cpu``, ``cuda`` or ``cuda:1``.
+        settings: other values of the checkpoint's configuration, such as ``evaluation.flip=true``.
 
-    Returns the path of the JSON. Raises :class:`UserError` immediately for a bad checkpoint, score or device; for
-    missing or unreadable images, with a sentence for each, after all other images are done and written.
+    Returns the path of the JSON. Raises :class:`UserError` immediately for a bad checkpoint, score, device or setting;
+    for missing or unreadable images, with a sentence for each, after all other images are done and written.
     """
-    detector = load(checkpoint, device, score_threshold)
+    detector = load(checkpoint, device, score_threshold, settings)
     files, problems = _find_images(images)
     entries: list[dict[str, Any]] = []
     detections: list[tuple[int, Arrays]] = []

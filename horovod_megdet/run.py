@@ -16,10 +16,11 @@ from horovod_megdet.cluster.watchdog.watchdog import Watchdog
 from horovod_megdet.config import Config, override
 from horovod_megdet.engine import checkpoint
 from horovod_megdet.engine.elastic import ElasticRun
+from horovod_megdet.engine.signals import StopRequest
 from horovod_megdet.engine.startup import build_for_evaluation, build_trainer
-from horovod_megdet.engine.trainer import evaluate_detector
+from horovod_megdet.engine.validation import evaluate_detector
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_STOPPED, UserError
-from horovod_megdet.evaluation.table import render
+from horovod_megdet.evaluation.table import loss_in_words, render
 from horovod_megdet.printing import say
 from horovod_megdet.progress import progress
 from horovod_megdet.report.tables import console
@@ -34,7 +35,7 @@ def train(arguments: argparse.Namespace) -> int:
         if launched.elastic():
             exit_code = ElasticRun(config, arguments.resume).train()
         else:
-            exit_code = build_trainer(config, arguments.resume).train()
+            exit_code = build_trainer(config, arguments.resume, StopRequest()).train()
         if exit_code == EXIT_STOPPED and comm.is_main():
             say("Stopped by a signal; the checkpoint is written. Start again with --resume.")
         return exit_code
@@ -54,7 +55,9 @@ def evaluate(config: Config, path: Path) -> int:
     config, detector, dataset, device, saved = build_for_evaluation(config, path)
     evaluation = evaluate_detector(config, detector, dataset, device)
     if comm.is_main():
-        console().print(render(evaluation))
+        console().print(render(evaluation, multi_scale=config.evaluation != config.evaluation.one_view))
+        if evaluation.losses:
+            console().print(f"Validation {loss_in_words(evaluation.row())}")
         detections = saved.path / "detections.json"
         evaluation.write_detections(detections)
         console().print(f"Detections: {detections}")

@@ -251,7 +251,7 @@ class Setup:
             "import torchvision, horovod.torch as hvd\n"
             f"assert (hvd.gloo_built(), hvd.mpi_built(), bool(hvd.nccl_built())) == {wanted}, 'another build'"
         )
-        # Its bytecode is written even if the environment says otherwise, as images of containers like to do: without it,
+        # Bytecode is written even if the environment says otherwise, as images of containers like to do: without it,
         # every start of every rank would compile torch's thousand modules again, 5 s of it.
         write = {"PYTHONDONTWRITEBYTECODE": ""}
         self.runner.run("import", "importing torchvision and Horovod", [str(self.python), "-c", program], **write)

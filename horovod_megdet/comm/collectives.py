@@ -1,6 +1,7 @@
 """Ranks, groups of ranks, and the collectives that they call: every rank of a group in the same order."""
 
 import contextlib
+import functools
 import os
 import pickle
 from collections.abc import Iterator
@@ -71,6 +72,7 @@ def alone() -> Group:
     return Group((rank(),), None)
 
 
+@functools.cache  # Horovod refuses a group that it has
 def split_world(ranks_per_group: int) -> Group:
     """Divides the world into groups of consecutive ranks and returns the one that this rank is in.
 

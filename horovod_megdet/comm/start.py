@@ -12,6 +12,7 @@ from horovod.runner.http import http_client
 
 from horovod_megdet import launched
 from horovod_megdet.comm.collectives import size, waiting_for
+from horovod_megdet.errors import UserError
 
 LAUNCH_DEFAULTS = {
     # Without yielding, an idle rank's busy wait steals the core that another rank or Horovod's own thread needs.
@@ -29,7 +30,13 @@ Horovod's default, 30, is for ranks that start late; :func:`init` waits for thos
 
 
 def init(deterministic: bool = False, groups: bool = False) -> None:
-    """Starts Horovod, under any launcher or alone; :func:`prepare` explains the arguments."""
+    """Starts Horovod, under any launcher or alone; :func:`prepare` explains the arguments.
+
+    Where Horovod runs already, it stays as it is; raises :class:`UserError` if it runs without what is asked for.
+    """
+    if hvd.is_initialized():
+        _check_running(deterministic, groups)
+        return
     prepare(deterministic, groups)
     if launched.by_horovodrun():
         meet()
@@ -56,6 +63,18 @@ def prepare(deterministic: bool, groups: bool) -> None:
         os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = "gloo"
     if launched.by_horovodrun():
         os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", GLOO_TIMEOUT)
+
+
+def _check_running(deterministic: bool, groups: bool) -> None:
+    settings = {
+        "HOROVOD_FUSION_THRESHOLD": ("0", "runtime.deterministic", deterministic),
+        "HOROVOD_DYNAMIC_PROCESS_SETS": ("1", "a batch_norm.bn_size other than world", groups),
+    }
+    for name, (value, what, is_needed) in settings.items():
+        if is_needed and size() > 1 and os.environ.get(name) != value:
+            raise UserError(
+                f"Horovod runs already, without what {what} needs: set {name}={value} before it is started."
+            )
 
 
 def meet(timeout: float = math.inf) -> bool:

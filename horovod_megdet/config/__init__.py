@@ -1,10 +1,11 @@
 """The configuration of a run: see :mod:`.schema` for the keys and :mod:`.load` for the files."""
 
-from horovod_megdet.config.load import load_config, override
+from horovod_megdet.config.load import as_config, load_config, merge, override
 from horovod_megdet.config.schema import (
     BatchNormConfig,
     Config,
     DataConfig,
+    EvaluationConfig,
     ModelConfig,
     Norm,
     OutputConfig,
@@ -18,13 +19,16 @@ __all__ = [
     "BatchNormConfig",
     "Config",
     "DataConfig",
+    "EvaluationConfig",
     "ModelConfig",
     "Norm",
     "OutputConfig",
     "RuntimeConfig",
     "Section",
     "SolverConfig",
+    "as_config",
     "load_config",
+    "merge",
     "override",
     "section_type",
 ]

@@ -5,12 +5,15 @@ overrides key by key. ``--set section.key=value`` overrides both.
 """
 
 import difflib
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pydantic
 import yaml
 from pydantic import BaseModel
+from pydantic_core import ErrorDetails
 
 from horovod_megdet.config.schema import Config, section_type
 from horovod_megdet.errors import UserError
@@ -35,6 +38,34 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         sources = dict.fromkeys(_key_paths(base_values), str(base_path)) | sources
         values = _merge(base_values, values)
     return _validate(values, overrides or [], sources, str(path))
+
+
+def as_config(config: Config | Mapping[str, Any] | str | Path) -> Config:
+    """The configuration of a file, or of a dict of sections, whose values override those of its ``base`` if it has one.
+
+    A ``base`` is the path of a YAML file, from the working directory. Raises like :func:`load_config`.
+    """
+    if isinstance(config, Config):
+        return config
+    if isinstance(config, str | Path):
+        return load_config(config)
+    values = dict(config)
+    base = values.pop("base", None)
+    return merge(Config() if base is None else load_config(base), values)
+
+
+def merge(config: Config, values: Mapping[str, Any]) -> Config:
+    """Returns the configuration with the values of these sections in the place of its own; raises like above."""
+    merged = _merge(config.model_dump(mode="json"), _without_paths(dict(values)))
+    return _validate(merged, [], dict.fromkeys(_key_paths(merged), "the configuration"), "the configuration")
+
+
+def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """Strings in the place of paths, as in a YAML file."""
+    return {
+        key: _without_paths(value) if isinstance(value, dict) else str(value) if isinstance(value, Path) else value
+        for key, value in values.items()
+    }
 
 
 def override(config: Config, overrides: list[str]) -> Config:
@@ -134,7 +165,7 @@ def _explain(error: pydantic.ValidationError, sources: dict[str, str], default: 
         else:
             message = item["msg"].removeprefix("Value error, ")
             given = "" if isinstance(item["input"], dict | BaseModel) else f", not {item['input']!r}"
-            sentences.append(f"{where}: `{key}`: {message[0].lower()}{message[1:]}{given}.")
+            sentences.append(f"{where}: `{key}`: {message[0].lower()}{message[1:]}{given}{_nearest_choice(item)}")
     return "\n".join(dict.fromkeys(sentences))
 
 
@@ -144,6 +175,13 @@ def _existing_key(names: list[str], sources: dict[str, str]) -> str:
         if ".".join(names[:length]) in sources:
             return ".".join(names[:length])
     return ".".join(names)
+
+
+def _nearest_choice(item: ErrorDetails) -> str:
+    """The end of the sentence about a value that is not one of a few: what was meant, if that is clear."""
+    choices = re.findall("'(.*?)'", item.get("ctx", {}).get("expected", "")) if item["type"] == "literal_error" else []
+    close = difflib.get_close_matches(str(item["input"]), choices, n=1, cutoff=0.7)
+    return f"; did you mean `{close[0]}`?" if close else "."
 
 
 def _nearest(names: list[str]) -> str:

@@ -145,6 +145,10 @@ class DataConfig(Section):
     keep_empty_images: bool = False
     """Train on images without annotations too."""
 
+    repeat_factor: Fraction = 0.0
+    """Threshold t of repeat-factor sampling (docs/data.md): an epoch has the images of a class that fewer than this
+    fraction of the images show sqrt(t / fraction) times. LVIS takes 0.001; 0: every image once."""
+
     bad_annotations: Literal["error", "skip"] = "error"
     """What to do about bad annotations and image files: `error` ends the run at the start and lists them; `skip` leaves
     them out, counts and reports them."""
@@ -245,6 +249,10 @@ class SolverConfig(Section):
     """Epochs over which weights and statistics are averaged (EMA). The averages are what evaluation, the best
     checkpoint, predict and export use. Left out, there are none."""
 
+    patience: NotNegative = 0
+    """Evaluations in a row without a better output.best_metric after which training ends early; 0: it does not. Choose
+    it longer than the time between milestones: a lower learning rate often brings a better one."""
+
     @property
     def noise_interval(self) -> int | Literal["auto", "never"]:
         """Steps between two measurements of the gradient's noise. AGVM needs fixed ones, not those that time allows."""
@@ -271,6 +279,26 @@ class EvaluationConfig(Section):
 
     backend: Literal["hotcoco", "pycocotools"] = "hotcoco"
     """What computes COCO's metrics; both give the same bits, `pycocotools` takes much longer."""
+
+    loss: bool = False
+    """Compute the validation loss too (docs/method.md); an evaluation then takes about twice as long."""
+
+    scales: tuple[Positive, ...] = ()
+    """Shorter sides for a multi-scale test, in pixels, whose detections are merged; left out, data.shorter_side_test
+    alone. `megdet evaluate` and `predict` use scales, flip and merge, and so does one more evaluation at the end of a
+    training; those in between take one scale, which is quicker."""
+
+    flip: bool = False
+    """Detect in the mirror image too, at each scale."""
+
+    merge: Literal["nms", "soft_nms"] = "nms"
+    """How the detections of all scales and flips become one list: class by class with NMS at model.nms_threshold, or
+    with soft-NMS (Bodla et al. 2017), which lowers the scores of overlapping boxes. It can be set without scales."""
+
+    @property
+    def one_view(self) -> "EvaluationConfig":
+        """The same with one scale, no flip and NMS."""
+        return self.model_copy(update={"scales": (), "flip": False, "merge": "nms"})
 
 
 class RuntimeConfig(Section):
@@ -322,8 +350,16 @@ class OutputConfig(Section):
     evaluate_every_epochs: Annotated[float, Field(gt=0)] = 1.0
     """Epochs between two evaluations; the last step always evaluates."""
 
+    best_metric: str = "AP"
+    """What decides which checkpoint is the best: a metric of the evaluations (`AP`, `AP50`, `AP_small`, `AR_100`, ...),
+    `AP of` and the name of a class, or, with evaluation.loss, `loss` or one of its parts (`loss_classifier`, ...)."""
+
     pictures: NotNegative = 16
     """Validation images drawn with ground truth and detections."""
+
+    loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
+    """Where metrics, configuration and pictures go beside the files of the run (docs/loggers.md): `tensorboard`,
+    `mlflow`, `wandb` (extras of the same names). One that is missing or fails is a warning."""
 
 
 class Config(Section):

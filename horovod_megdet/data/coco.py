@@ -84,6 +84,11 @@ class CocoDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         corners = corners.clip(0, [width, height, width, height])
         return image, torch.from_numpy(corners.astype(np.float32)), torch.from_numpy(labels.copy())
 
+    def crowd(self, index: int) -> NDArray[np.bool_]:
+        """Which boxes of an image in a set for evaluation are crowd regions, in the order of :meth:`read`."""
+        place = self._place(index)
+        return self._found.crowd[self._found.first_box[place] : self._found.first_box[place + 1]]
+
     def path(self, index: int) -> Path:
         """The image file."""
         return self.image_folder / self.file_name(index)

@@ -3,8 +3,9 @@
 import contextlib
 import itertools
 import os
+import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from horovod_megdet.progress import progress
 CheckImages = Literal["open", "decode", "trust"]
 
 FILE_THREADS = 8
-"""Threads that check image files: on a network file system each file takes milliseconds, most of them waiting."""
+"""Threads that check image files where that means waiting: on a network file system, milliseconds for each of them."""
 
 FILES_PER_TASK = 64
 """Image files that a thread takes at a time, so that distributing them costs next to nothing."""
@@ -86,9 +87,9 @@ def list_files(folder: Path, names: Sequence[str]) -> NDArray[np.int64]:
 def check_files(
     folder: Path, names: Sequence[str], check_images: CheckImages, done: Callable[[int], None] = lambda count: None
 ) -> CheckedFiles:
-    """Reads the header of each file, in threads, and decodes all of it where that is asked for.
+    """Reads the header of each file, and decodes all of it where that is asked for.
 
-    ``done`` is called with the number of files checked so far.
+    Files that have to be waited for are read in threads. ``done`` is called with the number of files checked so far.
     """
 
     def check(name: str) -> tuple[int, int, int, int] | str:
@@ -101,15 +102,30 @@ def check_files(
             return str(error).removeprefix(f"{path}: ")
         return (*header.size, *header.stored_size)
 
-    tasks = [names[at : at + FILES_PER_TASK] for at in range(0, len(names), FILES_PER_TASK)]
+    def results() -> Iterator[list[tuple[int, int, int, int] | str]]:
+        tasks = [names[at : at + FILES_PER_TASK] for at in range(0, len(names), FILES_PER_TASK)]
+        for number, task in enumerate(tasks):
+            before = _waits()
+            result = [check(name) for name in task]
+            waited = _waits() - before
+            yield result
+            # In memory or on a fast disk, threads would only take Python's lock from each other.
+            if waited > len(task) / 2:
+                with ThreadPoolExecutor(FILE_THREADS) as threads:
+                    yield from threads.map(lambda task: [check(name) for name in task], tasks[number + 1 :])
+                return
+
     found = CheckedFiles.unknown(len(names))
-    with ThreadPoolExecutor(FILE_THREADS) as threads:
-        results = threads.map(lambda task: [check(name) for name in task], tasks)
-        for index, result in enumerate(itertools.chain.from_iterable(results)):
-            progress.advance()
-            if isinstance(result, str):
-                found.errors[index] = result
-            else:
-                found.headers[index] = result
-            done(index + 1)
+    for index, result in enumerate(itertools.chain.from_iterable(results())):
+        progress.advance()
+        if isinstance(result, str):
+            found.errors[index] = result
+        else:
+            found.headers[index] = result
+        done(index + 1)
     return found
+
+
+def _waits() -> int:
+    """How often this thread has waited, for a file system or for another thread."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw

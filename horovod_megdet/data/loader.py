@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from horovod_megdet.config import DataConfig
 from horovod_megdet.data.coco import CocoDataset
 from horovod_megdet.data.images import ImageFileError
+from horovod_megdet.data.repeat_factors import repeat_factors
 from horovod_megdet.data.sampler import GroupedBatchSampler, ImageStream, PlannedImage, evaluation_shard
-from horovod_megdet.data.transforms import DetectionTransform, build_transform
+from horovod_megdet.data.transforms import DetectionTransform, build_transform, evaluation_transforms
 
 PREFETCH = 2
 """Batches that each worker prepares ahead, in shared memory (/dev/shm)."""
@@ -39,7 +40,7 @@ class Batch:
     targets: list[dict[str, Any]] = field(default_factory=list)
     """For each image: `boxes` float32 (k, 4) xyxy in pixels of the resized image, `labels` int64 (k,), `image_id` in
     the JSON, `index` in the data set, `original_size` (height, width) in pixels after EXIF orientation, and `seed`,
-    which depends on the run's seed, the epoch and the index."""
+    which depends on the run's seed, the epoch, the index and, of an image that comes again, how often it came."""
     error: str | None = None
     """A sentence that names the image files that could not be read. They are left out; if no image remains, a black
     one without objects replaces the batch, so that its rank takes part in the collectives of the forward pass."""
@@ -117,7 +118,7 @@ def _unpickle(pixels: Tensor, boxes: NDArray[np.float32], labels: NDArray[np.int
 
 
 class BatchReader(Dataset[Batch]):
-    """Reads and transforms the images of a batch; an index is the batch's list of (epoch, index)."""
+    """Reads and transforms the images of a batch; an index is the batch's list of planned images."""
 
     def __init__(self, dataset: CocoDataset, transform: DetectionTransform, seed: int) -> None:
         self.dataset = dataset
@@ -126,9 +127,9 @@ class BatchReader(Dataset[Batch]):
 
     def __getitem__(self, planned: list[PlannedImage]) -> Batch:
         batch, errors = Batch([]), []
-        for epoch, index in planned:
+        for place in planned:
             try:
-                image, target = self._read(epoch, index)
+                image, target = self._read(place)
             except ImageFileError as error:
                 errors.append(f"{error}.")
                 continue
@@ -142,8 +143,9 @@ class BatchReader(Dataset[Batch]):
             batch.targets.append(target)
         return batch
 
-    def _read(self, epoch: int, index: int) -> tuple[Tensor, dict[str, Any]]:
-        seed = image_seed(self.seed, epoch, index)
+    def _read(self, planned: PlannedImage) -> tuple[Tensor, dict[str, Any]]:
+        index = planned.image
+        seed = image_seed(self.seed, planned)
         generator = torch.Generator().manual_seed(seed)
         height, width = self.dataset.sizes[index].tolist()
         new_size = self.transform.draw_size((height, width), generator)
@@ -160,15 +162,35 @@ class BatchReader(Dataset[Batch]):
         return image, target
 
 
+class ViewsReader(Dataset[Batch]):
+    """Reads each image of a batch in several sizes, one after the other."""
+
+    def __init__(self, readers: list[BatchReader]) -> None:
+        self.readers = readers
+
+    def __getitem__(self, planned: list[PlannedImage]) -> Batch:
+        views = [reader[planned] for reader in self.readers]
+        images = [image for view in views for image in view.images]
+        return Batch(images, [target for view in views for target in view.targets], views[0].error)
+
+
 def _black_image() -> tuple[Tensor, dict[str, Any]]:
     boxes, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
     target = {"boxes": boxes, "labels": labels, "image_id": -1, "index": -1, "original_size": (64, 64), "seed": 0}
     return torch.zeros(3, 64, 64, dtype=torch.uint8), target
 
 
-def image_seed(seed: int, epoch: int, index: int) -> int:
-    """A 63-bit seed for everything random about one image in one epoch."""
-    return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def image_seed(seed: int, planned: PlannedImage) -> int:
+    """A 63-bit seed for everything random about one image at one place of the stream."""
+    repeat = (planned.repeat,) if planned.repeat else ()
+    sequence = np.random.SeedSequence([seed, planned.epoch, planned.image], spawn_key=repeat)
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def image_stream(dataset: CocoDataset, data: DataConfig, seed: int) -> ImageStream:
+    """The order in which a training set is seen; its length is that of an epoch."""
+    factors = repeat_factors(dataset.ground_truth, data.repeat_factor) if data.repeat_factor else None
+    return ImageStream(dataset.sizes, data.images_per_rank, seed, factors)
 
 
 def build_train_loader(
@@ -186,20 +208,29 @@ def build_train_loader(
 
     The images and their augmentation depend only on the seed and the stream position, not on ranks or workers.
     """
-    stream = ImageStream(dataset.sizes, data.images_per_rank, seed)
-    sampler = GroupedBatchSampler(stream, rank, ranks, start, stop)
+    sampler = GroupedBatchSampler(image_stream(dataset, data, seed), rank, ranks, start, stop)
     return _build_loader(BatchReader(dataset, build_transform(data, training=True), seed), sampler, data, pin_memory)
 
 
 def build_eval_loader(
-    dataset: CocoDataset, data: DataConfig, *, rank: int, ranks: int, pin_memory: bool = False
+    dataset: CocoDataset,
+    data: DataConfig,
+    *,
+    rank: int,
+    ranks: int,
+    scales: tuple[int, ...] = (),
+    pin_memory: bool = False,
 ) -> DataLoader[Batch]:
-    """This rank's images, one per batch: with padding, detections would depend on the number of ranks."""
-    shard = [[(0, int(index))] for index in evaluation_shard(dataset.sizes, rank, ranks)]
-    return _build_loader(BatchReader(dataset, build_transform(data, training=False), 0), shard, data, pin_memory)
+    """This rank's images, one per batch: with padding, detections would depend on the number of ranks.
+
+    With ``scales`` a batch has its image in each of these sizes.
+    """
+    shard = [[PlannedImage(0, int(index))] for index in evaluation_shard(dataset.sizes, rank, ranks)]
+    readers = [BatchReader(dataset, transform, 0) for transform in evaluation_transforms(data, scales)]
+    return _build_loader(ViewsReader(readers), shard, data, pin_memory)
 
 
-def _build_loader(reader: BatchReader, sampler: Any, data: DataConfig, pin_memory: bool) -> DataLoader[Batch]:
+def _build_loader(reader: Dataset[Batch], sampler: Any, data: DataConfig, pin_memory: bool) -> DataLoader[Batch]:
     # The loader draws a seed when it starts. With its own generator it leaves the global one untouched.
     generator = torch.Generator().manual_seed(0)
     if data.workers == 0:

@@ -2,13 +2,23 @@
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-PlannedImage = tuple[int, int]
-"""``(epoch, index)``: an image of the data set in one epoch."""
+from horovod_megdet.data.repeat_factors import RepeatFactors
+
+
+class PlannedImage(NamedTuple):
+    """An image of the data set at one place of the stream."""
+
+    epoch: int
+    image: int
+    """Its index in the data set."""
+    repeat: int = 0
+    """How often it came before in this epoch."""
 
 
 class ImageStream:
@@ -17,34 +27,53 @@ class ImageStream:
     Stream positions ``b*j ... b*j + b-1`` (b = ``images_per_rank``) hold images of one aspect-ratio group, landscape
     or portrait, so that batches need little padding; only leftovers, fewer than 2 b images per epoch, are mixed.
 
-    ``sizes``: int (n, 2), (height, width) of each image.
+    ``sizes``: int (n, 2), (height, width) of each image. With ``factors``, an epoch has an image as often as they say;
+    all epochs have the same number of images.
     """
 
-    def __init__(self, sizes: NDArray[np.integer], images_per_rank: int, seed: int) -> None:
+    def __init__(
+        self, sizes: NDArray[np.integer], images_per_rank: int, seed: int, factors: RepeatFactors | None = None
+    ) -> None:
         assert len(sizes) > 0
         assert images_per_rank > 0
         self.images_per_rank = images_per_rank
         self.seed = seed
+        self.factors = factors
         self.portrait = np.asarray(sizes[:, 0] > sizes[:, 1])
         """bool (n,), the aspect-ratio group of each image."""
         self._cached_order = lru_cache(maxsize=2)(self._order)
+        self._cached_repeats = lru_cache(maxsize=2)(self._repeats)
 
     def __len__(self) -> int:
         """Images in one epoch."""
-        return len(self.portrait)
+        return self.factors.epoch_images if self.factors else len(self.portrait)
 
     def order(self, epoch: int) -> NDArray[np.int64]:
-        """All indices in the order of ``epoch``, a permutation that depends on (seed, epoch) only."""
+        """The indices in the order of ``epoch``, which depends on (seed, epoch) only; without factors a permutation."""
         return self._cached_order(epoch)
 
     def indices(self, position: int, count: int) -> list[PlannedImage]:
-        """``(epoch, index)`` at the stream positions ``position ... position + count - 1``."""
+        """The images at the stream positions ``position ... position + count - 1``."""
         positions = (divmod(at, len(self)) for at in range(position, position + count))
-        return [(epoch, int(self.order(epoch)[offset])) for epoch, offset in positions]
+        return [
+            PlannedImage(epoch, int(self.order(epoch)[offset]), int(self._cached_repeats(epoch)[offset]))
+            for epoch, offset in positions
+        ]
+
+    def _repeats(self, epoch: int) -> NDArray[np.int64]:
+        """For each place in the epoch, how often its image came before."""
+        order = self.order(epoch)
+        by_image = np.argsort(order, kind="stable")
+        of_image = order[by_image]
+        repeats = np.empty_like(order)
+        repeats[by_image] = np.arange(len(order)) - np.searchsorted(of_image, of_image)
+        return repeats
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         random = np.random.default_rng([self.seed, epoch])
-        shuffled = random.permutation(len(self))
+        shuffled = random.permutation(len(self.portrait))
+        if self.factors:
+            shuffled = random.permutation(np.repeat(shuffled, self.factors.draw(shuffled, random)))
         groups = [shuffled[~self.portrait[shuffled]], shuffled[self.portrait[shuffled]]]
         length = self.images_per_rank
         runs = [group[at : at + length] for group in groups for at in range(0, len(group) - length + 1, length)]

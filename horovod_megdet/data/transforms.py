@@ -73,6 +73,15 @@ def build_transform(data: DataConfig, training: bool) -> DetectionTransform:
     return DetectionTransform((data.shorter_side_test,), data.longer_side_test)
 
 
+def evaluation_transforms(data: DataConfig, scales: tuple[int, ...]) -> list[DetectionTransform]:
+    """The transforms for evaluation at several shorter sides; without ``scales`` at that of the configuration.
+
+    The upper bound of the longer side grows and shrinks with the shorter side.
+    """
+    bound, side_test = data.longer_side_test, data.shorter_side_test
+    return [DetectionTransform((side,), round(bound * side / side_test)) for side in scales or (side_test,)]
+
+
 def fit_size(size: tuple[int, int], shorter_side: int, longer_side: int) -> tuple[int, int]:
     """Scales ``(height, width)`` to a shorter side, or to less if the longer side would exceed its upper bound."""
     scale = min(shorter_side / min(size), longer_side / max(size))

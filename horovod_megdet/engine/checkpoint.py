@@ -40,8 +40,16 @@ class Position:
 
     step: int = 0
     images_seen: int = 0
-    best_ap: float = -1.0
+    best_metric: str = "AP"
+    """What decides which evaluation is the best; see ``output.best_metric``."""
+    best_value: float = -1.0
     best_checkpoint: str | None = None
+    evaluations_since_best: int = 0
+
+    def forget_best(self, metric: str) -> None:
+        """From now on another metric decides; what was the best by the old one may not be by this one."""
+        self.best_metric, self.best_value = metric, -1.0
+        self.best_checkpoint, self.evaluations_since_best = None, 0
 
 
 @dataclass
@@ -95,6 +103,8 @@ class Checkpoint:
     def state(self) -> TrainingState:
         """What training needs to go on, on the CPU."""
         state = torch.load(self.path / STATE_FILE, map_location="cpu", weights_only=True)
+        if "best_ap" in state["position"]:  # of version 0.1
+            state["position"]["best_value"] = state["position"].pop("best_ap")
         kinds = {"position": Position, "noise": NoiseAverages, "agvm": AGVM}
         return TrainingState(**(state | {key: kind(**state[key]) for key, kind in kinds.items() if key in state}))
 

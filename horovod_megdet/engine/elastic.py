@@ -50,6 +50,7 @@ class Snapshot:
     unfinished: int | None
     """As in :class:`Trainer`."""
     config: Config
+    epoch: float
     hosts: tuple[str, ...]
     """The host of each rank."""
     mini_batch: int
@@ -124,6 +125,7 @@ class ElasticTrainer(Trainer):
             state=replace(state, optimizer=_on_cpu(state.optimizer), weights=_on_cpu(state.weights)),
             unfinished=self.unfinished,
             config=self.config,
+            epoch=self._where()["epoch"],
             hosts=hosts,
             mini_batch=self.schedule.mini_batch,
             lr=self.schedule.lr(self.position.images_seen),
@@ -231,10 +233,8 @@ def check_elastic(config: Config) -> None:
 
 def _save(snapshot: Snapshot, foundation: Foundation) -> None:
     """Writes the state as a checkpoint, where training cannot go on."""
-    seen, images = snapshot.state.position.images_seen, len(foundation.train_set)
-    path = checkpoint.save(
-        Path(foundation.config.output.run_dir), snapshot.weights, snapshot.state, foundation.description, seen / images
-    )
+    run_dir = Path(foundation.config.output.run_dir)
+    path = checkpoint.save(run_dir, snapshot.weights, snapshot.state, foundation.description, snapshot.epoch)
     say(f"These ranks cannot go on. The state in memory is written: {path}")
 
 

@@ -1,4 +1,4 @@
-"""Metrics of a run: averages on every rank; rank 0 writes them to the terminal or log, to a file and to TensorBoard."""
+"""Metrics of a run: averages on every rank; rank 0 writes them to the terminal or log and to a file."""
 
 import json
 import math
@@ -9,6 +9,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from horovod_megdet.evaluation.table import loss_in_words
 from horovod_megdet.files import atomic_write
 from horovod_megdet.report.rows import METRICS_FILE, read_metrics
 from horovod_megdet.report.tables import console
@@ -56,18 +57,16 @@ class Window:
 class MetricsLog:
     """Writes rows of metrics, on rank 0. A resumed run first drops the rows that lie behind its checkpoint."""
 
-    def __init__(self, run_dir: Path, total_images: int, images_seen: int, step: int) -> None:
-        # A second that the other ranks would wait for.
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, run_dir: Path, total_images: int, images_seen: int, step: int, repeats: bool = False) -> None:
+        """With ``repeats``, an evaluation at ``step`` is dropped, too: it will be done again."""
         self.console = console()
         self.total_images = total_images
         path = run_dir / METRICS_FILE
-        kept = [row for row in read_metrics(path) if row["step"] <= step] if path.exists() else []
+        rows = read_metrics(path) if path.exists() else []
+        kept = [row for row in rows if row["step"] <= step - (repeats and row["kind"] in ("evaluation", "multi_scale"))]
         with atomic_write(path) as file:
             file.writelines(json.dumps(row).encode() + b"\n" for row in kept)
         self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -84,12 +83,11 @@ class MetricsLog:
 
     def train(self, row: dict[str, Any]) -> None:
         """Writes one row of training metrics, the means since the row before."""
-        self._write({"kind": "train", **row})
+        self._write(row)
         self._progress.update(self._task, completed=row["images_seen"])
         remaining = round(max(0, self.total_images - row["images_seen"]) / row["images_per_second"])
-        parts = " ".join(f"{key.removeprefix('loss_')} {value:.3f}" for key, value in row.items() if "loss_" in key)
         self.console.print(
-            f"step {row['step']}  epoch {row['epoch']:.2f}  loss {row['loss']:.3f} ({parts})  lr {row['lr']:.4g}  "
+            f"step {row['step']}  epoch {row['epoch']:.2f}  {loss_in_words(row)}  lr {row['lr']:.4g}  "
             f"{row['images_per_second']:.1f} images/s  step {row['step_seconds']:.2f} s "
             f"(ranks {row['step_seconds_min']:.2f} to {row['step_seconds_max']:.2f})  "
             f"data {row['data_seconds']:.2f} s  memory {row['memory_mb']:.0f} MB  "
@@ -99,25 +97,23 @@ class MetricsLog:
 
     def evaluation(self, row: dict[str, Any], table: Table) -> None:
         """Writes one row of evaluation metrics and prints its table."""
-        self._write({"kind": "evaluation", **row})
+        self._write(row)
         self.console.print(table)
+        if "loss" in row:
+            self.console.print(f"step {row['step']}  epoch {row['epoch']:.2f}  validation {loss_in_words(row)}")
 
     def change(self, row: dict[str, Any]) -> None:
         """Writes one row about a change of the ranks, and says it in a sentence."""
-        self._write({"kind": "ranks", **row})
+        self._write(row)
         self.console.print(describe_change(row))
 
     def _write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
-        for key, value in row.items():
-            if isinstance(value, int | float) and key not in ("step", "images_seen"):
-                self._tensorboard.add_scalar(f"{row['kind']}/{key}", value, row["step"])
 
     def close(self) -> None:
-        """Ends the progress bar and flushes the files."""
+        """Ends the progress bar and flushes the file."""
         self._progress.stop()
         self._file.close()
-        self._tensorboard.close()
 
 
 def describe_change(row: dict[str, Any]) -> str:

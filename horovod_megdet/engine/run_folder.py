@@ -1,10 +1,11 @@
 """The folder of a run: what makes it one, and what rank 0 writes into it beside the checkpoints.
 
 config.yaml          the resolved configuration: from now on the folder holds a run
-metrics.jsonl        one line per row of metrics; also in tensorboard/ and, drawn, in curves.png
+metrics.jsonl        one line per row of metrics; also drawn, in curves.png
+tensorboard/         the same, for the loggers of the configuration; also mlflow/, wandb/
 evaluation/          the detections of each evaluation
 validation.html      the last one's beside the ground truth; its numbers are in summary.json
-checkpoints/         see checkpoint.py
+checkpoints/         see checkpoint.py; at the end, README.md of the best and the last one (model_card.py)
 """
 
 import contextlib
@@ -26,8 +27,10 @@ from horovod_megdet.evaluation.table import render
 from horovod_megdet.files import atomic_write
 from horovod_megdet.printing import say
 from horovod_megdet.progress import progress
+from horovod_megdet.solver.schedule import Schedule
 
 if TYPE_CHECKING:
+    from horovod_megdet.engine.loggers import Loggers
     from horovod_megdet.engine.metrics import MetricsLog
 
 CONFIG_FILE = "config.yaml"
@@ -72,42 +75,60 @@ class RunFolder:
     evaluation are written by a thread while training goes on, until the next evaluation or :meth:`close` at the latest.
     """
 
-    # What draws, and TensorBoard, take a second to import, for which all other ranks would wait.
+    # What draws takes a second to import, for which all other ranks would wait.
 
-    def __init__(self, path: Path, pictures: int) -> None:
-        self.path = path
-        self.pictures = pictures
+    def __init__(self, config: Config) -> None:
+        self.path = Path(config.output.run_dir)
+        self._config = config
         self._log: MetricsLog | None = None
+        self._loggers: Loggers | None = None
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._written: Future[None] | None = None
 
-    def open_log(self, total_images: int, position: Position) -> None:
-        """Opens the log of metrics; rows behind ``position``, of a run that is resumed before its end, are dropped."""
+    def open_log(self, total_images: int, position: Position, repeats: bool = False) -> None:
+        """Opens the log of metrics; rows behind ``position``, of a run that is resumed before its end, are dropped.
+
+        So is an evaluation at it, if what is due there ``repeats``.
+        """
         if comm.is_main():
+            from horovod_megdet.engine.loggers import Loggers
             from horovod_megdet.engine.metrics import MetricsLog
 
-            self._log = MetricsLog(self.path, total_images, position.images_seen, position.step)
+            self._log = MetricsLog(self.path, total_images, position.images_seen, position.step, repeats)
+            self._loggers = Loggers(self._config, position.step)
 
     def log_training(self, row: dict[str, Any]) -> None:
         """Writes a row of training metrics."""
-        if self._log:
+        if self._log and self._loggers:
+            row = {"kind": "train", **row}
             with _warned("metrics"):
                 self._log.train(row)
+            self._loggers.call("row", row)
 
     def log_change(self, row: dict[str, Any]) -> None:
         """Writes a row about a change of the ranks, in an elastic job."""
-        if self._log:
+        if self._log and self._loggers:
+            row = {"kind": "ranks", **row}
             with _warned("metrics"):
                 self._log.change(row)
+            self._loggers.call("row", row)
 
-    def log_evaluation(self, row: dict[str, Any], evaluation: Evaluation) -> None:
+    def log_evaluation(self, row: dict[str, Any], evaluation: Evaluation, multi_scale: bool = False) -> None:
         """Writes a row of evaluation metrics, and begins to write the detections and the curves."""
-        if self._log:
+        if self._log and self._loggers:
             self.wait()
+            row = {"kind": "multi_scale" if multi_scale else "evaluation", **row, **evaluation.row()}
             with _warned("metrics"):
-                self._log.evaluation(row | evaluation.row(), render(evaluation))
-            detections = self.path / "evaluation" / f"{checkpoint.name(row['step'])}.json"
+                self._log.evaluation(row, render(evaluation, multi_scale))
+            self._loggers.call("row", row)
+            name = checkpoint.name(row["step"]) + ("_multi_scale" if multi_scale else "")
+            detections = self.path / "evaluation" / f"{name}.json"
             self._written = self._thread.submit(self._write_evaluation, detections, evaluation)
+
+    def log_checkpoint(self, path: Path) -> None:
+        """Tells the loggers where a checkpoint has been written."""
+        if self._loggers:
+            self._loggers.call("checkpoint", str(path.resolve()))
 
     def _write_evaluation(self, detections: Path, evaluation: Evaluation) -> None:
         from horovod_megdet.report.curves import write_curves
@@ -130,28 +151,55 @@ class RunFolder:
         epoch: float,
         val_set: CocoDataset,
         evaluation: Evaluation,
+        multi_scale: Evaluation | None,
     ) -> None:
-        """Writes the page of validation images and the summary."""
-        if self._log:
+        """Writes the summary and the page of validation images, with the detections of the multi-scale test, if any."""
+        if self._log and self._loggers:
             from horovod_megdet.report.page import VALIDATION_PAGE
             from horovod_megdet.report.pictures import write_validation_page
 
             with _warned("the report"):
-                title = f"{self.path.name}, epoch {epoch:.2f}"
-                write_validation_page(
-                    self.path / VALIDATION_PAGE, val_set, evaluation, count=self.pictures, title=title
+                title = f"{self.path.name}, epoch {epoch:.2f}" + (", multi-scale test" if multi_scale else "")
+                pictures = self._config.output.pictures
+                cards = write_validation_page(
+                    self.path / VALIDATION_PAGE, val_set, multi_scale or evaluation, count=pictures, title=title
                 )
+                self._loggers.call("pictures", {card.name: card.beside() for card in cards}, position.step)
                 summary = asdict(description) | asdict(position) | evaluation.row()
+                if multi_scale:
+                    summary["multi_scale"] = multi_scale.row()
                 with atomic_write(self.path / SUMMARY_FILE) as file:
                     file.write(json.dumps(summary, indent=1).encode())
 
-    def close(self, last_words: str = "") -> None:
-        """Ends the progress bar, completes the files, and prints ``last_words``."""
+    def write_model_cards(
+        self,
+        description: RunDescription,
+        position: Position,
+        schedule: Schedule,
+        train_set: CocoDataset,
+        val_set: CocoDataset,
+    ) -> None:
+        """Writes into the folders of the best and the last checkpoint what they are."""
         if self._log:
+            from horovod_megdet.engine.model_card import write_model_cards
+
+            self.wait()  # for the curves
+            with _warned("the model card"):
+                write_model_cards(self.path, description, position, schedule, train_set, val_set)
+
+    def close(self, last_words: str = "") -> None:
+        """Ends the progress bar, completes the files, and prints ``last_words``, which a run that is finished has.
+
+        Nothing is written from then on.
+        """
+        if self._log and self._loggers:
             self.wait()
             if last_words:
                 self._log.console.print(last_words)
             self._log.close()
+            progress.set("waiting for output.loggers")
+            self._loggers.close(finished=bool(last_words))
+            self._log = self._loggers = None
 
 
 @contextlib.contextmanager

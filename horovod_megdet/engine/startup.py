@@ -6,17 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from horovod_megdet import comm, launched
 from horovod_megdet.config import Config
 from horovod_megdet.data.coco import CocoDataset, check_same_classes
 from horovod_megdet.data.configured import load_split, make_synthetic
+from horovod_megdet.data.loader import image_stream
+from horovod_megdet.data.sampler import ImageStream
 from horovod_megdet.engine import checkpoint, hardware, precision, random_state
 from horovod_megdet.engine.checkpoint import RunDescription
 from horovod_megdet.engine.run_folder import find_checkpoint, write_config
 from horovod_megdet.engine.signals import StopRequest
 from horovod_megdet.engine.trainer import Trainer
+from horovod_megdet.engine.validation import check_best_metric
 from horovod_megdet.errors import UserError
 from horovod_megdet.models.detector import Detector, build_detector
 from horovod_megdet.models.norms import bn_group
@@ -26,6 +30,7 @@ from horovod_megdet.report.tables import console, two_columns
 from horovod_megdet.solver.agvm import check_agvm
 from horovod_megdet.solver.schedule import make_schedule
 from horovod_megdet.versions import NUMERICAL, versions
+from horovod_megdet.wording import some
 
 T = TypeVar("T", bound=Trainer)
 
@@ -40,7 +45,8 @@ class Foundation:
     device: torch.device
     train_set: CocoDataset
     val_set: CocoDataset
-    stop_request: StopRequest
+    stream: ImageStream
+    stop_request: StopRequest | None
 
     @property
     def description(self) -> RunDescription:
@@ -54,10 +60,10 @@ class Foundation:
         )
 
 
-def build_trainer(config: Config, resume: bool) -> Trainer:
+def build_trainer(config: Config, resume: bool, stop_request: StopRequest | None = None) -> Trainer:
     """Builds the trainer of this rank. Collective; raises :class:`UserError` on all ranks alike."""
     check_start(config)
-    stop_request, saved = StopRequest(), find_run(config, resume)
+    saved = find_run(config, resume)
     foundation = lay_foundation(config, stop_request, saved.config if saved else None)
     return start_trainer(foundation, resume, saved, Trainer)
 
@@ -73,7 +79,7 @@ def find_run(config: Config, resume: bool) -> checkpoint.Checkpoint | None:
         return find_checkpoint(Path(config.output.run_dir), resume)
 
 
-def lay_foundation(config: Config, stop_request: StopRequest, earlier: Config | None) -> Foundation:
+def lay_foundation(config: Config, stop_request: StopRequest | None, earlier: Config | None) -> Foundation:
     """Chooses device and precision and loads the data sets. Collective.
 
     ``earlier`` is the configuration with which the run was trained until now, if it was, on rank 0 or on all.
@@ -83,7 +89,9 @@ def lay_foundation(config: Config, stop_request: StopRequest, earlier: Config | 
     # Compared before with `auto` in it: what it stands for follows from what all ranks know, so that it is equal, too.
     config, why = precision.decide(config, device, earlier)
     train_set, val_set = load_datasets(config)
-    return Foundation(config, why, device, train_set, val_set, stop_request)
+    with comm.agreement("image stream"):
+        stream = image_stream(train_set, config.data, config.runtime.seed)
+    return Foundation(config, why, device, train_set, val_set, stream, stop_request)
 
 
 def assemble(foundation: Foundation, kind: type[T], load: bool) -> T:
@@ -93,8 +101,9 @@ def assemble(foundation: Foundation, kind: type[T], load: bool) -> T:
     """
     config, train_set = foundation.config, foundation.train_set
     with comm.agreement("schedule"):
-        schedule = make_schedule(config.solver, len(train_set), comm.size(), config.data.images_per_rank)
+        schedule = make_schedule(config.solver, len(foundation.stream), comm.size(), config.data.images_per_rank)
         check_agvm(config, schedule)
+        check_best_metric(config, train_set.class_names)
     detector = start_detector(config, len(train_set.class_names), foundation.device, load)
     return kind(
         config,
@@ -116,7 +125,7 @@ def start_trainer(foundation: Foundation, resume: bool, saved: checkpoint.Checkp
             resume_from(trainer, saved)
     begin_run(foundation)
     if comm.is_main():
-        _print_start(trainer, foundation.precision_choice)
+        _print_start(trainer, foundation.precision_choice, foundation.stream)
     return trainer
 
 
@@ -139,6 +148,13 @@ def resume_from(trainer: Trainer, found: checkpoint.Checkpoint | None) -> None:
             "trained on, so its position in the data means nothing. Restore the data, or start a new run with "
             "model.weights set to this checkpoint."
         )
+    factor, other = saved.config.data.repeat_factor, trainer.config.data.repeat_factor
+    if factor != other:
+        raise UserError(
+            f"{saved.path}: this checkpoint was trained with data.repeat_factor: {factor:g}, so with {other:g} its "
+            f"position in the data means nothing. Use {factor:g}, or start a new run with model.weights set to this "
+            "checkpoint."
+        )
     theirs, ours = saved.config.solver.optimizer, trainer.config.solver.optimizer
     if theirs != ours:
         raise UserError(
@@ -146,6 +162,9 @@ def resume_from(trainer: Trainer, found: checkpoint.Checkpoint | None) -> None:
             f"Use {theirs}, or start a new run with model.weights set to this checkpoint."
         )
     trainer.resume(saved)
+    before, now = saved.config.output.best_metric, trainer.config.output.best_metric
+    if before != now and comm.is_main():
+        say(f"output.best_metric was {before} until now: the best checkpoint is looked for anew, by {now}.")
 
 
 def load_datasets(config: Config) -> tuple[CocoDataset, CocoDataset]:
@@ -221,7 +240,7 @@ def build_for_evaluation(
     return config, detector.to(device).eval(), val_set, device, saved
 
 
-def _print_start(trainer: Trainer, precision_choice: str) -> None:
+def _print_start(trainer: Trainer, precision_choice: str, stream: ImageStream) -> None:
     config, out = trainer.config, console()
     environment = [
         ("ranks", f"{comm.size()}, {comm.local_size()} on {launched.host()}, controller {comm.controller()}"),
@@ -234,6 +253,7 @@ def _print_start(trainer: Trainer, precision_choice: str) -> None:
             f"{len(trainer.train_set)} images, {len(trainer.train_set.class_names)} classes: "
             + ", ".join(trainer.train_set.class_names[:10]),
         ),
+        *_repeats(stream, trainer.train_set.class_names),
         ("validation set", f"{len(trainer.val_set)} images"),
         ("run directory", config.output.run_dir),
     ]
@@ -248,3 +268,13 @@ def _print_start(trainer: Trainer, precision_choice: str) -> None:
     if trainer.position.step:
         epoch = trainer.schedule.epoch(trainer.position.images_seen)
         out.print(f"Resuming after step {trainer.position.step}, epoch {epoch:.2f}.")
+
+
+def _repeats(stream: ImageStream, class_names: list[str]) -> list[tuple[str, str]]:
+    """What repeat factors make of an epoch, and the most repeated classes."""
+    if stream.factors is None:
+        return []
+    of_classes = stream.factors.of_classes
+    repeated = [f"{class_names[k]} x{of_classes[k]:.2f}" for k in np.argsort(-of_classes) if of_classes[k] > 1]
+    classes = f"repeated are the images of {some(repeated)}" if repeated else "no class is rare enough to be repeated"
+    return [("an epoch", f"{len(stream)} images of the {len(stream.portrait)}: {classes}")]

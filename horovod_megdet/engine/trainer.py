@@ -20,16 +20,16 @@ from torch.utils.data import DataLoader
 from horovod_megdet import comm
 from horovod_megdet.config import Config
 from horovod_megdet.data.coco import CocoDataset
-from horovod_megdet.data.loader import Batch, build_eval_loader, build_train_loader
+from horovod_megdet.data.loader import Batch, build_train_loader
 from horovod_megdet.engine import checkpoint, hardware, random_state
 from horovod_megdet.engine.checkpoint import Position, RunDescription, TrainingState
 from horovod_megdet.engine.losses import PassReport, agree_on_step, weigh_losses
 from horovod_megdet.engine.metrics import Window
 from horovod_megdet.engine.run_folder import RunFolder
 from horovod_megdet.engine.signals import StopRequest
+from horovod_megdet.engine.validation import evaluate_detector, in_one_view, note_evaluation, with_all_views
 from horovod_megdet.errors import EXIT_NOT_SAVED, EXIT_STOPPED, UserError
-from horovod_megdet.evaluation.coco import Evaluation, evaluate
-from horovod_megdet.evaluation.metrics import MAIN_METRIC
+from horovod_megdet.evaluation.coco import Evaluation
 from horovod_megdet.layers.cross_gpu_bn import average_running_statistics
 from horovod_megdet.models.detector import Detector
 from horovod_megdet.models.weights import load_checkpoint
@@ -53,7 +53,7 @@ class Trainer:
         val_set: CocoDataset,
         schedule: Schedule,
         device: torch.device,
-        stop_request: StopRequest,
+        stop_request: StopRequest | None,
         description: RunDescription,
     ) -> None:
         self.config = config
@@ -79,7 +79,7 @@ class Trainer:
         self.averaged: AveragedModel | None = None
         if config.solver.ema is not None:
             self.averaged = averaged_model(detector, config.solver.ema * schedule.dataset_images, schedule.mini_batch)
-        self.position = Position()
+        self.position = Position(best_metric=config.output.best_metric)
         self.stopping = False
         self.hosts_changed = False
         """Whether hosts came or went, in an elastic job."""
@@ -88,25 +88,24 @@ class Trainer:
         self.unsaved = False
         """Whether the last checkpoint could not be written."""
         self.window = Window()
-        self.run_folder = RunFolder(Path(config.output.run_dir), config.output.pictures)
+        self.run_folder = RunFolder(config)
 
     def train(self) -> int:
-        """Trains to the end, or until a signal; returns the exit code."""
-        schedule, position = self.schedule, self.position
+        """Trains to the end, early or not, or until a signal; returns the exit code."""
         self.open_log()
         # A full collection would scan all that the imports made, and every other rank waits for it.
         gc.freeze()
         batches = iter(self._train_loader())
         evaluation = None if self.unfinished is None else self.after_step(self.unfinished)
-        while not (self.stopping or schedule.finished(position.images_seen)):
-            before = position.images_seen
+        while not (self.stopping or self.done):
+            before = self.position.images_seen
             self.train_step(batches)
             evaluation = self.after_step(before) or evaluation
         return self.finish(evaluation)
 
     def open_log(self) -> None:
         """Opens the log of metrics where this position in training is."""
-        self.run_folder.open_log(self.schedule.total_images, self.position)
+        self.run_folder.open_log(self.schedule.total_images, self.position, self.unfinished is not None)
 
     def after_step(self, before: int) -> Evaluation | None:
         """What is due after a step that began at the position ``before``: metrics, an evaluation, a checkpoint."""
@@ -118,7 +117,7 @@ class Trainer:
             self.write_metrics()
         if schedule.due(schedule.images(output.evaluate_every_epochs), before, seen):
             evaluation, is_best = self.evaluate()
-            save_due = save_due or is_best
+            save_due = save_due or is_best or self.done
         if save_due or (self.unsaved and log_due):
             self.save()
         return evaluation
@@ -184,6 +183,16 @@ class Trainer:
             self.averaged.update_parameters(self.detector)
 
     @property
+    def done(self) -> bool:
+        """Whether training is complete, or no better evaluation is waited for."""
+        return self.schedule.finished(self.position.images_seen) or self.out_of_patience
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the last ``solver.patience`` evaluations were all worse than the best. Equal on all ranks."""
+        return 0 < self.config.solver.patience <= self.position.evaluations_since_best
+
+    @property
     def evaluated_detector(self) -> Detector:
         """The weights that are evaluated and handed on: the averaged ones, where there are any."""
         return cast(Detector, self.averaged.module) if self.averaged else self.detector
@@ -210,13 +219,21 @@ class Trainer:
         """Evaluates on the validation set; returns the evaluation and whether it is the best of the run so far."""
         progress.set("evaluating")
         average_running_statistics(self.evaluated_detector)
-        evaluation = evaluate_detector(self.config, self.evaluated_detector, self.val_set, self.device)
-        ap, position = evaluation.metrics[MAIN_METRIC], self.position
-        is_best = ap > position.best_ap or position.best_checkpoint is None or math.isnan(position.best_ap)
-        if is_best:
-            position.best_ap, position.best_checkpoint = ap, checkpoint.name(position.step)
+        config = in_one_view(self.config)
+        evaluation = evaluate_detector(config, self.evaluated_detector, self.val_set, self.device)
+        is_best = note_evaluation(self.position, evaluation)
         self.run_folder.log_evaluation(self._where(), evaluation)
         return evaluation, is_best
+
+    def evaluate_multi_scale(self) -> Evaluation | None:
+        """The multi-scale test at the end of training, if the configuration has one."""
+        config = with_all_views(self.config)
+        if config is None:
+            return None
+        progress.set("evaluating at several scales")
+        evaluation = evaluate_detector(config, self.evaluated_detector, self.val_set, self.device)
+        self.run_folder.log_evaluation(self._where(), evaluation, multi_scale=True)
+        return evaluation
 
     def save(self) -> None:
         """Writes a checkpoint. When that fails training goes on and tries again, unless this was the last chance."""
@@ -230,7 +247,7 @@ class Trainer:
                     self._write_checkpoint(random_states)
             self.unsaved = False
         except UserError as error:
-            if error.exit_code != EXIT_NOT_SAVED or self.stopping or self.schedule.finished(self.position.images_seen):
+            if error.exit_code != EXIT_NOT_SAVED or self.stopping or self.done:
                 raise
             self.unsaved = True
             if comm.is_main():
@@ -251,7 +268,8 @@ class Trainer:
     def _write_checkpoint(self, random_states: list[dict[str, Any]]) -> None:
         state = self.state(random_states)
         run_dir, epoch = self.run_folder.path, self._where()["epoch"]
-        checkpoint.save(run_dir, self.evaluated_detector.state_dict(), state, self.description, epoch)
+        saved = checkpoint.save(run_dir, self.evaluated_detector.state_dict(), state, self.description, epoch)
+        self.run_folder.log_checkpoint(saved)
         try:
             checkpoint.prune(run_dir, self.config.output.keep_checkpoints, self.position.best_checkpoint)
         except OSError as error:
@@ -260,16 +278,28 @@ class Trainer:
     def finish(self, evaluation: Evaluation | None) -> int:
         """Writes the report of a finished run, if it was evaluated; returns the exit code."""
         position = self.position
-        if not self.schedule.finished(position.images_seen):
+        if not self.done:
             self.run_folder.close()
             return EXIT_STOPPED
         if evaluation is not None:  # there is none when a finished run is resumed
+            multi_scale = self.evaluate_multi_scale()
             progress.set("writing the report")
             epoch = self._where()["epoch"]
-            self.run_folder.write_report(self.description, position, epoch, self.val_set, evaluation)
+            self.run_folder.write_report(self.description, position, epoch, self.val_set, evaluation, multi_scale)
+            self.run_folder.write_model_cards(self.description, position, self.schedule, self.train_set, self.val_set)
         best = checkpoint.folder(self.run_folder.path) / str(position.best_checkpoint)
-        self.run_folder.close(f"Finished after {position.step} steps. Best AP {position.best_ap:.3f}: {best}")
+        self.run_folder.close(f"{self._how_it_ended()} Best {position.best_metric} {position.best_value:.3f}: {best}")
         return 0
+
+    def _how_it_ended(self) -> str:
+        position, epoch = self.position, self._where()["epoch"]
+        if self.schedule.finished(position.images_seen):
+            return f"Finished after {position.step} steps."
+        return (
+            f"Stopped early, after {position.step} steps, at epoch {epoch:.2f}: {position.evaluations_since_best} "
+            f"evaluations in a row without a better {position.best_metric}. To go on from here, use --resume and a "
+            f"solver.patience above {position.evaluations_since_best}, or 0."
+        )
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
         """Goes on where a checkpoint was written. Collective only through what its callers agree on."""
@@ -287,6 +317,8 @@ class Trainer:
         if state.scaler:  # empty where the run was not in float16 until now
             self.scaler.load_state_dict(state.scaler)
         self.position, self.noise.averages = state.position, state.noise
+        if self.position.best_metric != self.config.output.best_metric:
+            self.position.forget_best(self.config.output.best_metric)
         if self.config.solver.lr_modulation == "agvm":
             self.agvm = state.agvm
         if len(state.random) == comm.size():
@@ -311,18 +343,3 @@ class Trainer:
             stop=start + steps * mini_batch,
             pin_memory=self.device.type == "cuda",
         )
-
-
-def evaluate_detector(config: Config, detector: Detector, dataset: CocoDataset, device: torch.device) -> Evaluation:
-    """Evaluates on all ranks, each on its exact share of the data set; every rank gets the metrics."""
-    loader = build_eval_loader(
-        dataset, config.data, rank=comm.rank(), ranks=comm.size(), pin_memory=device.type == "cuda"
-    )
-    return evaluate(
-        detector,
-        dataset,
-        loader,
-        device,
-        lambda: hardware.autocast(config.runtime, device),
-        config.evaluation.backend,
-    )

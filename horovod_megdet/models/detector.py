@@ -1,6 +1,7 @@
 """The detector: torchvision's Faster R-CNN on a ResNet and FPN with the chosen norms."""
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -80,15 +81,36 @@ class Detector(GeneralizedRCNN):
         )
 
     @torch.no_grad()
-    def predict(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+    def evaluation_losses(self, images: list[Tensor], targets: list[dict[str, Any]]) -> Losses:
+        """:meth:`forward_losses` in evaluation mode, with the running statistics; does not communicate."""
+        assert not self.training, "evaluation_losses() needs eval()"
+        heads = (self.rpn, self.roi_heads)
+        try:
+            for head in heads:
+                head.training = True  # of the head itself: the layers in it stay in evaluation mode
+            return self.forward_losses(images, targets)
+        finally:
+            for head in heads:
+                head.training = False
+
+    @torch.no_grad()
+    def predict(self, images: list[Tensor], suppress: bool = True) -> list[dict[str, Tensor]]:
         """The detections in evaluation mode; does not communicate.
 
         For each image ``boxes`` (k, 4) float32 xyxy in its pixels, ``labels`` (k,) int64 from 1 and ``scores`` (k,)
-        float32, by falling score.
+        float32, by falling score. Without ``suppress`` these are all candidates above the lowest score: however much
+        they overlap, and however many they are.
         """
         assert not self.training, "predict() needs eval()"
-        detections: list[dict[str, Tensor]] = self(images)
-        return detections
+        heads = self.roi_heads
+        limits = heads.nms_thresh, heads.detections_per_img
+        try:
+            if not suppress:
+                heads.nms_thresh, heads.detections_per_img = math.inf, sys.maxsize
+            detections: list[dict[str, Tensor]] = self(images)
+            return detections
+        finally:
+            heads.nms_thresh, heads.detections_per_img = limits
 
 
 def build_detector(

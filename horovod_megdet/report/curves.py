@@ -55,7 +55,7 @@ def draw_curves(rows: Rows, title: str) -> Figure:
     figure = Figure(figsize=(15 if noise_is_measured else 12, 7.5), layout=layout, facecolor="white")
     figure.suptitle(title, fontsize=13, fontweight="bold", color=INK)
     panels = figure.subplot_mosaic("LLM;RSN" if noise_is_measured else "LM;RS")
-    _draw_losses(panels["L"], train)
+    _draw_losses(panels["L"], train, evaluations)
     _draw_metrics(panels["M"], evaluations)
     _draw_learning_rate(panels["R"], train)
     _draw_throughput(panels["S"], train)
@@ -68,7 +68,7 @@ def draw_curves(rows: Rows, title: str) -> Figure:
     return figure
 
 
-def _draw_losses(panel: Axes, train: Rows) -> None:
+def _draw_losses(panel: Axes, train: Rows, evaluations: Rows) -> None:
     panel.set_title("Loss")
     epochs = column(train, "epoch")
     top = 0.0
@@ -81,6 +81,10 @@ def _draw_losses(panel: Axes, train: Rows) -> None:
         panel.plot(epochs, smooth, color=color, label=name, linewidth=1.8, marker=_marker(smooth))
         # Without a limit, spikes in the first steps would flatten everything after them.
         top = max(top, float(np.nanpercentile(values, 99)))
+    validation = column(evaluations, "loss")
+    if np.isfinite(validation).any():
+        panel.plot(column(evaluations, "epoch"), validation, "o--", color=INK, label="sum, validation", linewidth=1.2)
+        top = max(top, float(np.nanpercentile(validation, 99)))
     if top:
         panel.set_ylim(0, 1.1 * top)
         panel.legend(frameon=False, ncols=2, fontsize=9)

@@ -1,4 +1,4 @@
-"""Pages of one HTML file that needs nothing beside it, from the templates in ``templates``."""
+"""Pages of one file that needs nothing beside it, from the templates in ``templates``."""
 
 import base64
 import io
@@ -41,6 +41,14 @@ class Card:
         shown = min(self.objects.width, self.objects.width * TALLEST // self.objects.height)
         return min(shown, ENLARGED_WIDTH) if self.objects.width > self.width else shown
 
+    def beside(self) -> Image.Image:
+        """Both in one picture, the ground truth on the left."""
+        gap = self.objects.width // 50
+        picture = Image.new("RGB", (2 * self.objects.width + gap, self.objects.height), "white")
+        picture.paste(self.objects)
+        picture.paste(self.detections, (self.objects.width + gap, 0))
+        return picture
+
 
 @dataclass(frozen=True)
 class PictureCard:
@@ -57,9 +65,12 @@ class PictureCard:
 
 
 def render(template: str, **values: Any) -> bytes:
-    """The page of a template, such as ``validation.html``, in UTF-8. What is inserted is escaped."""
+    """The page of a template, such as ``validation.html``, in UTF-8. What is inserted into HTML is escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("horovod_megdet.report"), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("horovod_megdet.report"),
+        autoescape=not template.endswith(".md"),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
     )
     environment.filters["data_url"] = _data_url
     return environment.get_template(template).render(values).encode()

@@ -50,8 +50,8 @@ def write_validation_page(
     count: int,
     title: str,
     score_threshold: float = 0.5,
-) -> None:
-    """Writes a self-contained HTML page: ``count`` validation images, ground truth beside detections.
+) -> list[Card]:
+    """Writes a self-contained HTML page: ``count`` validation images, ground truth beside detections. Returns them.
 
     The images are spread evenly over the data set and are the same for every run. Only detections with a score of at
     least ``score_threshold`` are drawn. Rank 0 only: it holds the detections.
@@ -75,6 +75,7 @@ def write_validation_page(
         summary += f": none of the {len(evaluation.detections.scores)} has one"
     with atomic_write(path) as file:
         file.write(render(VALIDATION_PAGE, title=title, summary=f"{summary}.", classes=classes, cards=cards))
+    return cards
 
 
 def draw_ground_truth(dataset: CocoDataset, index: int) -> tuple[Image.Image, set[int]]:

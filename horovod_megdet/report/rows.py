@@ -10,8 +10,8 @@ from horovod_megdet.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 
-KINDS = ("train", "evaluation", "ranks")
-"""Means since the row before, an evaluation, and a change of the ranks in an elastic job."""
+KINDS = ("train", "evaluation", "multi_scale", "ranks")
+"""Of rows. The third is that of the multi-scale test at the end of a run; the last is a change of the ranks."""
 
 Rows = list[dict[str, Any]]
 
@@ -36,7 +36,8 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON ({error}). Was the file edited? Remove the line.") from None
     if not isinstance(row, dict) or row.get("kind") not in KINDS:
-        raise UserError(f'{where}: not a row of metrics: it lacks "kind": "train" or "evaluation".')
+        kinds = ", ".join(f'"{kind}"' for kind in KINDS)
+        raise UserError(f'{where}: not a row of metrics: it lacks a "kind", one of {kinds}.')
     return row
 
 

@@ -5,11 +5,19 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
+from horovod_megdet.printing import is_quiet
+
 
 def console() -> Console:
     """A console for rank 0: as wide as the terminal, or 120 columns if the output goes to a file or a pipe."""
-    terminal = sys.stdout.isatty() and sys.stderr.isatty()
-    return Console(width=None if terminal else 120, force_terminal=terminal, highlight=False, soft_wrap=not terminal)
+    terminal = sys.stdout.isatty() and sys.stderr.isatty() and not is_quiet()
+    return Console(
+        width=None if terminal else 120,
+        force_terminal=terminal,
+        highlight=False,
+        soft_wrap=not terminal,
+        quiet=is_quiet(),
+    )
 
 
 def two_columns(title: str, rows: list[tuple[str, str]]) -> Table:

@@ -11,11 +11,13 @@ import yaml
 from torch import Tensor, nn
 
 from horovod_megdet import comm
-from horovod_megdet.config import Config
+from horovod_megdet.config import Config, override
 from horovod_megdet.data.coco import CocoDataset, load_dataset
 from horovod_megdet.data.loader import Batch, build_eval_loader
 from horovod_megdet.errors import UserError
 from horovod_megdet.evaluation.coco import Evaluation, evaluate
+from horovod_megdet.evaluation.loss import validation_losses
+from horovod_megdet.evaluation.views import Views
 from horovod_megdet.models.detector import build_detector
 
 CPU = torch.device("cpu")
@@ -74,6 +76,27 @@ def with_detector(dataset: CocoDataset) -> Evaluation:
     return evaluate(detector, dataset, shard(dataset), CPU)
 
 
+def with_views(dataset: CocoDataset) -> Evaluation:
+    """The same at three scales, and mirrored."""
+    torch.manual_seed(0)
+    detector = build_detector(CONFIG.model, CONFIG.batch_norm, len(dataset.class_names))
+    config = override(CONFIG, ["evaluation.scales=[48,64,100]", "evaluation.flip=true", "evaluation.merge=soft_nms"])
+    loader = build_eval_loader(
+        dataset, config.data, rank=comm.rank(), ranks=comm.size(), scales=config.evaluation.scales
+    )
+    return evaluate(detector, dataset, loader, CPU, views=Views.of(config.evaluation, config.model))
+
+
+def losses(dataset: CocoDataset) -> dict[str, float]:
+    """The validation losses of the real detector, with random weights and statistics that are not those of a batch."""
+    torch.manual_seed(0)
+    detector = build_detector(CONFIG.model, CONFIG.batch_norm, len(dataset.class_names))
+    for name, buffer in detector.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.uniform_(-0.1, 0.1)
+    return validation_losses(detector, dataset, shard(dataset), CPU)
+
+
 def bad_image_on_last_rank(dataset: CocoDataset) -> str:
     """The error that this rank reports."""
     batches = shard(dataset)
@@ -92,9 +115,10 @@ def main(root: Path, output: Path) -> None:
     jobs: dict[str, tuple[Callable[[CocoDataset], Evaluation], CocoDataset]] = {
         "noisy": (with_noisy, many),
         "detector": (with_detector, many),
+        "views": (with_views, many),
         "few images": (with_noisy, two),
     }
-    seen: dict[str, Any] = {"error": bad_image_on_last_rank(many)}
+    seen: dict[str, Any] = {"error": bad_image_on_last_rank(many), "losses": losses(many)}
     for name, (job, dataset) in jobs.items():
         evaluation = job(dataset)
         assert (evaluation.detections is not None) == comm.is_main()

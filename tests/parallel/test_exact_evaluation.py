@@ -16,7 +16,7 @@ from horovod_megdet.data.synthetic import ensure_synthetic
 pytestmark = pytest.mark.parallel
 
 MANY, TWO = 7, 2
-JOBS = ("noisy", "detector", "few images")
+JOBS = ("noisy", "detector", "views", "few images")
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def test_metrics_and_detections_do_not_depend_on_the_number_of_ranks(
 def test_a_missing_or_duplicate_image_would_change_these_numbers(alone: Results) -> None:
     assert 0.1 < alone.ranks[0]["noisy"]["row"]["AP"] < 0.9
     assert len(json.loads(alone.files["detector"])) > 10 * MANY
+    assert alone.files["views"] != alone.files["detector"]
 
 
 @pytest.mark.parametrize(("job", "images"), [("noisy", MANY), ("few images", TWO)])
@@ -88,6 +89,12 @@ def test_every_image_is_predicted_once_and_ranks_have_equal_shares(together: Res
     assert sum(shares) == images
     assert max(shares) - min(shares) <= 1
     assert [rank[job]["images"] for rank in together.ranks] == [images] * len(shares)
+
+
+def test_the_validation_loss_has_the_same_bits_on_any_number_of_ranks(alone: Results, together: Results) -> None:
+    expected = alone.ranks[0]["losses"]
+    assert all(value > 0 for value in expected.values())
+    assert [rank["losses"] for rank in together.ranks] == [expected] * len(together.ranks)
 
 
 def test_an_unreadable_image_on_one_rank_is_an_error_on_all(together: Results) -> None:

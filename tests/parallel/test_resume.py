@@ -26,6 +26,7 @@ SETTINGS = [
     "output.checkpoint_every_epochs=0.17",
     "solver.lr_modulation=agvm",
     "solver.ema=0.5",
+    "data.repeat_factor=0.6",
 ]
 
 

@@ -1,10 +1,13 @@
 """The main job under every launcher."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import launching
 import pytest
+from PIL import Image
 
 from horovod_megdet.config import load_config
 from horovod_megdet.engine import checkpoint
@@ -65,6 +68,41 @@ def test_evaluation_of_a_checkpoint_gives_the_metrics_of_the_run(runs: dict[str,
         assert code == 0, output
         again = json.loads((runs["mpirun"] / "checkpoints" / name / "detections.json").read_text())
         assert again == in_run
+
+
+def test_a_checkpoint_folder_says_what_it_is(runs: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    """README.md of the best and the last checkpoint: figures of the run, and code that runs as it stands."""
+    run_dir = runs["mpirun"]
+    rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["kind"] == "evaluation"]
+    best = max(rows, key=lambda row: row["AP"])
+    cards = {path.parent.name: path.read_text() for path in run_dir.glob("checkpoints/*/README.md")}
+    assert cards.keys() == {checkpoint.name(row["step"]) for row in (best, rows[-1])}
+    coco = json.loads((data / "annotations" / "train.json").read_text())
+    for row in (best, rows[-1]):
+        folder = run_dir / "checkpoints" / checkpoint.name(row["step"])
+        saved = checkpoint.read(folder)  # the sums still fit
+        card = cards[folder.name]
+        assert f"| AP50 | IoU 0.50 | {100 * row['AP50']:.1f} |" in card
+        assert ("(the best of the training)" in card) == (row is best)
+        for category in coco["categories"]:
+            boxes = sum(each["category_id"] == category["id"] for each in coco["annotations"])
+            assert f"| {category['name']} | {category['id']} | {boxes} | " in card
+        assert f"| training | `synthetic:train` | 24 | {len(coco['annotations'])} |" in card
+        assert "4 images = 2 ranks x 2 images x 1 passes" in card
+        assert f"| so far | {row['step']} steps, {row['images_seen']} images |" in card
+        assert f"torch {saved.run.versions['torch']}," in card
+        assert saved.run.training_data in card
+        with Image.open(folder / "curves.png") as curves:
+            curves.load()
+    program = card.split("```python\n")[1].split("```")[0]
+    Image.new("RGB", (80, 60), "gray").save(tmp_path / "photo.jpg")
+    (tmp_path / folder.name).symlink_to(folder)
+    environment = launching.ENVIRONMENT | {"PYTHONPATH": str(launching.PROJECT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
 
 
 SLOW_DISK = f"""

@@ -19,7 +19,7 @@ LAYERS = (
     {"report"},
     {"engine"},
     {"cluster", "import_data", "inference"},
-    {"export", "predict"},
+    {"export", "predict", "training"},
     {"run", "__init__"},
     {"cli"},
 )

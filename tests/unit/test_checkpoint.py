@@ -29,6 +29,14 @@ def write(run_dir: Path, step: int, **changes: Any) -> Path:
     return checkpoint.save(run_dir, WEIGHTS, replace(state, **changes), run, epoch=step / 10)
 
 
+def test_the_position_of_version_0_1_is_read(tmp_path: Path) -> None:
+    saved = checkpoint.read(write(tmp_path, 5))
+    state = torch.load(saved.path / checkpoint.STATE_FILE, weights_only=True)
+    state["position"] = {"step": 5, "images_seen": 40, "best_ap": 0.25, "best_checkpoint": "step_00000004"}
+    torch.save(state, saved.path / checkpoint.STATE_FILE)
+    assert saved.state().position == Position(5, 40, "AP", 0.25, "step_00000004", 0)
+
+
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     path = write(tmp_path, 5, optimizer={"momentum": torch.ones(3)})
     saved = checkpoint.read(path)

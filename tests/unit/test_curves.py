@@ -43,6 +43,17 @@ def write(run_dir: Path, rows: list[dict[str, Any]], end: str = "") -> Path:
     return path
 
 
+def test_the_validation_loss_is_drawn_beside_the_losses_of_training() -> None:
+    def curves(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+        panel = draw_curves(rows, "run").axes[0]
+        assert panel.get_title() == "Loss"
+        return {str(line.get_label()): list(line.get_ydata()) for line in panel.lines}
+
+    with_loss = [train_row(step) for step in range(1, 31)] + [evaluation_row(step, loss=3 / step) for step in (10, 30)]
+    assert curves(with_loss)["sum, validation"] == pytest.approx([0.3, 0.1])
+    assert "sum, validation" not in curves(ROWS)
+
+
 LINE = json.dumps(train_row(31)).encode() + "é\n".encode()
 
 

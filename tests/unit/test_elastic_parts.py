@@ -1,5 +1,6 @@
 """Parts of elastic jobs that need no ranks; tests/parallel/test_elastic.py runs some."""
 
+import json
 import os
 from pathlib import Path
 
@@ -39,10 +40,20 @@ def test_a_change_of_ranks_is_a_sentence() -> None:
 
 def test_a_change_of_ranks_is_a_row(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, total_images=200, images_seen=0, step=0)
-    log.change(CHANGE)
+    log.change({"kind": "ranks", **CHANGE})
     log.close()
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"kind": "ranks", **CHANGE}]
     assert write_curves(tmp_path).exists()
+
+
+def test_an_evaluation_that_is_done_again_leaves_one_row(tmp_path: Path) -> None:
+    """The rows of training at the same step stay: they are not written again."""
+    rows = [{"kind": kind, "step": step} for step in (6, 7) for kind in ("train", "evaluation")]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    MetricsLog(tmp_path, total_images=200, images_seen=160, step=7).close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == rows
+    MetricsLog(tmp_path, total_images=200, images_seen=160, step=7, repeats=True).close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == rows[:-1]
 
 
 def test_bn_groups_that_horovod_would_not_survive_are_refused() -> None:

@@ -163,3 +163,17 @@ def test_the_example_runs(run_dir: Path, paths: list[Path], tmp_path: Path) -> N
     assert (done.returncode, done.stderr) == (0, "")
     assert {entry["image_id"] for entry in json.loads((tmp_path / "results.json").read_text())} == {1, 2}
     assert {path.name for path in tmp_path.glob("*.png")} == {"detected_1.png", "detected_2.png"}
+
+
+def test_settings_replace_values_of_the_checkpoint(run_dir: Path, paths: list[Path]) -> None:
+    plain = megdet.load(run_dir).detect(paths[:1])[0]
+    detector = megdet.load(
+        run_dir, score_threshold=0.2, settings=["evaluation.flip=true", "evaluation.scales=[48, 64]"]
+    )
+    found = detector.detect(paths[:1])[0]
+    assert found.scores.min() > 0.2
+    assert found.boxes.tolist() != plain.boxes.tolist()
+    with pytest.raises(UserError, match=r"unknown key `evaluation.flop`; did you mean `evaluation.flip`\?"):
+        megdet.load(run_dir, settings=["evaluation.flop=true"])
+    with pytest.raises(UserError, match="belongs to another detector"):
+        megdet.load(run_dir, settings=["model.fpn_channels=8"])

@@ -18,6 +18,7 @@ from PIL import Image
 from horovod_megdet.config import DataConfig
 from horovod_megdet.data.coco import CocoDataset, load_dataset
 from horovod_megdet.data.loader import Batch, build_eval_loader, build_train_loader, image_seed
+from horovod_megdet.data.sampler import PlannedImage
 from horovod_megdet.data.synthetic import ensure_synthetic
 
 
@@ -98,8 +99,9 @@ def test_starting_in_the_middle_continues_at_the_same_image(train_set: CocoDatas
 
 
 def test_augmentation_differs_between_epochs_and_seeds() -> None:
-    seeds = {image_seed(seed, epoch, index) for seed in range(5) for epoch in range(5) for index in range(5)}
-    assert len(seeds) == 125
+    places = [PlannedImage(epoch, index, repeat) for epoch in range(5) for index in range(5) for repeat in range(3)]
+    seeds = {image_seed(seed, place) for seed in range(5) for place in places}
+    assert len(seeds) == 375
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 

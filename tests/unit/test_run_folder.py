@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from horovod_megdet.config import Config
 from horovod_megdet.engine.checkpoint import Position
 from horovod_megdet.engine.run_folder import RunFolder
 from horovod_megdet.evaluation.coco import Evaluation
@@ -32,6 +33,10 @@ def evaluation(count: int = 3) -> Evaluation:
     return Evaluation(dict.fromkeys(METRICS, 0.5), {"a": 0.5}, 1, [7], Detections.of_images([(1, arrays)]))
 
 
+def config(run_dir: Path) -> Config:
+    return Config.model_validate({"output": {"run_dir": str(run_dir), "pictures": 0, "loggers": []}})
+
+
 def row(step: int) -> dict[str, float]:
     return {"step": step, "images_seen": 8 * step, "epoch": step / 10}
 
@@ -42,7 +47,7 @@ def detections_file(run_dir: Path, step: int) -> Path:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Iterator[RunFolder]:
-    folder = RunFolder(tmp_path, pictures=0)
+    folder = RunFolder(config(tmp_path))
     folder.open_log(total_images=100, position=Position())
     yield folder
     folder.close()
@@ -123,7 +128,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import test_run_folder as tests
-folder = tests.RunFolder(Path(sys.argv[1]), pictures=0)
+folder = tests.RunFolder(tests.config(Path(sys.argv[1])))
 folder.open_log(total_images=100, position=tests.Position())
 folder.log_evaluation(tests.row(1), tests.evaluation())
 folder.wait()

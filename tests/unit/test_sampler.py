@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from horovod_megdet.data.sampler import GroupedBatchSampler, ImageStream, evaluation_shard
+from horovod_megdet.data.repeat_factors import UNIT, RepeatFactors
+from horovod_megdet.data.sampler import GroupedBatchSampler, ImageStream, PlannedImage, evaluation_shard
 
 counts = st.integers(0, 40)
 lengths = st.integers(1, 7)
@@ -19,16 +20,22 @@ def sizes_of(landscape: int, portrait: int) -> NDArray[np.int64]:
     return np.array([(480, 640)] * landscape + [(640, 480)] * portrait).reshape(-1, 2)
 
 
-streams = st.builds(
-    lambda landscape, portrait, length, seed: ImageStream(sizes_of(landscape + 1, portrait), length, seed),
-    counts,
-    counts,
-    lengths,
-    seeds,
-)
+def stream_of(landscape: int, portrait: int, length: int, seed: int, drawn: list[float] | None) -> ImageStream:
+    sizes = sizes_of(landscape + 1, portrait)
+    factors = None
+    if drawn:
+        of_images = np.resize(np.rint(np.array(drawn) * UNIT).astype(np.int64), len(sizes))
+        factors = RepeatFactors(of_images, np.ones(1))
+    return ImageStream(sizes, length, seed, factors)
 
 
-@given(stream=streams, epoch=st.integers(0, 20))
+plain_streams = st.builds(stream_of, counts, counts, lengths, seeds, st.none())
+factors_of_images = st.lists(st.floats(1, 4), min_size=1, max_size=5)
+repeating_streams = st.builds(stream_of, counts, counts, lengths, seeds, factors_of_images)
+streams = st.one_of(plain_streams, repeating_streams)
+
+
+@given(stream=plain_streams, epoch=st.integers(0, 20))
 def test_an_epoch_is_every_image_once(stream: ImageStream, epoch: int) -> None:
     assert sorted(stream.order(epoch)) == list(range(len(stream)))
 
@@ -50,7 +57,7 @@ def test_the_stream_is_the_same_however_it_is_cut(stream: ImageStream, position:
     pieces = [stream.indices(a, b - a) for a, b in itertools.pairwise(edges)]
     assert [image for piece in pieces for image in piece] == whole
     expected = [divmod(at, len(stream)) for at in range(position, position + count)]
-    assert whole == [(epoch, stream.order(epoch)[place]) for epoch, place in expected]
+    assert [image[:2] for image in whole] == [(epoch, stream.order(epoch)[place]) for epoch, place in expected]
 
 
 @given(stream=streams, ranks=st.integers(1, 9), start=st.integers(0, 200), images=st.integers(0, 200))
@@ -77,7 +84,7 @@ def test_resuming_on_another_number_of_ranks_continues_at_the_same_image(
     position = passes * ranks * stream.images_per_rank
     stop = position + 3 * other_ranks * stream.images_per_rank
 
-    def images(ranks: int, start: int, stop: int) -> list[tuple[int, int]]:
+    def images(ranks: int, start: int, stop: int) -> list[PlannedImage]:
         dealt = zip(*(GroupedBatchSampler(stream, rank, ranks, start, stop) for rank in range(ranks)), strict=True)
         return [image for one_pass in dealt for batch in one_pass for image in batch]
 
@@ -104,6 +111,56 @@ def test_nothing_to_do(start: int) -> None:
     sampler = GroupedBatchSampler(ImageStream(sizes_of(5, 0), 2, 0), 0, 1, start, 10)
     assert list(sampler) == []
     assert len(sampler) == 0
+
+
+# Repeat factors
+
+
+@given(stream=repeating_streams, epoch=st.integers(0, 20))
+def test_an_image_comes_as_often_as_its_factor_says_rounded_up_or_down(stream: ImageStream, epoch: int) -> None:
+    assert stream.factors
+    factors, images = stream.factors.of_images / UNIT, len(stream.portrait)
+    often = np.bincount(stream.order(epoch), minlength=images)
+    assert often.sum() == len(stream) == np.ceil(factors.sum())
+    assert (often >= np.floor(factors)).all()
+    assert (often <= np.ceil(factors + 1 / images + 2 / UNIT)).all()
+
+
+@given(stream=repeating_streams, epoch=st.integers(0, 3))
+def test_repeats_of_an_image_are_numbered(stream: ImageStream, epoch: int) -> None:
+    planned = stream.indices(epoch * len(stream), len(stream))
+    assert len(set(planned)) == len(planned), "no two places have the same augmentation"
+    seen: dict[int, int] = {}
+    for place in planned:
+        assert place == (epoch, place.image, seen.get(place.image, 0))
+        seen[place.image] = place.repeat + 1
+
+
+def test_over_many_epochs_the_mean_is_the_factor() -> None:
+    drawn, epochs = [1.0, 1.0, 1.25, 1.5, 2.0, 3.9], 2000
+    stream = stream_of(19, 10, 2, 1, drawn)
+    assert stream.factors
+    often = sum(np.bincount(stream.order(epoch), minlength=30) for epoch in range(epochs)) / epochs
+    expected = stream.factors.of_images / UNIT
+    expected = expected + (np.ceil(expected.sum()) - expected.sum()) / 30
+    # The number of times varies by less than one: its standard deviation is at most a half.
+    np.testing.assert_allclose(often, expected, atol=4 * 0.5 / np.sqrt(epochs))
+
+
+def test_repeats_of_one_epoch_are_not_those_of_the_next() -> None:
+    stream = stream_of(40, 0, 2, 1, [1.5])
+    often = [np.bincount(stream.order(epoch)).tolist() for epoch in range(4)]
+    assert len({tuple(counts) for counts in often}) == 4
+
+
+def test_factors_of_one_are_an_epoch_with_every_image_once() -> None:
+    stream = stream_of(20, 11, 2, 3, [1.0])
+    assert len(stream) == 32
+    assert sorted(stream.order(1)) == list(range(32))
+
+
+def test_without_factors_the_order_is_that_of_earlier_versions() -> None:
+    assert ImageStream(sizes_of(5, 4), 2, 7).order(3).tolist() == [1, 5, 8, 4, 3, 0, 2, 7, 6]
 
 
 @given(
