@@ -11,6 +11,7 @@ import pytest
 
 from horovod_megdet.config import load_config
 from horovod_megdet.data.loader import image_seed
+from horovod_megdet.data.sampler import PlannedImage
 from horovod_megdet.engine import checkpoint
 from horovod_megdet.report.rows import Rows, read_metrics
 
@@ -46,7 +47,9 @@ def images_of_steps(folder: Path) -> list[tuple[int, int]]:
                 seen.setdefault((position, ranks), set()).add(int(seed))
             case ["step", position, end, ranks]:
                 steps[position] = end, ranks
-    image_of = {image_seed(0, epoch, index): (epoch, index) for epoch in range(9) for index in range(IMAGES)}
+    image_of = {
+        image_seed(0, PlannedImage(epoch, index)): (epoch, index) for epoch in range(9) for index in range(IMAGES)
+    }
     images, position = [], "0"
     while position in steps:
         end, ranks = steps[position]
