@@ -127,7 +127,8 @@ class _Job:
         match error:
             case comm.RemovedError():
                 say(f"A rank on {launched.host()} leaves the job: its host was taken away, or a rank there failed.")
-                return 0
+                # At once: the driver may soon give its slot to a new process, and take this one's end for that one's.
+                comm.abort(0)
             case UserError(on_all_ranks=True):
                 if comm.is_main():
                     say(f"error: {error}")
