@@ -5,6 +5,7 @@ workers import their main script again and must not.
 """
 
 import argparse
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,7 @@ def run_ranks(get_config: Callable[[], Config], program: Callable[[Config], int]
     exception ends this rank, and with it the job, at once.
     """
     job = _Job(heartbeats)
+    threading.excepthook = _report_thread
     try:
         launched.check_srun()
         exit_code = program(job.start(get_config))
@@ -79,6 +81,14 @@ def run_ranks(get_config: Callable[[], Config], program: Callable[[Config], int]
     if job.watchdog:
         job.watchdog.stop()
     return exit_code
+
+
+def _report_thread(failure: threading.ExceptHookArgs) -> None:
+    """Says in a sentence why a library's thread could not write or read, such as TensorBoard's on a full disk."""
+    if isinstance(failure.exc_value, OSError):
+        say(f"warning: a thread of this process has ended: {failure.exc_value}.")
+    else:
+        threading.__excepthook__(failure)
 
 
 class _Job:
