@@ -9,9 +9,9 @@ from horovod_megdet.config import Config, load_config
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "config" / "demo.yaml"
 
 EXIT_CODES = (
-    "Exit codes: 0 done, 1 crashed, 2 bad input, 3 loss not finite, 4 checkpoint not written, 5 no rank made progress "
-    "for runtime.stall_timeout seconds, 85 stopped by SIGUSR1, SIGTERM or Ctrl-C after writing a checkpoint. After any of "
-    "these but 2, start again with --resume."
+    "Exit codes: 0 done, 1 crashed, 2 bad input, 3 loss not finite, 4 checkpoint not written, 5 no rank made "
+    "progress for runtime.stall_timeout seconds, 85 stopped by SIGUSR1, SIGTERM or Ctrl-C after writing a checkpoint. "
+    "After any of these but 2, start again with --resume."
 )
 """The end of the help about training."""
 
