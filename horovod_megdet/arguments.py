@@ -2,11 +2,8 @@
 
 import argparse
 import json
-from pathlib import Path
 
-from horovod_megdet.config import Config, load_config
-
-DEFAULT_CONFIG = Path(__file__).resolve().parent / "config" / "demo.yaml"
+from horovod_megdet.config import DEMO, Config, load_config
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 crashed, 2 bad input, 3 loss not finite, 4 checkpoint not written, 5 no rank made "
@@ -37,7 +34,7 @@ def fractions(text: str) -> tuple[float, ...]:
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds ``--config``, ``--set`` and ``--run-dir``; :func:`config_of` reads them."""
     parser.add_argument(
-        "--config", metavar="FILE", default=str(DEFAULT_CONFIG), help="YAML configuration (default: that of the demo)"
+        "--config", metavar="FILE", default=str(DEMO), help="YAML configuration (default: that of the demo)"
     )
     add_set_argument(parser)
     _add_run_dir_argument(parser)
@@ -58,7 +55,7 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     add_set_argument(parser)
     _add_run_dir_argument(parser)
     _add_resume_argument(parser)
-    parser.set_defaults(config=str(DEFAULT_CONFIG), eval_only=False)
+    parser.set_defaults(config=str(DEMO), eval_only=False)
 
 
 def _add_run_dir_argument(parser: argparse.ArgumentParser) -> None:
