@@ -333,7 +333,9 @@ def _add_predict(commands: Commands) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("predictions"), help="folder to write (default: %(default)s)"
     )
-    parser.add_argument("--score", type=float, default=0.5, help="lowest score drawn (default: %(default)s)")
+    parser.add_argument(
+        "--score", type=float, default=0.5, help="leave out detections with a lower score (default: %(default)s)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     add_set_argument(parser)
     parser.set_defaults(run=_predict)
