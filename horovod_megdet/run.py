@@ -27,7 +27,7 @@ from horovod_megdet.report.tables import console
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """What ``train.py`` does; returns the exit code."""
+    """What ``train.py`` and ``megdet train`` do; returns the exit code."""
 
     def program(config: Config) -> int:
         if arguments.eval_only:
