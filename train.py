@@ -8,25 +8,16 @@ mpirun -np 128 --hostfile hosts python train.py --config configs/coco/megdet_r50
 import argparse
 import sys
 
-from horovod_megdet.arguments import add_config_arguments
+from horovod_megdet.arguments import EXIT_CODES, add_training_arguments
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit codes: 0 done, 1 crashed, 2 bad input, 3 loss not finite, 4 checkpoint not written, 5 no rank "
-        "made progress for runtime.stall_timeout seconds, 85 stopped by SIGUSR1, SIGTERM or Ctrl-C after writing a "
-        "checkpoint. After any of these but 2, start again with --resume.",
+        epilog=EXIT_CODES,
     )
-    add_config_arguments(parser)
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the newest whole checkpoint of the run directory"
-    )
-    parser.add_argument(
-        "--eval-only", action="store_true", help="only evaluate; needs --checkpoint, or takes the newest"
-    )
-    parser.add_argument("--checkpoint", metavar="PATH", help="checkpoint folder for --eval-only")
+    add_training_arguments(parser)
     return parser.parse_args()
 
 

@@ -10,7 +10,7 @@ import horovod_megdet as megdet
 from horovod_megdet import comm
 
 
-def main(config: str = "configs/demo.yaml", run_dir: str = "runs/from_python") -> None:
+def main(config: str = "demo", run_dir: str = "runs/from_python") -> None:
     short = {"epochs": 1, "milestones": [], "gammas": []}
     result = megdet.train({"base": config, "solver": short, "output": {"run_dir": run_dir}})
     evaluation = megdet.evaluate(result.best_checkpoint, {"model": {"score_threshold": 0.2}})

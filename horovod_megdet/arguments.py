@@ -2,11 +2,15 @@
 
 import argparse
 import json
-from pathlib import Path
 
-from horovod_megdet.config import Config, load_config
+from horovod_megdet.config import DEMO, Config, load_config
 
-DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 crashed, 2 bad input, 3 loss not finite, 4 checkpoint not written, 5 no rank made "
+    "progress for runtime.stall_timeout seconds, 85 stopped by SIGUSR1, SIGTERM or Ctrl-C after writing a checkpoint. "
+    "After any of these but 2, start again with --resume."
+)
+"""The end of the help about training."""
 
 
 def positive(text: str) -> int:
@@ -30,10 +34,38 @@ def fractions(text: str) -> tuple[float, ...]:
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds ``--config``, ``--set`` and ``--run-dir``; :func:`config_of` reads them."""
     parser.add_argument(
-        "--config", metavar="FILE", default=str(DEFAULT_CONFIG), help="YAML configuration (default: configs/demo.yaml)"
+        "--config", metavar="FILE", default=str(DEMO), help="YAML configuration (default: that of the demo)"
     )
     add_set_argument(parser)
+    _add_run_dir_argument(parser)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what ``train.py`` and ``megdet train`` take."""
+    add_config_arguments(parser)
+    _add_resume_argument(parser)
+    parser.add_argument(
+        "--eval-only", action="store_true", help="only evaluate; needs --checkpoint, or takes the newest"
+    )
+    parser.add_argument("--checkpoint", metavar="PATH", help="checkpoint folder for --eval-only")
+
+
+def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what ``megdet demo`` takes: it trains with the configuration of the demo."""
+    add_set_argument(parser)
+    _add_run_dir_argument(parser)
+    _add_resume_argument(parser)
+    parser.set_defaults(config=str(DEMO), eval_only=False)
+
+
+def _add_run_dir_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-dir", metavar="DIR", help="short for --set output.run_dir=DIR")
+
+
+def _add_resume_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest whole checkpoint of the run directory"
+    )
 
 
 def add_set_argument(parser: argparse.ArgumentParser) -> None:

@@ -1,11 +1,20 @@
-"""The ``megdet`` command: everything around training. ``doctor`` and ``evaluate`` run under a launcher, too."""
+"""The ``megdet`` command. ``train``, ``demo``, ``doctor`` and ``evaluate`` run under a launcher, too."""
 
 import argparse
 import socket
 import sys
 from pathlib import Path
 
-from horovod_megdet.arguments import add_config_arguments, add_set_argument, config_of, fractions, positive
+from horovod_megdet.arguments import (
+    EXIT_CODES,
+    add_config_arguments,
+    add_demo_arguments,
+    add_set_argument,
+    add_training_arguments,
+    config_of,
+    fractions,
+    positive,
+)
 from horovod_megdet.cluster.launch import command as launch
 from horovod_megdet.config import Config
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
@@ -25,10 +34,12 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="megdet", description="Plan, check, evaluate and look at training runs of horovod_megdet; train.py trains."
+        prog="megdet", description="Train detectors; plan, check, evaluate and look at training runs."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add_command in (
+        _add_demo,
+        _add_train,
         _add_plan,
         _add_import_data,
         _add_check_data,
@@ -43,6 +54,30 @@ def _parser() -> argparse.ArgumentParser:
     ):
         add_command(commands)
     return parser
+
+
+def _add_demo(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="train a small detector on a generated data set, in minutes; also under mpirun or horovodrun",
+        epilog=EXIT_CODES,
+    )
+    add_demo_arguments(parser)
+    parser.set_defaults(run=_train)
+
+
+def _add_train(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "train", help="train a detector, as train.py does; also under mpirun or horovodrun", epilog=EXIT_CODES
+    )
+    add_training_arguments(parser)
+    parser.set_defaults(run=_train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from horovod_megdet.run import train
+
+    return train(arguments)
 
 
 def _add_plan(commands: Commands) -> None:
@@ -223,7 +258,7 @@ def _anchors(arguments: argparse.Namespace) -> int:
 
 
 def _add_synth(commands: Commands) -> None:
-    parser = commands.add_parser("synth", help="generate the embedded data set (train.py does it by itself)")
+    parser = commands.add_parser("synth", help="generate the embedded data set (training does it by itself)")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--train", type=positive, default=600, help="training images (default: %(default)s)")
     parser.add_argument("--val", type=positive, default=100, help="validation images (default: %(default)s)")
@@ -298,7 +333,9 @@ def _add_predict(commands: Commands) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("predictions"), help="folder to write (default: %(default)s)"
     )
-    parser.add_argument("--score", type=float, default=0.5, help="lowest score drawn (default: %(default)s)")
+    parser.add_argument(
+        "--score", type=float, default=0.5, help="leave out detections with a lower score (default: %(default)s)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     add_set_argument(parser)
     parser.set_defaults(run=_predict)

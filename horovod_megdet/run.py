@@ -5,6 +5,7 @@ workers import their main script again and must not.
 """
 
 import argparse
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ from horovod_megdet.report.tables import console
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """What ``train.py`` does; returns the exit code."""
+    """What ``train.py`` and ``megdet train`` do; returns the exit code."""
 
     def program(config: Config) -> int:
         if arguments.eval_only:
@@ -74,6 +75,7 @@ def run_ranks(get_config: Callable[[], Config], program: Callable[[Config], int]
     exception ends this rank, and with it the job, at once.
     """
     job = _Job(heartbeats)
+    threading.excepthook = _report_thread
     try:
         launched.check_srun()
         exit_code = program(job.start(get_config))
@@ -83,6 +85,14 @@ def run_ranks(get_config: Callable[[], Config], program: Callable[[Config], int]
     if job.watchdog:
         job.watchdog.stop()
     return exit_code
+
+
+def _report_thread(failure: threading.ExceptHookArgs) -> None:
+    """Says in a sentence why a library's thread could not write or read, such as TensorBoard's on a full disk."""
+    if isinstance(failure.exc_value, OSError):
+        say(f"warning: a thread of this process has ended: {failure.exc_value}.")
+    else:
+        threading.__excepthook__(failure)
 
 
 class _Job:

@@ -26,7 +26,7 @@ A configuration is a YAML file with the sections below; what it leaves out has t
 epochs, never in iterations, so that one file is right for any number of ranks.
 
 ```yaml
-base: coco/base.yaml   # optional: a file, relative to this one, whose values this file overrides key by key
+base: coco/base.yaml   # optional: a file, relative to this one, or `demo`; this file overrides its values key by key
 solver:
   base_lr: 0.01
   milestones: [8, 10]

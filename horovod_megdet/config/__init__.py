@@ -1,6 +1,6 @@
 """The configuration of a run: see :mod:`.schema` for the keys and :mod:`.load` for the files."""
 
-from horovod_megdet.config.load import as_config, load_config, merge, override
+from horovod_megdet.config.load import DEMO, as_config, load_config, merge, override
 from horovod_megdet.config.schema import (
     BatchNormConfig,
     Config,
@@ -16,6 +16,7 @@ from horovod_megdet.config.schema import (
 )
 
 __all__ = [
+    "DEMO",
     "BatchNormConfig",
     "Config",
     "DataConfig",

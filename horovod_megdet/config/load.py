@@ -1,7 +1,7 @@
 """From YAML files and overrides to a validated :class:`Config`, or to a sentence about what is wrong in which file.
 
 A configuration is a YAML file with the sections of :class:`Config`. It may name one ``base`` file, whose values it
-overrides key by key. ``--set section.key=value`` overrides both.
+overrides key by key: a path, or ``demo`` for the configuration of the demo. ``--set section.key=value`` overrides both.
 """
 
 import difflib
@@ -18,6 +18,9 @@ from pydantic_core import ErrorDetails
 from horovod_megdet.config.schema import Config, section_type
 from horovod_megdet.errors import UserError
 
+DEMO = Path(__file__).with_name("demo.yaml")
+"""The configuration of the demo, which every installation has."""
+
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Reads a YAML file, its ``base`` and the ``section.key=value`` overrides into a validated :class:`Config`.
@@ -31,7 +34,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     if base is not None:
         if not isinstance(base, str):
             raise UserError(f"{path}: base must be the path of a YAML file, not {base!r}.")
-        base_path = path.parent / base
+        base_path = _base_path(base, path.parent)
         base_values = _read_yaml(base_path)
         if "base" in base_values:
             raise UserError(f"{base_path}: a base file cannot have a base of its own (it is the base of {path}).")
@@ -43,7 +46,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 def as_config(config: Config | Mapping[str, Any] | str | Path) -> Config:
     """The configuration of a file, or of a dict of sections, whose values override those of its ``base`` if it has one.
 
-    A ``base`` is the path of a YAML file, from the working directory. Raises like :func:`load_config`.
+    A ``base`` is the path of a YAML file, from the working directory, or ``demo``. Raises like :func:`load_config`.
     """
     if isinstance(config, Config):
         return config
@@ -51,13 +54,17 @@ def as_config(config: Config | Mapping[str, Any] | str | Path) -> Config:
         return load_config(config)
     values = dict(config)
     base = values.pop("base", None)
-    return merge(Config() if base is None else load_config(base), values)
+    return merge(Config() if base is None else load_config(_base_path(base, Path())), values)
 
 
 def merge(config: Config, values: Mapping[str, Any]) -> Config:
     """Returns the configuration with the values of these sections in the place of its own; raises like above."""
     merged = _merge(config.model_dump(mode="json"), _without_paths(dict(values)))
     return _validate(merged, [], dict.fromkeys(_key_paths(merged), "the configuration"), "the configuration")
+
+
+def _base_path(base: str | Path, folder: Path) -> Path:
+    return DEMO if base == "demo" else folder / base
 
 
 def _without_paths(values: dict[str, Any]) -> dict[str, Any]:

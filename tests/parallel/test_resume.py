@@ -36,6 +36,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     code, output = launching.run("mpirun", 2, launching.tiny(folder / "run", *SETTINGS, data=data), folder)
     assert code == 0, output
+    assert "images of the 24: repeated are the images of" in " ".join(output.split())
     state = checkpoint.newest(folder / "run", report=pytest.fail).state()
     assert max(abs(factor - 1) for factor in state.agvm.factors.values()) > 0.001
     assert state.weights is not None

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from horovod_megdet.config import Config, Section, load_config, override, section_type
+from horovod_megdet.config import Config, Section, as_config, load_config, merge, override, section_type
 from horovod_megdet.errors import EXIT_USER_ERROR, UserError
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
@@ -45,6 +45,28 @@ def test_a_base_is_overridden_key_by_key_and_the_command_line_overrides_both(tmp
     config = load_config(path, ["solver.momentum=0.7", "solver.momentum=0.8", "runtime.seed=3"])
     assert (config.solver.base_lr, config.solver.epochs, config.solver.momentum) == (0.5, 5.0, 0.8)
     assert (config.model.fpn_channels, config.runtime.seed) == (8, 3)
+
+
+def test_the_demo_is_a_base_by_its_name(tmp_path: Path) -> None:
+    demo = load_config(PROJECT / "configs" / "demo.yaml")
+    mine = override(demo, ["solver.epochs=3"])
+    assert load_config(write(tmp_path / "run.yaml", "base: demo\nsolver: {epochs: 3}")) == mine
+    assert as_config({"base": "demo", "solver": {"epochs": 3}}) == mine
+
+
+def test_a_configuration_in_python_is_a_path_a_dict_or_made(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.yaml", "solver: {epochs: 5, momentum: 0.6}")
+    config = load_config(path)
+    assert as_config(path) == as_config(str(path)) == as_config(config) == config
+    assert as_config({"solver": {"epochs": 5, "momentum": 0.6}}) == config
+    values = {"base": path, "solver": {"epochs": 6}, "output": {"run_dir": tmp_path / "run"}}
+    assert as_config(values) == override(config, ["solver.epochs=6", f"output.run_dir={tmp_path / 'run'}"])
+    assert values["base"] == path, "the dict is left as it is"
+    assert merge(config, {}) == config
+    with pytest.raises(
+        UserError, match=r"the configuration: `solver\.epochs`: input should be greater than 0, not -1\."
+    ):
+        merge(config, {"solver": {"epochs": -1}})
 
 
 def test_a_list_replaces_the_list_of_the_base(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from horovod_megdet.arguments import DEFAULT_CONFIG
 from horovod_megdet.cluster.doctor import command, inputs, measurements, probes, report
 from horovod_megdet.cluster.doctor.checks import CHECKS, examine
 from horovod_megdet.cluster.doctor.examination import Examination, Finding
@@ -35,7 +34,7 @@ from horovod_megdet.cluster.doctor.facts import (
 from horovod_megdet.cluster.doctor.measurements import Clock, Timing
 from horovod_megdet.cluster.doctor.naming import where
 from horovod_megdet.cluster.doctor.run_directory import RunDirectory, try_run_directory
-from horovod_megdet.config import Config
+from horovod_megdet.config import DEMO, Config
 from horovod_megdet.errors import UserError
 from horovod_megdet.launched import PLACE_VARIABLES
 from horovod_megdet.versions import MISSING
@@ -451,7 +450,7 @@ def test_what_is_not_known_is_passed_over(field: dataclasses.Field[Any]) -> None
 
 def test_an_optimizer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
-    arguments = argparse.Namespace(config=str(DEFAULT_CONFIG), overrides=["solver.optimizer=lars"], run_dir=None)
+    arguments = argparse.Namespace(config=str(DEMO), overrides=["solver.optimizer=lars"], run_dir=None)
     config, config_error = command.read_config(arguments)
     assert config
     assert config.solver.optimizer == "lars"

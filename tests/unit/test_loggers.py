@@ -24,6 +24,12 @@ EVALUATION |= {"per_class": {"a": 0.5}}
 NUMBERS = {"train/epoch": 0.5, "train/loss": 1.25, "train/lr": 0.01, "evaluation/epoch": 0.7, "evaluation/AP": 0.5}
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test must not fail because the machine is slow."""
+    monkeypatch.setattr(loggers, "PATIENCE", 300.0)
+
+
 def config(run_dir: Path, *names: str) -> Config:
     return Config.model_validate({"output": {"run_dir": str(run_dir), "loggers": names}, "solver": {"base_lr": 0.125}})
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from chromium import Tab
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,6 +26,7 @@ from horovod_megdet.evaluation.coco import Evaluation
 from horovod_megdet.evaluation.detections import Arrays, Detections
 from horovod_megdet.evaluation.metrics import METRICS
 from horovod_megdet.report import drawing
+from horovod_megdet.report.dataset import write_dataset_page
 from horovod_megdet.report.drawing import LEGIBLE, Mark, class_color, contrast_with_white, draw_marks
 from horovod_megdet.report.matching import CORRECT, IGNORED, WRONG, GroundTruth, match
 from horovod_megdet.report.pictures import draw_detections, write_validation_page
@@ -293,6 +295,37 @@ def test_the_page_needs_nothing_beside_it_and_escapes_names(dataset: CocoDataset
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
     assert "<demo> & more" in page.text
     assert [path.name for path in tmp_path.iterdir()] == ["validation.html"]
+
+
+@pytest.fixture(scope="module")
+def pages(dataset: CocoDataset, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """That of a validation, and that of a data set."""
+    folder = tmp_path_factory.mktemp("pages")
+    write_page(folder / "validation.html", dataset, evaluation_of(dataset), count=2)
+    write_dataset_page(folder / "dataset.html", {"val": dataset}, count=2, title="demo", summary="nine images")
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [375, 1440])
+def test_the_pages_fit_screens_and_follow_the_scheme(
+    tab: Tab, pages: list[Path], tmp_path: Path, width: int, scheme: str
+) -> None:
+    assert len(pages) == 2
+    for path in pages:
+        tab.open(path, width, 800, scheme)
+        assert tab.evaluate("document.documentElement.scrollWidth") == width
+        widths = tab.evaluate("[...document.querySelectorAll('img')].map(i => i.getBoundingClientRect().width)")
+        assert min(widths) > 250, "pictures are as large as a phone allows"
+        tab.screenshot(tmp_path / "page.png", whole_page=False)
+        with Image.open(tmp_path / "page.png") as picture:
+            page = picture.convert("L").getpixel((2, 2))
+        card = tab.evaluate("getComputedStyle(document.querySelector('article, figure')).backgroundColor")
+        ink = tab.evaluate("getComputedStyle(document.body).color")
+        lightest = [max(int(number) for number in re.findall(r"\d+", color)) for color in (card, ink)]
+        assert (page > 200, lightest[0] > 200, lightest[1] > 200) == (
+            (True, True, False) if scheme == "light" else (False, False, True)
+        )
 
 
 def counts(page: Page) -> list[tuple[int, int, int]]:

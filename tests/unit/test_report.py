@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import yaml
-from chromium import EXECUTABLE, Tab, chromium
+from chromium import Tab
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -371,14 +371,6 @@ def test_colors_of_runs_differ_for_everyone_and_stand_out_from_the_page(
 
 
 # In a browser
-
-
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    if EXECUTABLE is None:
-        pytest.skip("there is no Chromium on this machine (Debian: apt-get install chromium)")
-    with chromium(tmp_path_factory.mktemp("profile")) as tab:
-        yield tab
 
 
 @pytest.fixture(scope="module")
