@@ -66,8 +66,8 @@ test: test-unit test-parallel ## Run the unit tests and the tests with several r
 test-unit: setup ## Run the unit tests, several at a time
 	$(IN_VENV) python -m pytest tests/unit -n auto --maxprocesses 8 $(ARGS)
 
-test-parallel: setup ## Run the tests with several ranks
-	$(IN_VENV) python -m pytest tests/parallel $(ARGS)
+test-parallel: setup ## Run the tests with several ranks, several files at a time
+	$(IN_VENV) python -m pytest tests/parallel -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-gpu: setup ## Run the tests that need an NVIDIA GPU
 	$(IN_VENV) python -m pytest tests/gpu $(ARGS)

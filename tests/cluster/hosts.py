@@ -27,8 +27,6 @@ SEARCH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 VENV_BIN = Path(sys.executable).parent
 PROJECT = Path(__file__).resolve().parents[2]
 SSH_PORT = 22
-QUICK_START = {"PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests' / 'quick_start'}"}
-"""Environment for programs that compare no numbers: see tests/quick_start."""
 
 # As the first process of a host. $1 name, $2 its files, $3... folders below /tmp that all hosts share.
 START_HOST = r"""
@@ -76,11 +74,11 @@ class Process:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """What a user has after logging in: the Python environment first in PATH, and nothing from the tests."""
+    """What a user has after logging in: the Python environment first in PATH. The tests add tests/quick_start."""
     return {
         "PATH": f"{VENV_BIN}:{SEARCH}",
         "VIRTUAL_ENV": str(VENV_BIN.parent),
-        "PYTHONPATH": str(PROJECT),
+        "PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests' / 'quick_start'}",
         "HOME": "/root",
         "LANG": "C.UTF-8",
         "OMP_NUM_THREADS": "1",

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hosts import QUICK_START, Hosts
+from hosts import Hosts
 from jobs import launch
 
 from horovod_megdet.data.synthetic import ensure_synthetic
@@ -18,7 +18,7 @@ def start(hosts: Hosts, root: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """What the ranks of reading.py say, by rank, and which hosts read the data set and say where they keep that."""
     program = ["python", str(Path(__file__).with_name("reading.py"))]
     program += [str(root / "annotations" / "train.json"), str(root / "images" / "train")]
-    output = hosts[0].run(launch("mpirun", hosts, RANKS_PER_HOST, program), env=QUICK_START, timeout=300).stdout
+    output = hosts[0].run(launch("mpirun", hosts, RANKS_PER_HOST, program), timeout=300).stdout
     ranks = [json.loads(line[line.index("{") :]) for line in output.splitlines() if '{"rank"' in line]
     pattern = rf"(host\w): {root}/annotations/train\.json: read with {IMAGES} images .* finds the result in {root}/"
     return sorted(ranks, key=lambda said: said["rank"]), sorted(re.findall(pattern, output))

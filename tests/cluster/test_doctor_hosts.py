@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosts import PROJECT, QUICK_START, VENV_BIN, Host, Hosts, Unavailable
+from hosts import PROJECT, VENV_BIN, Host, Hosts, Unavailable
 
 pytestmark = pytest.mark.cluster
 
@@ -75,7 +75,7 @@ def test_planted_faults(hosts: Hosts, tmp_path: Path) -> None:
     settings = ["runtime.threads_per_rank=40", f"data.synthetic_root={data}"]
     settings += ["data.workers=40", "data.images_per_rank=64"]
     words = [word for setting in settings for word in ("--set", setting)]
-    done = hosts[0].run([*launch, *doctor, *words, "--run-dir", "/tmp/run"], timeout=150, check=False, env=QUICK_START)
+    done = hosts[0].run([*launch, *doctor, *words, "--run-dir", "/tmp/run"], timeout=150, check=False)
     assert done.returncode == 1, done.stdout
     assert "Traceback" not in done.stdout
     assert (folder / "d.json").exists(), done.stdout
@@ -109,11 +109,9 @@ def test_an_interface_with_another_name(hosts: Hosts) -> None:
         hosts[1].run(["ip", "link", *words.split()])
     launch = [MEGDET, "launch", "--hostfile", str(hosts.hostfile(1, [hosts[0], hosts[1]]))]
     doctor = ["--", "megdet", "doctor", "--no-data", "--timeout", "20", "--run-dir", str(hosts.folder / "run")]
-    done = hosts[0].run([*launch, "--interface", "eth0", *doctor], check=False, env=QUICK_START)
+    done = hosts[0].run([*launch, "--interface", "eth0", *doctor], check=False)
     assert done.returncode == 2
     assert "hostB: no network interface eth0: name one that all hosts have" in done.stdout
-    done = hosts[0].run(
-        [*launch, "--launcher-args", "--mca btl_tcp_if_include eth0", *doctor], check=False, env=QUICK_START
-    )
+    done = hosts[0].run([*launch, "--launcher-args", "--mca btl_tcp_if_include eth0", *doctor], check=False)
     assert done.returncode != 0
     assert "OMPI_MCA_btl_tcp_if_include is eth0 on hostB: there is no such interface" in done.stdout

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosts import QUICK_START, Host, Hosts
+from hosts import Host, Hosts
 from jobs import Training, launch, left_behind, poll
 
 pytestmark = pytest.mark.cluster
@@ -26,7 +26,7 @@ def test_train_on_four_hosts(hosts: Hosts, shared: Path, data: Path) -> None:
 def probe(hosts: Hosts, launcher: str, ranks_per_host: int, among: list[Host]) -> list[dict[str, Any]]:
     """What the ranks of probe.py print, by rank."""
     program = ["python", str(Path(__file__).with_name("probe.py"))]
-    output = hosts[0].run(launch(launcher, hosts, ranks_per_host, program, among), env=QUICK_START).stdout
+    output = hosts[0].run(launch(launcher, hosts, ranks_per_host, program, among)).stdout
     lines = [line[line.index("{") :] for line in output.splitlines() if '{"rank"' in line]
     return sorted((json.loads(line) for line in lines), key=lambda said: said["rank"])
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosts import PROJECT, QUICK_START, VENV_BIN, Hosts, wait_for
+from hosts import PROJECT, VENV_BIN, Hosts, wait_for
 from jobs import INTERFACE, ONLY_WHEN_STOPPED, Training
 
 from slurm import Slurm
@@ -75,6 +75,6 @@ def test_three_time_limits_and_a_lost_node_change_no_bit(
 def test_srun_without_pmi_is_refused(slurm: Slurm, shared: Path, data: Path, hosts: Hosts) -> None:
     training = Training(hosts, shared / "run", data)
     program = ["python", str(PROJECT / "train.py"), *training.arguments()]
-    output = slurm.run("srun", "--mpi=none", "--nodes=2", "--ntasks=2", *program, check=False, env=QUICK_START)
+    output = slurm.run("srun", "--mpi=none", "--nodes=2", "--ntasks=2", *program, check=False)
     assert "srun started 2 processes that do not know about each other" in output
     assert not training.run_dir.exists()

@@ -39,8 +39,8 @@ ENVIRONMENT = {
     "OMPI_MCA_btl": "^ofi",  # sleeps for a second in MPI_Finalize, and is for one-sided messages only
 }
 QUICK_START = ENVIRONMENT | {"PYTHONPATH": str(PROJECT / "tests" / "quick_start")}
-"""For jobs that only have to start and end, with a message: see tests/quick_start. Whatever compares numbers runs in
-:data:`ENVIRONMENT`, with the torch that users have."""
+"""Without torch's compiler, for all jobs but those of test_training.py, which run with the torch that users have: see
+tests/quick_start."""
 
 
 class Job:
@@ -53,7 +53,7 @@ class Job:
         arguments: list[str],
         folder: Path,
         script: Path | None = None,
-        environment: Mapping[str, str] = ENVIRONMENT,
+        environment: Mapping[str, str] = QUICK_START,
     ) -> None:
         prefix = [*LAUNCHERS[launcher], str(ranks)] if launcher != "python" else []
         program = [sys.executable, str(script or PROJECT / "train.py"), *arguments]
@@ -120,7 +120,7 @@ def run(
     arguments: list[str],
     folder: Path,
     timeout: float = 240,
-    environment: Mapping[str, str] = ENVIRONMENT,
+    environment: Mapping[str, str] = QUICK_START,
 ) -> tuple[int, str]:
     """Runs train.py to its end; returns exit code and output."""
     folder.mkdir(parents=True, exist_ok=True)

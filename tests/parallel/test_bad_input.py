@@ -1,7 +1,6 @@
 """Every mistake ends all ranks within seconds, with a sentence and an exit code, and without a stack trace."""
 
 import ctypes
-import functools
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from typing import Any
 
 import launching
 import pytest
+from launching import Job, run
 from PIL import Image
 
 from horovod_megdet.engine import checkpoint
@@ -22,8 +22,6 @@ LIMIT = 60.0
 """Seconds within which all ranks have to end; on an idle machine they need a third of it."""
 
 # These jobs compare no numbers.
-run = functools.partial(launching.run, environment=launching.QUICK_START)
-Job = functools.partial(launching.Job, environment=launching.QUICK_START)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def doctor(launcher: str, plant: str, folder: Path, *arguments: str) -> tuple[in
     script.write_text(DOCTOR.format(folder=str(folder), plant=plant, project=str(launching.PROJECT)))
     result = folder / "doctor.json"
     words = ["doctor", "--config", str(TINY), "--json", str(result), *arguments]
-    job = Job(launcher, 2, words, folder, script, launching.QUICK_START)
+    job = Job(launcher, 2, words, folder, script)
     code = job.wait(LIMIT)
     # Those of horovodrun itself have no rank before them.
     assert not [

@@ -26,7 +26,7 @@ def start(folder: Path, ranks: int, hosts: str, arguments: list[str]) -> launchi
     program = folder / "hosts.sh"
     program.write_text(f"#!/bin/sh\nprintf '%s\\n' {hosts}\n")
     program.chmod(0o755)
-    return launching.Job("elastic", ranks, arguments, folder, SCRIPT, launching.QUICK_START)
+    return launching.Job("elastic", ranks, arguments, folder, SCRIPT)
 
 
 def rank_on(job: launching.Job, host: str) -> int:

@@ -107,7 +107,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
 def test_a_second_interrupt_stops_at_once(data: Path, tmp_path: Path) -> None:
     # A step of many passes, so that the first interrupt is still waiting for its end.
     arguments = launching.tiny(tmp_path / "run", "solver.accumulation=200", data=data)
-    job = Job("python", 1, arguments, tmp_path, environment=launching.QUICK_START)
+    job = Job("python", 1, arguments, tmp_path)
     job.wait_for_output("learning rate")
     pid = job.ranks()[0]
     os.kill(pid, signal.SIGINT)

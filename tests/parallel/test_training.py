@@ -23,7 +23,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, Path
         found[launcher] = folder / launcher / "run"
         # one mini-batch for all: the single process makes it in two passes
         arguments = launching.tiny(found[launcher], "solver.mini_batch=4", data=data)
-        code, output = launching.run(launcher, ranks, arguments, folder / launcher)
+        code, output = launching.run(launcher, ranks, arguments, folder / launcher, environment=launching.ENVIRONMENT)
         assert code == 0, output
         assert "Traceback" not in output
         assert f"4 images = {ranks} ranks x 2 images x {2 // ranks} passes" in output
