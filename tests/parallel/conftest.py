@@ -14,8 +14,8 @@ LAUNCHER = {"mpi": "mpirun", "gloo": "gloo"}
 def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., CompletedProcess[str]]:
     """``run_ranks(script, ranks, *arguments, controller="mpi", timeout=120)``: runs a script of this folder, or a path.
 
-    Returns exit code and output (both streams of all ranks, in ``stdout``); fails with that output if the exit code is
-    not 0.
+    It runs with the torch that users have. Returns exit code and output (both streams of all ranks, in ``stdout``);
+    fails with that output if the exit code is not 0.
     """
 
     def run(
@@ -23,7 +23,7 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Complet
     ) -> CompletedProcess[str]:
         path = Path(__file__).parent / script
         folder = tmp_path_factory.mktemp(path.stem)
-        job = launching.Job(LAUNCHER[controller], ranks, list(arguments), folder, path)
+        job = launching.Job(LAUNCHER[controller], ranks, list(arguments), folder, path, launching.ENVIRONMENT)
         code = job.wait(timeout)
         if code:
             pytest.fail(f"{script} on {ranks} ranks ({controller}) ended with {code}:\n{job.output}", pytrace=False)

@@ -39,8 +39,8 @@ ENVIRONMENT = {
     "OMPI_MCA_btl": "^ofi",  # sleeps for a second in MPI_Finalize, and is for one-sided messages only
 }
 QUICK_START = ENVIRONMENT | {"PYTHONPATH": str(PROJECT / "tests" / "quick_start")}
-"""Without torch's compiler, for all jobs but those of test_training.py, which run with the torch that users have: see
-tests/quick_start."""
+"""Without torch's compiler (see tests/quick_start), for trainings whose result or message is looked at. Scripts that
+compare numbers with a reference, and test_training.py, run in :data:`ENVIRONMENT`, with the torch that users have."""
 
 
 class Job:

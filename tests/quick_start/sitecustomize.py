@@ -5,7 +5,7 @@ a core for each of the many processes that the tests start. Here the answer is n
 collector does not search all modules twice. Python imports this file because it is in PYTHONPATH, which the launchers
 pass on.
 
-Users do not run with it, nor do the tests of training under each launcher and of the wheel.
+Users do not run with it, nor do tests that compare numbers with a reference, and those of training under each launcher.
 """
 
 import atexit
