@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from horovod_megdet import comm
 from horovod_megdet.config import load_config
 from horovod_megdet.engine.startup import build_trainer
-from horovod_megdet.layers import CrossGPUBatchNorm
+from horovod_megdet.layers.cross_gpu_bn import CrossGPUBatchNorm
 
 MATRIX = 2048
 """Rows and columns of the matrix products."""

@@ -101,9 +101,9 @@ class TrainedDetector:
         """The detections in images of any sizes, in their order.
 
         Images are resized as in an evaluation of the configuration, and seen at several scales and mirrored if it says
-        so (``evaluation.scales``, ``evaluation.flip``). At most ``batch_size`` of them run together, and
-        only such that fill one batch without padding that they would not have alone: the detections in an image do not
-        depend on the others. Files are turned as their EXIF orientation says; Pillow images are taken as they are.
+        so (``evaluation.scales``, ``evaluation.flip``). At most ``batch_size`` of them run together, and only such that
+        fill one batch without padding that they would not have alone: the detections in an image do not depend on the
+        others. Files are turned as their EXIF orientation says; Pillow images are taken as they are.
 
         Raises :class:`UserError` for a file that cannot be read, and for what is not an image.
         """

@@ -18,7 +18,7 @@ from horovod_megdet.config import Config, override
 from horovod_megdet.engine import checkpoint
 from horovod_megdet.engine.elastic import ElasticRun
 from horovod_megdet.engine.signals import StopRequest
-from horovod_megdet.engine.startup import build_for_evaluation, build_trainer
+from horovod_megdet.engine.startup import build_for_evaluation, build_trainer, start_horovod
 from horovod_megdet.engine.validation import evaluate_detector
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_STOPPED, UserError
 from horovod_megdet.evaluation.table import loss_in_words, render
@@ -107,19 +107,16 @@ class _Job:
 
         Not in an elastic job: there the others may be in the middle of training when this rank starts.
         """
-        if launched.elastic():
+
+        def watched() -> Config:
             config = get_config()
             self._watch(config)
-            comm.join(config.runtime.deterministic)
             return config
-        with comm.agreement("configuration"):
-            try:
-                config = get_config()
-            except UserError:
-                comm.init()  # the other ranks have to hear of it
-                raise
-            self._watch(config)
-            comm.init(deterministic=config.runtime.deterministic, groups=config.batch_norm.bn_size != "world")
+
+        if not launched.elastic():
+            return start_horovod(watched)
+        config = watched()
+        comm.join(config.runtime.deterministic)
         return config
 
     def _watch(self, config: Config) -> None:

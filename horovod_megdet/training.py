@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +11,8 @@ from typing import Any
 from horovod_megdet import comm, launched
 from horovod_megdet.config import Config, as_config, merge
 from horovod_megdet.engine import checkpoint as checkpoints
-from horovod_megdet.engine.startup import build_for_evaluation, build_trainer
+from horovod_megdet.engine.startup import build_for_evaluation, build_trainer, start_horovod
 from horovod_megdet.engine.validation import evaluate_detector
-from horovod_megdet.errors import UserError
 from horovod_megdet.evaluation.coco import Evaluation
 from horovod_megdet.evaluation.metrics import METRICS
 from horovod_megdet.printing import quietly
@@ -59,7 +58,8 @@ def train(
     finite); what all ranks agree on is raised by all of them. Raises ``comm.LostRankError`` if another rank is gone.
     """
     with _printing(verbose):
-        started = _start(lambda: as_config(config))
+        launched.check_srun()
+        started = start_horovod(lambda: as_config(config))
         trainer = build_trainer(started, resume)
         try:
             trainer.train()
@@ -82,26 +82,14 @@ def evaluate(checkpoint: str | Path, override: Mapping[str, Any] | None = None, 
     ``write_detections`` writes as COCO's results. Raises like :func:`train`.
     """
     with _printing(verbose):
-        config = _start(lambda: merge(checkpoints.read(checkpoint).config, override or {}))
+        launched.check_srun()
+        config = start_horovod(lambda: merge(checkpoints.read(checkpoint).config, override or {}))
         config, detector, dataset, device, _ = build_for_evaluation(config, Path(checkpoint))
         return evaluate_detector(config, detector, dataset, device)
 
 
 def _printing(verbose: bool) -> AbstractContextManager[None]:
     return contextlib.nullcontext() if verbose else quietly()
-
-
-def _start(get_config: Callable[[], Config]) -> Config:
-    """Reads the configuration and starts Horovod for it. An error of one rank becomes one of all."""
-    launched.check_srun()
-    with comm.agreement("configuration"):
-        try:
-            config = get_config()
-        except UserError:
-            comm.init()  # the other ranks have to hear of it
-            raise
-        comm.init(deterministic=config.runtime.deterministic, groups=config.batch_norm.bn_size != "world")
-    return config
 
 
 def _result(run_dir: Path, position: checkpoints.Position) -> TrainingResult:

@@ -69,7 +69,7 @@ _connections: set[str] = set()
 
 
 def hosts_changed() -> bool:
-    """Whether this rank was told that hosts came or went since it joined; False in a job that is not elastic."""
+    """Whether the driver has sent news of hosts since this rank joined; False in a job that is not elastic."""
     return _news.changed
 
 

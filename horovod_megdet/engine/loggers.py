@@ -88,7 +88,7 @@ class MLflow:
     """
 
     def __init__(self, config: Config, step: int) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a training calls nobody that it was not told to
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # training contacts no server that nobody has named
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 

@@ -10,9 +10,10 @@ checkpoints/         see checkpoint.py; at the end, README.md of the best and th
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,28 +100,20 @@ class RunFolder:
 
     def log_training(self, row: dict[str, Any]) -> None:
         """Writes a row of training metrics."""
-        if self._log and self._loggers:
-            row = {"kind": "train", **row}
-            with _warned("metrics"):
-                self._log.train(row)
-            self._loggers.call("row", row)
+        if self._log:
+            self._write_row({"kind": "train", **row}, self._log.train)
 
     def log_change(self, row: dict[str, Any]) -> None:
         """Writes a row about a change of the ranks, in an elastic job."""
-        if self._log and self._loggers:
-            row = {"kind": "ranks", **row}
-            with _warned("metrics"):
-                self._log.change(row)
-            self._loggers.call("row", row)
+        if self._log:
+            self._write_row({"kind": "ranks", **row}, self._log.change)
 
     def log_evaluation(self, row: dict[str, Any], evaluation: Evaluation, multi_scale: bool = False) -> None:
         """Writes a row of evaluation metrics, and begins to write the detections and the curves."""
-        if self._log and self._loggers:
+        if self._log:
             self.wait()
             row = {"kind": "multi_scale" if multi_scale else "evaluation", **row, **evaluation.row()}
-            with _warned("metrics"):
-                self._log.evaluation(row, render(evaluation, multi_scale))
-            self._loggers.call("row", row)
+            self._write_row(row, partial(self._log.evaluation, table=render(evaluation, multi_scale)))
             name = checkpoint.name(row["step"]) + ("_multi_scale" if multi_scale else "")
             detections = self.path / "evaluation" / f"{name}.json"
             self._written = self._thread.submit(self._write_evaluation, detections, evaluation)
@@ -129,6 +122,12 @@ class RunFolder:
         """Tells the loggers where a checkpoint has been written."""
         if self._loggers:
             self._loggers.call("checkpoint", str(path.resolve()))
+
+    def _write_row(self, row: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
+        with _warned("metrics"):
+            write(row)
+        if self._loggers:
+            self._loggers.call("row", row)
 
     def _write_evaluation(self, detections: Path, evaluation: Evaluation) -> None:
         from horovod_megdet.report.curves import write_curves

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -58,6 +59,18 @@ class Foundation:
             training_data=self.train_set.fingerprint,
             versions=versions(NUMERICAL),
         )
+
+
+def start_horovod(get_config: Callable[[], Config]) -> Config:
+    """Starts Horovod for the configuration that ``get_config`` reads. An error of one rank becomes one of all."""
+    with comm.agreement("configuration"):
+        try:
+            config = get_config()
+        except UserError:
+            comm.init()  # the other ranks have to hear of it
+            raise
+        comm.init(deterministic=config.runtime.deterministic, groups=config.batch_norm.bn_size != "world")
+    return config
 
 
 def build_trainer(config: Config, resume: bool, stop_request: StopRequest | None = None) -> Trainer:

@@ -80,9 +80,8 @@ def evaluate(
 
     ``loader`` yields this rank's shard; together, the shards hold every image exactly once, so that neither padding
     nor duplicates can change a metric. Wrap it for a progress bar. With ``views``, the images of a batch are views of
-    one image. The metrics are those of the rounded boxes and
-    scores that :meth:`Evaluation.write_detections` writes. Raises :class:`UserError` on every rank if one of them finds
-    an unreadable image.
+    one image. The metrics are those of the rounded boxes and scores that :meth:`Evaluation.write_detections` writes.
+    Raises :class:`UserError` on every rank if one of them finds an unreadable image.
     """
     with comm.agreement("evaluate"):
         shard = predict_shard(detector, loader, device, autocast, views)

@@ -98,6 +98,6 @@ def test_freed_memory_is_used_again_unless_the_environment_has_settings(
         program = [sys.executable, "-c", PAGE_FAULTS, argument]
         return int(subprocess.run(program, env=environment, capture_output=True, text=True, check=True).stdout)
 
-    # A start in some hundred takes the memory anew in spite of the setting.
+    # Now and then a start takes the memory anew in spite of the setting.
     attempts = 3 if kept else 1
     assert any(page_faults() < 1000 for _ in range(attempts)) == kept, "the two tensors have 24576 pages"
