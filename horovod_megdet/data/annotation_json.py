@@ -36,7 +36,7 @@ ID_LIMIT = 2**63
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-PIECE_BYTES = 1 << 24
+PIECE_BYTES = 1 << 22
 """Of the text of the list `annotations` that is decoded at a time."""
 
 _BETWEEN_OBJECTS = re.compile(rb"\}[ \t\n\r]*,[ \t\n\r]*\{")
@@ -82,7 +82,6 @@ class AnnotationFile:
         usable = _compare_sizes(self.images, checked, problems)
         reader = _EntryReader(sorted(self.class_names), self.images, checked.headers[:, :2], usable, problems)
         rows = reader.rows(self.entries)
-        rows = rows[np.argsort(rows[:, 0], kind="stable")]
         return Annotations(
             category_ids=reader.category_ids,
             class_names=_unique_names(self.class_names),
@@ -168,7 +167,7 @@ def _read_typed(path: Path) -> _Parsed:
     sha256 = hashlib.sha256(text).hexdigest()
     start = len(BYTE_ORDER_MARK) if text[: len(BYTE_ORDER_MARK)] == BYTE_ORDER_MARK else 0
     content = msgspec.json.decode(text[start:], type=_Content)
-    entries = _decode_entries(memory, memoryview(content.annotations))
+    entries = _decode_entries(memory, memoryview(content.annotations))  # first: it gives memory back
     return sha256, [image.as_dict() for image in content.images], entries, content.categories
 
 
@@ -294,16 +293,18 @@ class _EntryReader:
         self.seen: set[int] = set()
 
     def rows(self, entries: list[Any]) -> NDArray[np.float64]:
-        """(m, 8), in the order of the entries: image index, x, y, width, height, label, area, crowd."""
+        """(m, 8), image by image: image index, x, y, width, height, label, area, crowd."""
         if not entries or not isinstance(entries[0], _Annotation):
-            return _as_rows([row for index, entry in enumerate(entries) if (row := self._read(index, entry))])
+            rows = _as_rows([row for index, entry in enumerate(entries) if (row := self._read(index, entry))])
+            return rows[np.argsort(rows[:, 0], kind="stable")]
         rows, clean, suspicious = self._check_all(entries)
         # Bad entries, and all that share their id with another: few, or none at all.
         checked = {index: self._read(index, entries[index].as_dict()) for index in np.flatnonzero(suspicious).tolist()}
         for index, row in checked.items():
             if row:
                 rows[index], clean[index] = row, True
-        return rows[clean]
+        valid = np.flatnonzero(clean)
+        return rows[valid[np.argsort(rows[valid, 0], kind="stable")]]
 
     def _read(self, index: int, entry: Any) -> tuple[float, ...] | None:
         """The row of an entry, or None where there is something wrong with it, which is noted."""
@@ -366,21 +367,17 @@ class _EntryReader:
         left_out = listed & (image < 0)
         unique, counts = np.unique(columns.ids[~left_out], return_counts=True)
         category = np.searchsorted(self.category_ids, columns.category_ids).clip(max=len(self.category_ids) - 1)
-        boxes, areas = columns.boxes, columns.areas
-        height, width = self.sizes[image].T
-        first, end = boxes[:, :2].clip(min=0), np.minimum(boxes[:, :2] + boxes[:, 2:], np.stack([width, height], 1))
         valid = (
             (image >= 0)
             & (np.take(self.category_ids, category) == columns.category_ids)
-            & (np.abs(boxes) < COORDINATE_LIMIT).all(axis=1)
-            & (np.abs(areas) < COORDINATE_LIMIT)
+            & _are_valid_boxes(columns.boxes, self.sizes[image])
+            & (np.abs(columns.areas) < COORDINATE_LIMIT)
             & ((columns.crowd == 0) | (columns.crowd == 1))
-            & (boxes[:, 2:] >= MINIMUM_SIDE).all(axis=1)
-            & (end - first >= MINIMUM_SIDE).all(axis=1)
             & ~np.isin(columns.ids, unique[counts > 1])
         )
         self.annotated[image[image >= 0]] = True
-        rows = np.column_stack([image, boxes, category + 1, areas, columns.crowd]).astype(np.float64, copy=False)
+        rows = columns.rows
+        rows[:, 0], rows[:, 5], rows[:, 7] = image, category + 1, columns.crowd
         return rows, valid, ~valid & ~left_out
 
     def _image_indices(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -396,33 +393,53 @@ class _EntryReader:
 class _Columns:
     """The fields of many entries, one array for each."""
 
+    rows: NDArray[np.float64]
+    """(n, 8), as :meth:`_EntryReader.rows` returns them; only boxes and areas are filled in."""
     ids: NDArray[np.int64]
     image_ids: NDArray[np.int64]
     category_ids: NDArray[np.int64]
-    boxes: NDArray[np.float64]
-    """(n, 4)"""
-    areas: NDArray[np.float64]
-    """Of the box, where the entry has none."""
     crowd: NDArray[np.int64]
+
+    @property
+    def boxes(self) -> NDArray[np.float64]:
+        """(n, 4), part of the rows."""
+        return self.rows[:, 1:5]
+
+    @property
+    def areas(self) -> NDArray[np.float64]:
+        """Of the box, where the entry has none; part of the rows."""
+        return self.rows[:, 6]
 
     @classmethod
     def of(cls, entries: list[_Annotation]) -> "_Columns":
         """Raises ``OverflowError`` for numbers that do not fit."""
         count = len(entries)
+        rows = np.zeros((count, 8))
         boxes = np.fromiter(itertools.chain.from_iterable(entry.bbox for entry in entries), np.float64, 4 * count)
-        boxes = boxes.reshape(-1, 4)
-        areas = boxes[:, 2] * boxes[:, 3]
+        rows[:, 1:5] = boxes.reshape(-1, 4)
+        del boxes
+        areas = rows[:, 6]
+        np.multiply(rows[:, 3], rows[:, 4], out=areas)
         for index, entry in enumerate(entries):
             if entry.area is not UNSET:
                 areas[index] = entry.area
         return cls(
+            rows=rows,
             ids=np.fromiter((entry.id for entry in entries), np.int64, count),
             image_ids=np.fromiter((entry.image_id for entry in entries), np.int64, count),
             category_ids=np.fromiter((entry.category_id for entry in entries), np.int64, count),
-            boxes=boxes,
-            areas=areas,
             crowd=np.fromiter((entry.iscrowd for entry in entries), np.int64, count),
         )
+
+
+def _are_valid_boxes(boxes: NDArray[np.float64], sizes: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """For (n, 4) boxes, (x, y, width, height), and the (n, 2) sizes, (height, width), of their images."""
+    valid = np.ones(len(boxes), bool)
+    for axis in (0, 1):
+        first, extent, size = boxes[:, axis], boxes[:, 2 + axis], sizes[:, 1 - axis]
+        valid &= (np.abs(first) < COORDINATE_LIMIT) & (np.abs(extent) < COORDINATE_LIMIT) & (extent >= MINIMUM_SIDE)
+        valid &= np.minimum(first + extent, size) - first.clip(min=0) >= MINIMUM_SIDE
+    return valid
 
 
 def _as_rows(rows: list[tuple[float, ...]]) -> NDArray[np.float64]:

@@ -19,6 +19,14 @@ IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tif
 TRANSPOSED_ORIENTATIONS = {5, 6, 7, 8}
 """EXIF orientations that swap width and height."""
 
+JPEG_START = b"\xff\xd8"
+
+JPEG_APP1 = b"\xff\xe1"
+"""Begins the segments of a JPEG that hold EXIF and XMP, and with them the orientation."""
+
+HEAD_BYTES = 4096
+"""Of a file that are read first; the header of most JPEGs takes less."""
+
 
 class ImageFileError(UserError):
     """An image file that is missing, damaged or in an unsupported format."""
@@ -39,13 +47,31 @@ def read_header(path: Path) -> ImageHeader:
     Raises :class:`ImageFileError` naming the file.
     """
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            transposed = _orientation(image) in TRANSPOSED_ORIENTATIONS
+        with path.open("rb") as file:
+            if size := _size_of_plain_jpeg(file.read(HEAD_BYTES)):
+                return ImageHeader(size, size)
+            file.seek(0)
+            with Image.open(file) as image:
+                width, height = image.size
+                transposed = _orientation(image) in TRANSPOSED_ORIENTATIONS
     except Exception as error:  # On damaged bytes, Pillow's plugins may raise anything.
         raise _unreadable(path, error) from None
     stored_size = (height, width)
     return ImageHeader(stored_size[::-1] if transposed else stored_size, stored_size)
+
+
+def _size_of_plain_jpeg(head: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG without EXIF and XMP, in a fifth of Pillow's time; None if that cannot be told.
+
+    ``head`` is the beginning of the file. What is wrong with a damaged one is left to Pillow to say.
+    """
+    if not head.startswith(JPEG_START) or JPEG_APP1 in head:
+        return None
+    try:
+        height, width, color_space, _ = simplejpeg.decode_jpeg_header(head)
+    except (ValueError, KeyError):  # KeyError: combinations that it has no name for
+        return None
+    return (height, width) if color_space in ("YCbCr", "Gray") and height * width < Image.MAX_IMAGE_PIXELS else None
 
 
 def read_image(path: Path, at_least: tuple[int, int] | None = None) -> Tensor:

@@ -1,14 +1,18 @@
 """Batches for training and evaluation, read and resized in worker processes."""
 
+import math
+import mmap
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.reduction import DupFd
 from typing import Any
 
 import numpy as np
@@ -25,7 +29,7 @@ from horovod_megdet.data.sampler import GroupedBatchSampler, ImageStream, Planne
 from horovod_megdet.data.transforms import DetectionTransform, build_transform, evaluation_transforms
 
 PREFETCH = 2
-"""Batches that each worker prepares ahead, in shared memory (/dev/shm)."""
+"""Batches that each worker prepares ahead."""
 
 WORKER_SIGNALS = {signal.SIGINT, signal.SIGUSR1}
 """Signals that reach the whole process group and that only the main process handles."""
@@ -66,23 +70,33 @@ class Batch:
         return self._pack().map(lambda tensor: tensor.to(device, non_blocking=True)).unpack()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        packed = self._pack()
-        # A worker sends each tensor through its own file descriptor and connection: the small ones go as arrays.
-        return _unpickle, (packed.pixels, packed.boxes.numpy(), packed.labels.numpy(), packed.rest, packed.error)
+        boxes, labels, rest = self._targets()
+        return _unpickle, (_in_memory_file(self._rows()), boxes.numpy(), labels.numpy(), rest, self.error)
 
     def _pack(self) -> "_Packed":
         if self.packed is not None:
             return self.packed
-        # Decoded and resized images are channels-last in memory; packed in that order, nothing is transposed.
-        rows = [image.permute(1, 2, 0) for image in self.images]
-        boxes = [torch.zeros(0, 4), *(target["boxes"] for target in self.targets)]
-        labels = [torch.zeros(0, dtype=torch.int64), *(target["labels"] for target in self.targets)]
+        return _Packed(torch.cat([row.reshape(-1) for row in self._rows()]), *self._targets(), self.error)
+
+    def _rows(self) -> list[Tensor]:
+        """The images as (h, w, 3): decoded and resized, they are channels last in memory, so nothing is transposed."""
+        return [image.permute(1, 2, 0) for image in self.images]
+
+    def _targets(self) -> tuple[Tensor, Tensor, list["_Rest"]]:
+        boxes = [target["boxes"] for target in self.targets]
         rest = [
-            (row.shape, {key: value for key, value in target.items() if key not in ("boxes", "labels")}, len(own))
-            for row, target, own in zip(rows, self.targets, boxes[1:], strict=True)
+            ((image.shape[1], image.shape[2], 3), _without_objects(target), len(own))
+            for image, target, own in zip(self.images, self.targets, boxes, strict=True)
         ]
-        pixels = torch.cat([torch.zeros(0, dtype=torch.uint8), *(row.reshape(-1) for row in rows)])
-        return _Packed(pixels, torch.cat(boxes), torch.cat(labels), rest, self.error)
+        return torch.cat(boxes), torch.cat([target["labels"] for target in self.targets]), rest
+
+
+_Rest = tuple[tuple[int, int, int], dict[str, Any], int]
+"""The (h, w, 3) of an image, what its target has besides boxes and labels, and the number of its objects."""
+
+
+def _without_objects(target: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in target.items() if key not in ("boxes", "labels")}
 
 
 @dataclass
@@ -92,8 +106,7 @@ class _Packed:
     pixels: Tensor
     boxes: Tensor
     labels: Tensor
-    rest: list[tuple[torch.Size, dict[str, Any], int]]
-    """For each image its (h, w, 3), what else its target has, and the number of its objects."""
+    rest: list[_Rest]
     error: str | None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "_Packed":
@@ -102,7 +115,7 @@ class _Packed:
     def unpack(self) -> Batch:
         """The batch, whose tensors are views of these."""
         objects = [count for _, _, count in self.rest]
-        pixels = self.pixels.split([shape.numel() for shape, _, _ in self.rest])
+        pixels = self.pixels.split([math.prod(shape) for shape, _, _ in self.rest])
         images = [part.view(shape).permute(2, 0, 1) for part, (shape, _, _) in zip(pixels, self.rest, strict=True)]
         targets = [
             {"boxes": boxes, "labels": labels, **other}
@@ -113,8 +126,27 @@ class _Packed:
         return Batch(images, targets, self.error, self)
 
 
-def _unpickle(pixels: Tensor, boxes: NDArray[np.float32], labels: NDArray[np.int64], *others: Any) -> Batch:
-    return _Packed(pixels, torch.from_numpy(boxes), torch.from_numpy(labels), *others).unpack()
+def _in_memory_file(rows: list[Tensor]) -> Any:
+    """Writes pixels to a file in memory, whose descriptor another process can be sent.
+
+    So they are copied once. In shared memory the kernel would have to clear each page first, and to interrupt the
+    process for it, which takes as long as decoding the image; and there may be little of it: Docker's /dev/shm has
+    64 MB.
+    """
+    with os.fdopen(os.memfd_create("batch"), "wb") as file:
+        for row in rows:
+            file.write(row.contiguous().numpy().data)
+        file.flush()
+        return DupFd(file.fileno())
+
+
+def _unpickle(pixels: Any, boxes: NDArray[np.float32], labels: NDArray[np.int64], *others: Any) -> Batch:
+    descriptor = pixels.detach()
+    try:
+        mapped = torch.frombuffer(mmap.mmap(descriptor, 0), dtype=torch.uint8)
+    finally:
+        os.close(descriptor)
+    return _Packed(mapped, torch.from_numpy(boxes), torch.from_numpy(labels), *others).unpack()
 
 
 class BatchReader(Dataset[Batch]):
@@ -273,6 +305,8 @@ def _end_with_main_process() -> None:
 def _start_fork_server() -> None:
     """Starts the process that forks the workers, with this module imported and the workers' signals blocked."""
     multiprocessing.set_forkserver_preload([__name__])
+    # First: starting the tracker, which the fork server needs, ends with SIGINT unblocked.
+    multiprocessing.resource_tracker.ensure_running()
     with _blocked(WORKER_SIGNALS):
         multiprocessing.forkserver.ensure_running()
 

@@ -59,7 +59,6 @@ def plant_faults(hosts: Hosts, folder: Path, config: Path, data: Path) -> None:
     (folder / "images" / "val" / "000001.jpg").unlink()
     instead(third, data / "images", folder / "images")
     third.run(["bash", "-c", "echo '10.77.0.1 hostA\n10.77.0.3 hostC' > /etc/hosts"])
-    third.run(["mount", "-o", "remount,size=40m", "/dev/shm"])
 
 
 def test_planted_faults(hosts: Hosts, tmp_path: Path) -> None:
@@ -73,7 +72,6 @@ def test_planted_faults(hosts: Hosts, tmp_path: Path) -> None:
     launch = [MEGDET, "launch", "--hostfile", str(folder / "unequal"), "--interface", "eth0", "--"]
     doctor = ["python", str(folder / "doctor.py"), "doctor", "--config", str(config), "--json", str(folder / "d.json")]
     settings = ["runtime.threads_per_rank=40", f"data.synthetic_root={data}"]
-    settings += ["data.workers=40", "data.images_per_rank=64"]
     words = [word for setting in settings for word in ("--set", setting)]
     done = hosts[0].run([*launch, *doctor, *words, "--run-dir", "/tmp/run"], timeout=150, check=False)
     assert done.returncode == 1, done.stdout
@@ -88,7 +86,6 @@ def test_planted_faults(hosts: Hosts, tmp_path: Path) -> None:
         ("error", "the name hostB does not resolve on hostC"),
         ("error", "hostB does not see what rank 0 writes to /tmp/run"),
         ("error", "hostC does not see what rank 0 writes to /tmp/run"),
-        ("error", "/dev/shm is too small on hostC: 40 MiB of 40 MiB are free"),
         ("warning", "unequal numbers of ranks", "2 on hostC"),
         ("warning", "40 threads of 1 rank share", "on hostA, hostB"),
         ("warning", "the clock of hostC is 30 s behind"),

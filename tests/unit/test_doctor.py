@@ -62,7 +62,6 @@ def healthy_rank(rank: int, hosts: int = 2) -> Facts:
         network=Network([LOOPBACK, Interface("eth0", [address], up=True, loopback=False, speed=25000)], {}),
         run_disk=Disk("/shared", 1000 * GIB, 500 * GIB, 10**6),
         temporary_disk=Disk("/tmp", 100 * GIB, 50 * GIB, 10**6),
-        shared_memory=Disk("/dev/shm", 64 * GIB, 64 * GIB, -1),
         memory=Memory(128 * GIB, 100 * GIB),
         limits=Limits(65536, -1, infiniband=True),
         config=ConfigSummary("c" * 64, "auto", 4, 3, 20 * 2**20),
@@ -254,7 +253,7 @@ FAULTS: list[tuple[str, str, Examination, list[str]]] = [
         "little memory",
         "warning",
         with_fault(2, **part(2, "memory", available=GIB)),
-        ["only 512 MiB of memory per rank is available on rank 2 on node1"],
+        ["only 512 MiB of memory per rank is available on rank 2 on node1, and 2.08 GiB are needed"],
     ),
     (
         "few open files",
@@ -387,12 +386,6 @@ FAULTS: list[tuple[str, str, Examination, list[str]]] = [
         "warning",
         with_fault(2, **part(2, "temporary_disk", free=1000)),
         ["/tmp has only 1000 B free on node1"],
-    ),
-    (
-        "Docker's /dev/shm",
-        "error",
-        with_fault(2, shared_memory=Disk("/dev/shm", 2**26, 2**26, -1)),
-        ["/dev/shm is too small on node1: 64 MiB of 64 MiB are free, but 160 MiB are needed", "--shm-size"],
     ),
     (
         "slow small messages",

@@ -1,15 +1,20 @@
 """Checking image files: what is found does not depend on how they are read."""
 
+import io
 import itertools
 import threading
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from PIL import Image
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import ExifTags, Image
 
 from horovod_megdet.data import image_files
 from horovod_megdet.data.image_files import FILES_PER_TASK, check_files
-from horovod_megdet.data.images import ImageHeader
+from horovod_megdet.data.images import ImageHeader, _size_of_plain_jpeg
 
 
 @pytest.mark.parametrize("waits", [0, FILES_PER_TASK])
@@ -45,3 +50,47 @@ def test_waiting_is_noticed() -> None:
     for _ in range(20):
         threading.Event().wait(0.001)
     assert image_files._waits() - before >= 20
+
+
+MODES = {"RGB": 3, "L": 1, "CMYK": 4}
+
+
+def jpeg(mode: str, **options: Any) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 56, MODES[mode]), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise.squeeze(), mode).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+JPEGS = [jpeg(mode, progressive=progressive) for mode in MODES for progressive in (False, True)]
+
+
+def pillow_size(content: bytes) -> tuple[int, int] | None:
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.height, image.width
+    except Exception:  # on damaged bytes, Pillow's plugins may raise anything
+        return None
+
+
+@given(
+    content=st.sampled_from(JPEGS),
+    changes=st.lists(st.tuples(st.integers(2, 699), st.integers(0, 255)), max_size=3),
+    length=st.integers(2, 5000),
+)
+def test_the_quick_size_of_a_damaged_jpeg_is_none_or_pillows(
+    content: bytes, changes: list[tuple[int, int]], length: int
+) -> None:
+    damaged = bytearray(content[:length])
+    for place, value in changes:
+        damaged[place % len(damaged)] = value
+    assert _size_of_plain_jpeg(bytes(damaged)) in (None, pillow_size(bytes(damaged)))
+
+
+def test_jpegs_without_exif_have_a_quick_size_and_no_others() -> None:
+    assert [_size_of_plain_jpeg(content) for content in JPEGS] == 4 * [(40, 56)] + 2 * [None]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    assert _size_of_plain_jpeg(jpeg("RGB", exif=exif)) is None
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><tiff:Orientation>6</tiff:Orientation></x:xmpmeta>'
+    assert _size_of_plain_jpeg(jpeg("RGB", xmp=xmp)) is None

@@ -124,7 +124,7 @@ class ConfigSummary:
     workers: int
     keep_checkpoints: int
     batch_bytes: int
-    """The batches, at their largest, that a loader worker keeps ready in shared memory."""
+    """The batches, at their largest, that a loader worker keeps ready."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,6 @@ class Facts:
     network: Network | None = None
     run_disk: Disk | None = None
     temporary_disk: Disk | None = None
-    shared_memory: Disk | None = None
     memory: Memory | None = None
     limits: Limits | None = None
     config: ConfigSummary | None = None

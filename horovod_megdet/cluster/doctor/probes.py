@@ -68,7 +68,6 @@ def probe_process(config: Config | None, config_error: str) -> facts.Facts:
             "network": network,
             "run_disk": lambda: disk(existing_folder(run_dir)),
             "temporary_disk": lambda: disk(Path(tempfile.gettempdir())),
-            "shared_memory": lambda: disk(Path("/dev/shm")),
             "memory": memory,
             "limits": limits,
             "config": lambda: summarize(config) if config else None,

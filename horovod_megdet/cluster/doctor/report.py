@@ -93,7 +93,7 @@ def _host_table(examination: Examination) -> Table:
     controller = f", controller {build.controller}" if build else ""
     table = _table(
         f"{examination.ranks_on_hosts}{controller}",
-        ["host", "ranks", "cores", "threads", "GPUs", "memory", "/dev/shm", "temporary", "clock"],
+        ["host", "ranks", "cores", "threads", "GPUs", "memory", "temporary", "clock"],
     )
     table.columns[0].justify = "left"
     numbers = Counter(facts.place.host for facts in examination.ranks)
@@ -106,13 +106,12 @@ def _host_table(examination: Examination) -> Table:
 
 
 def _resources(facts: Facts) -> list[str]:
-    memory, shared, temporary = facts.memory, facts.shared_memory, facts.temporary_disk
+    memory, temporary = facts.memory, facts.temporary_disk
     return [
         f"{len(facts.processor.usable)} of {facts.processor.cores}" if facts.processor else "?",
         "?" if facts.threads is None else str(facts.threads),
         "?" if facts.gpus is None else str(len(facts.gpus)),
         size(memory.available) if memory else "?",
-        size(shared.free) if shared else "?",
         size(temporary.free) if temporary else "?",
     ]
 

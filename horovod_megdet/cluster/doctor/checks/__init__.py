@@ -24,7 +24,6 @@ CHECKS: dict[str, Callable[[Examination], list[Finding]]] = {
     "data": software.check_data,
     "run directory": network.check_run_directory,
     "disks": machines.check_disks,
-    "shared memory": machines.check_shared_memory,
     "allreduce": network.check_allreduce,
 }
 

@@ -77,15 +77,17 @@ def check_processors(examination: Examination) -> list[Finding]:
 
 
 def check_memory(examination: Examination) -> list[Finding]:
-    """Whether there is enough memory for the ranks of a host."""
+    """Whether there is enough memory for the ranks of a host and the batches that their loader workers prepare."""
     ranks = examination.ranks
     known = [(facts, facts.memory.available / facts.place.local_size) for facts in ranks if facts.memory]
     if not known:
         return []
     least = size(min(available for _, available in known))
-    if short := [facts for facts, available in known if available < MINIMUM_MEMORY]:
+    if short := [facts for facts, available in known if available < _needed_memory(facts)]:
         remedy = "Start fewer ranks there, lower data.workers, or raise the memory limit of the container or job."
-        return [warning(f"only {least} of memory per rank is available on {where(short, ranks)}", remedy)]
+        needed = size(max(_needed_memory(facts) for facts in short))
+        sentence = f"only {least} of memory per rank is available on {where(short, ranks)}, and {needed} are needed"
+        return [warning(sentence, remedy)]
     return [ok(f"at least {least} available per rank")]
 
 
@@ -118,22 +120,9 @@ def check_disks(examination: Examination) -> list[Finding]:
     return [ok(f"{size(disk.free)} free for the run directory; a checkpoint takes about {checkpoint}")]
 
 
-def check_shared_memory(examination: Examination) -> list[Finding]:
-    """Whether the batches of the loader workers fit into /dev/shm: a worker that fills it is killed."""
-    hosts = examination.host_ranks
-    known = [(facts, facts.shared_memory) for facts in hosts if facts.shared_memory]
-    if not known:
-        return []
-    short: list[tuple[Facts, str]] = []
-    for facts, disk in known:
-        needed = facts.place.local_size * facts.config.workers * facts.config.batch_bytes if facts.config else 0
-        if disk.free < needed:
-            short.append((facts, f"{size(disk.free)} of {size(disk.total)} are free, but {size(needed)} are needed"))
-    remedy = "Enlarge it (docker run --shm-size=16g; mount -o remount,size=16g /dev/shm), or lower data.workers."
-    findings = [
-        error(f"/dev/shm is too small on {where(who, hosts)}: {text}", remedy) for text, who in grouped(short).items()
-    ]
-    return findings or [ok(f"{size(min(disk.free for _, disk in known))} free in /dev/shm for the loader workers")]
+def _needed_memory(facts: Facts) -> int:
+    """Bytes for a rank and its loader workers, at least."""
+    return MINIMUM_MEMORY + (facts.config.workers * facts.config.batch_bytes if facts.config else 0)
 
 
 def _isolated_ranks(ranks: list[Facts]) -> list[Finding]:
