@@ -4,6 +4,7 @@ The main thread leaves notes here. A note costs a few assignments, so that even 
 normalization can afford one. Every note counts as progress.
 """
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -27,6 +28,11 @@ class Progress:
     notes: int = 0
     """Number of notes so far: a rank that makes progress leaves more."""
 
+    waited_seconds: float = 0.0
+    """Time spent in collectives so far, waiting for other ranks and for messages."""
+
+    _wait_began: float = 0.0
+
     def set(self, doing: str) -> None:
         """The rank begins to do something else."""
         self.doing = doing
@@ -40,11 +46,13 @@ class Progress:
         """The rank enters a collective, whose name is the same on all ranks."""
         self.waiting_for = name
         self.notes += 1
+        self._wait_began = time.perf_counter()
 
     def finished_waiting(self) -> None:
         """The collective that the rank was waiting in is complete."""
         self.waiting_for = None
         self.notes += 1
+        self.waited_seconds += time.perf_counter() - self._wait_began
 
     def describe(self) -> str:
         """What the rank is doing now, as the end of a sentence: "rank 3 is ..."."""

@@ -22,25 +22,31 @@ class Window:
     def __init__(self) -> None:
         self.losses: dict[str, float] = {}
         self.steps = self.images = 0
-        self.lr = self._step_seconds = self._data_seconds = 0.0
+        self.lr = self._step_seconds = self._work_seconds = self._data_seconds = 0.0
 
     def add_losses(self, losses: dict[str, float]) -> None:
         """Adds the losses of a step."""
         for name, value in losses.items():
             self.losses[name] = self.losses.get(name, 0.0) + value
 
-    def add_step(self, lr: float, images: int, seconds: float, data_seconds: float) -> None:
-        """Adds one optimizer step."""
+    def add_step(self, lr: float, images: int, seconds: float, collective_seconds: float, data_seconds: float) -> None:
+        """Adds one optimizer step, with the time of it that this rank spent in collectives and waited for images."""
         self.lr = lr
         self.steps += 1
         self.images += images
         self._step_seconds += seconds
+        self._work_seconds += seconds - collective_seconds
         self._data_seconds += data_seconds
 
     @property
     def step_seconds(self) -> float:
         """Mean time of a step on this rank."""
         return self._step_seconds / self.steps
+
+    @property
+    def work_seconds(self) -> float:
+        """Mean time of a step that this rank spent outside collectives."""
+        return self._work_seconds / self.steps
 
     @property
     def data_seconds(self) -> float:
@@ -89,7 +95,7 @@ class MetricsLog:
         self.console.print(
             f"step {row['step']}  epoch {row['epoch']:.2f}  {loss_in_words(row)}  lr {row['lr']:.4g}  "
             f"{row['images_per_second']:.1f} images/s  step {row['step_seconds']:.2f} s "
-            f"(ranks {row['step_seconds_min']:.2f} to {row['step_seconds_max']:.2f})  "
+            f"(work of a rank {row['work_seconds_min']:.2f} to {row['work_seconds_max']:.2f})  "
             f"data {row['data_seconds']:.2f} s  memory {row['memory_mb']:.0f} MB  "
             + (f"{gain_in_words(row['noise_scale'], row['mini_batch'])}  " if "noise_scale" in row else "")
             + f"ETA {timedelta(seconds=remaining)}"

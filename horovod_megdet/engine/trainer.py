@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from horovod_megdet import comm
+from horovod_megdet import comm, launched
 from horovod_megdet.config import Config
 from horovod_megdet.data.coco import CocoDataset
 from horovod_megdet.data.loader import Batch, build_train_loader
@@ -27,6 +27,7 @@ from horovod_megdet.engine.losses import PassReport, agree_on_step, weigh_losses
 from horovod_megdet.engine.metrics import Window
 from horovod_megdet.engine.run_folder import RunFolder
 from horovod_megdet.engine.signals import StopRequest
+from horovod_megdet.engine.slow_rank import SlowRank, describe_slow_rank
 from horovod_megdet.engine.validation import evaluate_detector, in_one_view, note_evaluation, with_all_views
 from horovod_megdet.errors import EXIT_NOT_SAVED, EXIT_STOPPED, UserError
 from horovod_megdet.evaluation.coco import Evaluation
@@ -88,6 +89,7 @@ class Trainer:
         self.unsaved = False
         """Whether the last checkpoint could not be written."""
         self.window = Window()
+        self.slow_rank = SlowRank()
         self.run_folder = RunFolder(config)
 
     def train(self) -> int:
@@ -124,7 +126,7 @@ class Trainer:
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step: ``accumulation`` forward and backward passes, averaged gradients."""
-        started = time.perf_counter()
+        started, waited_before = time.perf_counter(), progress.waited_seconds
         progress.step = self.position.step + 1
         lr = self.schedule.lr(self.position.images_seen)
         set_lr(self.optimizer, lr, self.agvm.factors)
@@ -147,7 +149,8 @@ class Trainer:
         self.position.step += 1
         self.position.images_seen += self.schedule.mini_batch
         self.follow_step()
-        self.window.add_step(lr, self.schedule.mini_batch, time.perf_counter() - started, waited)
+        seconds, in_collectives = time.perf_counter() - started, progress.waited_seconds - waited_before
+        self.window.add_step(lr, self.schedule.mini_batch, seconds, in_collectives, waited)
 
     def forward(self, batch: Batch) -> tuple[Tensor, PassReport]:
         """A forward pass: this rank's part of the loss, and what all ranks agree on at the end of the step."""
@@ -199,21 +202,33 @@ class Trainer:
 
     def write_metrics(self) -> None:
         """Gathers the ranks' times and memory, and writes one row of metrics."""
-        times = [self.window.step_seconds, self.window.data_seconds, hardware.memory_mb(self.device)]
-        step_seconds, data_seconds, memory = comm.gather(torch.tensor(times, dtype=torch.float64), "metrics").unbind(1)
+        window = self.window
+        mine = [window.step_seconds, window.work_seconds, window.data_seconds, hardware.memory_mb(self.device)]
+        gathered = comm.gather(torch.tensor(mine, dtype=torch.float64), "metrics")
+        step_seconds, work_seconds, data_seconds, memory = gathered.unbind(1)
         row: dict[str, Any] = self.window.row() | {
             "data_seconds": data_seconds.mean().item(),
             "step_seconds": step_seconds.mean().item(),
-            "step_seconds_min": step_seconds.min().item(),
-            "step_seconds_max": step_seconds.max().item(),
+            "work_seconds_min": work_seconds.min().item(),
+            "work_seconds_max": work_seconds.max().item(),
             "memory_mb": memory.max().item(),
+            "ranks": comm.size(),
             "mini_batch": self.schedule.mini_batch,
         }
         row |= self.noise.averages.row()
         if self.config.solver.lr_modulation == "agvm":
             row |= {f"lr_factor_{module}": factor for module, factor in self.agvm.factors.items()}
         self.run_folder.log_training(self._where() | row)
+        if self.slow_rank.update(work_seconds.tolist()):
+            self.report_slow_rank(work_seconds.tolist(), data_seconds.tolist())
         self.window = Window()
+
+    def report_slow_rank(self, work: list[float], data: list[float]) -> None:
+        """Says which rank the others wait for. Collective."""
+        rank = self.slow_rank.rank
+        hosts = comm.gather_objects(launched.host(), "hosts")
+        if comm.is_main() and rank is not None:
+            say(f"warning: {describe_slow_rank(rank, hosts[rank], work, data[rank])}")
 
     def evaluate(self) -> tuple[Evaluation, bool]:
         """Evaluates on the validation set; returns the evaluation and whether it is the best of the run so far."""

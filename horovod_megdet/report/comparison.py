@@ -196,7 +196,7 @@ def metric_charts(runs: Sequence[Run]) -> list[Chart]:
 
 
 def training_charts(runs: Sequence[Run]) -> list[Chart]:
-    """Loss, learning rate, noise scale and throughput over epochs, as far as there are values."""
+    """Loss, learning rate, noise scale, throughput and ranks over epochs, as far as there are values."""
     names = [run.name for run in runs]
     epochs = [column(run.train, "epoch") for run in runs]
 
@@ -216,7 +216,21 @@ def training_charts(runs: Sequence[Run]) -> list[Chart]:
         chart("Noise scale in images", "epoch", [*noise, *mini_batches], names, logarithmic=True),
         chart("Images per second", "epoch", lines("images_per_second", smooth=True), names),
     ]
+    if any(row["kind"] == "ranks" for run in runs for row in run.rows):
+        charts.append(chart("Ranks", "epoch", [_ranks(number, run) for number, run in enumerate(runs)], names))
     return [drawn for drawn in charts if drawn]
+
+
+def _ranks(number: int, run: Run) -> Line:
+    """The number of ranks over epochs, which changes at once in an elastic job."""
+    points: list[tuple[float, float]] = []
+    for row in run.rows:
+        if row["kind"] == "ranks":
+            points.append((row["epoch"], row["ranks_before"]))
+        if "ranks" in row:
+            points.append((row["epoch"], row["ranks"]))
+    x, y = np.array(points, np.float64).reshape(-1, 2).T
+    return Line(number, x, y)
 
 
 def _top(losses: Sequence[Line]) -> float:

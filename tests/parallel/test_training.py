@@ -1,6 +1,7 @@
 """The main job under every launcher."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import launching
 import pytest
 from PIL import Image
 
+from horovod_megdet import launched
 from horovod_megdet.config import load_config
 from horovod_megdet.engine import checkpoint
 from horovod_megdet.report.rows import read_metrics
@@ -41,7 +43,8 @@ def test_the_run_directory_holds_everything(runs: dict[str, Path], launcher: str
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     assert [row["epoch"] for row in evaluations] == pytest.approx([1.0, 2.0], abs=0.2)
     assert {"loss", "loss_classifier", "lr", "images_per_second", "data_seconds", "memory_mb"} <= training[-1].keys()
-    assert training[-1]["step_seconds_min"] <= training[-1]["step_seconds"] <= training[-1]["step_seconds_max"]
+    assert 0 < training[-1]["work_seconds_min"] <= training[-1]["work_seconds_max"] < 1.2 * training[-1]["step_seconds"]
+    assert training[-1]["ranks"] == (1 if launcher == "python" else 2)
     newest = checkpoint.newest(run_dir, report=pytest.fail)
     assert newest.images_seen == training[-1]["images_seen"] >= 2 * 24 - 4
     detections = json.loads((run_dir / "evaluation" / f"{newest.path.name}.json").read_text())
@@ -138,3 +141,18 @@ def test_all_ranks_train_on_while_rank_0_writes_detections(tmp_path: Path, data:
     assert steps[1][1] == steps[1][0]
     for step, _ in steps:
         assert isinstance(json.loads((tmp_path / "run" / "evaluation" / f"step_{step:08d}.json").read_text()), list)
+
+
+def test_the_log_names_the_rank_that_the_others_wait_for(tmp_path: Path, data: Path) -> None:
+    script = Path(__file__).with_name("slow_train.py")
+    arguments = launching.tiny(
+        tmp_path / "run", "solver.epochs=1", "solver.milestones=[]", "solver.gammas=[]", data=data
+    )
+    job = launching.Job("mpirun", 2, arguments, tmp_path, script)
+    assert job.wait() == 0, job.output
+    said = re.findall(
+        r"warning: rank (\d) on (\S+) is [\d.]+ times slower than the others, which wait for it", job.output
+    )
+    assert said == [("1", launched.host())]
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"]
+    assert all(row["work_seconds_max"] > row["work_seconds_min"] + 0.4 for row in rows)

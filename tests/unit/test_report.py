@@ -233,6 +233,19 @@ def test_a_run_that_diverges_does_not_flatten_the_others(tmp_path: Path) -> None
     assert all(len(digits) <= 4 for _, path in loss.paths for digits in re.findall(r"(\d+)\.", path))
 
 
+def test_ranks_over_time_are_drawn_where_they_change(tmp_path: Path) -> None:
+    steady = [train_row(step, ranks=4) for step in range(1, 5)]
+    change = {"kind": "ranks", "step": 2, "images_seen": 32, "epoch": 0.2, "ranks_before": 4, "ranks": 2}
+    elastic = [*steady[:2], change, *(train_row(step, ranks=2) for step in (3, 4))]
+    runs = read_runs([make_run(tmp_path / "steady", steady), make_run(tmp_path / "elastic", elastic)])
+    drawn = next(chart for chart in training_charts(runs) if chart.title == "Ranks")
+    assert [(line["x"], line["y"]) for line in drawn.points] == [
+        (["0.1", "0.2", "0.3", "0.4"], ["4"] * 4),
+        (["0.1", "0.2", "0.2", "0.2", "0.3", "0.4"], ["4", "4", "4", "2", "2", "2"]),
+    ]
+    assert all(chart.title != "Ranks" for chart in training_charts(runs[:1]))
+
+
 # Tables and notes
 
 
