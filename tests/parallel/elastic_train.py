@@ -1,7 +1,11 @@
 """train.py, with a log of the images of each step, and with ranks that end themselves at chosen moments.
 
-The log is ``images.txt`` in the working directory: ``seen START RANKS SEED`` for each image before a forward pass, and
-``step START END RANKS`` for each step that was taken. START and END are positions in the stream of images.
+The log is ``images.txt`` in the working directory: ``seen START RANKS SEED`` for each image before a forward pass,
+``step START END RANKS`` for each step that was taken, ``evaluating`` and ``writing``, a checkpoint, when a rank begins
+that. START and END are positions in the stream of images. :mod:`elastic_images` reads it.
+
+With ``--ends``, rank 0 ends at its first evaluation and at a checkpoint. Steps of fewer than ``--full N`` ranks, 2 by
+default, take a second longer: so lost ranks are back before the run ends.
 """
 
 import os
@@ -43,8 +47,8 @@ def forward_and_note(self: Trainer, batch: Batch) -> Any:
 def step_and_note(self: ElasticTrainer, batches: Iterator[Batch]) -> None:
     before = self.position.images_seen
     train_step(self, batches)
-    if comm.size() == 1:
-        time.sleep(1)  # so that a lost rank is back before the run ends
+    if comm.size() < FULL:
+        time.sleep(1)
     note("step", before, self.position.images_seen, comm.size())
 
 
@@ -56,22 +60,35 @@ def end_once(moment: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def evaluate_after_end(self: Trainer) -> Any:
-    end_once("evaluating")
+def evaluate_and_note(self: Trainer) -> Any:
+    note("evaluating")
+    if ENDS:
+        end_once("evaluating")
     return evaluate(self)
 
 
-def write_after_end(self: Trainer, random_states: Any) -> None:
-    if self.position.images_seen > len(self.train_set):
+def write_and_note(self: Trainer, random_states: Any) -> None:
+    note("writing")
+    if ENDS and self.position.images_seen > len(self.train_set):
         end_once("writing")
     write(self, random_states)
 
 
+def taken(option: str, words: int) -> list[str]:
+    """What follows an option on the command line, which is removed from there; empty without it."""
+    if option not in sys.argv:
+        return []
+    place = sys.argv.index(option)
+    found = sys.argv[place : place + words]
+    del sys.argv[place : place + words]
+    return found
+
+
+ENDS = bool(taken("--ends", 1))
+FULL = int((taken("--full", 2) or "2")[-1])
 Trainer.forward = forward_and_note  # type: ignore[method-assign]
+Trainer.evaluate = evaluate_and_note  # type: ignore[method-assign]
+Trainer._write_checkpoint = write_and_note  # type: ignore[method-assign]
 ElasticTrainer.train_step = step_and_note  # type: ignore[method-assign]
-if "--ends" in sys.argv:
-    sys.argv.remove("--ends")
-    Trainer.evaluate = evaluate_after_end  # type: ignore[method-assign]
-    Trainer._write_checkpoint = write_after_end  # type: ignore[method-assign]
 sys.argv[0] = str(PROJECT / "train.py")
 runpy.run_path(sys.argv[0], run_name="__main__")

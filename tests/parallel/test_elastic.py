@@ -1,23 +1,18 @@
 """Jobs whose ranks come and go, under Horovod's elastic driver: this machine stands for two hosts."""
 
-import itertools
 import os
 import signal
-from collections import Counter
 from pathlib import Path
 
 import launching
 import pytest
+from elastic_images import IMAGES, check_every_image_counts_once
 
 from horovod_megdet.config import load_config
-from horovod_megdet.data.loader import image_seed
-from horovod_megdet.data.sampler import PlannedImage
 from horovod_megdet.engine import checkpoint
 from horovod_megdet.report.rows import Rows, read_metrics
 
 SCRIPT = Path(__file__).with_name("elastic_train.py")
-IMAGES = 24
-"""In an epoch of the tiny configuration."""
 
 
 def start(folder: Path, ranks: int, hosts: str, arguments: list[str]) -> launching.Job:
@@ -35,29 +30,6 @@ def rank_on(job: launching.Job, host: str) -> int:
         if f"HOROVOD_HOSTNAME={host}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             return pid
     raise AssertionError(f"no rank on {host}:\n{job.output}")
-
-
-def images_of_steps(folder: Path) -> list[tuple[int, int]]:
-    """(epoch, index) of the images in the steps that count: of steps from the same position, the last."""
-    seen: dict[tuple[str, str], set[int]] = {}
-    steps: dict[str, tuple[str, str]] = {}
-    for line in (folder / "images.txt").read_text().splitlines():
-        match line.split():
-            case ["seen", position, ranks, seed]:
-                seen.setdefault((position, ranks), set()).add(int(seed))
-            case ["step", position, end, ranks]:
-                steps[position] = end, ranks
-    image_of = {
-        image_seed(0, PlannedImage(epoch, index)): (epoch, index) for epoch in range(9) for index in range(IMAGES)
-    }
-    images, position = [], "0"
-    while position in steps:
-        end, ranks = steps[position]
-        found = [image_of[seed] for seed in seen[position, ranks]]
-        assert len(found) == int(end) - int(position)
-        images += found
-        position = end
-    return images
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +50,7 @@ def metrics(folder: Path, kind: str) -> Rows:
 
 
 def test_every_image_counts_once_in_each_epoch(run: Path) -> None:
-    images = images_of_steps(run)
-    counts = Counter(images)
-    assert len(images) >= 3 * IMAGES
-    assert set(counts.values()) == {1}
-    whole = {image for image in counts if image[0] < 3}
-    assert whole == set(itertools.product(range(3), range(IMAGES)))
+    check_every_image_counts_once(run, epochs=3)
 
 
 def test_the_others_go_on_and_lost_hosts_come_back(run: Path) -> None:

@@ -1,0 +1,103 @@
+"""An elastic job on hosts that are lost at any moment and come back."""
+
+import random
+import re
+import shlex
+import time
+from pathlib import Path
+
+import pytest
+from hosts import PROJECT, Host, Hosts, wait_for
+from jobs import INTERFACE, TINY, Job
+
+from horovod_megdet.engine import checkpoint
+from horovod_megdet.report.rows import Rows, read_metrics
+from tests.parallel.elastic_images import check_every_image_counts_once
+
+pytestmark = pytest.mark.cluster
+
+SCRIPT = PROJECT / "tests" / "parallel" / "elastic_train.py"
+EPOCHS = 10
+
+
+class ElasticJob:
+    """A job with a rank on each of the hosts that are listed, started on the first one, which stays."""
+
+    def __init__(self, hosts: Hosts, folder: Path, data: Path) -> None:
+        self.hosts, self.folder = hosts, folder
+        self.listed = list(hosts)
+        self._list()
+        discover = folder / "hosts.sh"
+        discover.write_text(f"#!/bin/sh\ncat {shlex.quote(str(folder / 'hosts'))}\n")
+        discover.chmod(0o755)
+        program = ["python", str(SCRIPT), "--config", str(TINY), "--run-dir", str(folder / "run"), "--full", "4"]
+        for setting in (f"solver.epochs={EPOCHS}", f"data.synthetic_root={data}", "output.log_every_images=2"):
+            program += ["--set", setting]
+        command = ["megdet", "launch", "--min-ranks", "2", "--max-ranks", "4", "--discover", str(discover)]
+        self.job = Job(hosts, [*command, "--interface", INTERFACE, "--", *program], SCRIPT.name, folder / "log", {})
+
+    def _list(self) -> None:
+        (self.folder / "hosts").write_text("".join(f"{host.name}:1\n" for host in self.listed))
+
+    def lose(self, host: Host) -> float:
+        """Kills a host, and waits until the others have taken a step; returns the seconds until then."""
+        began, before = time.monotonic(), len(self.changes())
+        host.kill()
+        self.listed.remove(host)
+        self._list()
+        steps = self.noted("step")
+        self.wait_for(lambda: len(self.changes()) > before)
+        self.wait_for(lambda: self.noted("step") > steps)
+        return time.monotonic() - began
+
+    def bring_back(self, *hosts: Host) -> None:
+        """Boots hosts, which the job may use again."""
+        for host in hosts:
+            host.boot()
+            self.listed.append(host)
+        self._list()
+
+    def noted(self, word: str) -> int:
+        """How often the ranks have noted a word so far."""
+        log = self.folder / "images.txt"
+        return len(re.findall(rf"^{word}\b", log.read_text(), re.MULTILINE)) if log.exists() else 0
+
+    def wait_for_next(self, word: str) -> None:
+        """Waits until a rank begins with something."""
+        before = self.noted(word)
+        self.wait_for(lambda: self.noted(word) > before)
+
+    def wait_for(self, condition: object, timeout: float = 120) -> None:
+        """Polls, while the job runs."""
+        wait_for(lambda: self.job.process.poll() is not None or condition(), "it", lambda: self.job.output, timeout)
+        assert self.job.process.poll() is None, self.job.output
+
+    def changes(self) -> Rows:
+        """The rows of metrics about changes of the ranks."""
+        path = self.folder / "run" / "metrics.jsonl"
+        return [row for row in read_metrics(path) if row["kind"] == "ranks"] if path.exists() else []
+
+
+def test_hosts_are_lost_at_any_moment_and_come_back(hosts: Hosts, shared: Path, data: Path) -> None:
+    elastic = ElasticJob(hosts, shared, data)
+    _, _, third, fourth = hosts
+    elastic.wait_for_next("step")
+    time.sleep(random.uniform(0, 1))
+    seconds = [elastic.lose(fourth)]
+    elastic.wait_for_next("writing")
+    seconds.append(elastic.lose(third))
+    elastic.bring_back(third, fourth)
+    elastic.wait_for(lambda: elastic.changes()[-1]["ranks"] == 4)
+    elastic.wait_for_next("evaluating")
+    seconds.append(elastic.lose(third))
+    elastic.bring_back(third)
+    assert elastic.job.wait() == 0, elastic.job.output
+    print("seconds from a loss to the next step:", *(f"{value:.1f}" for value in seconds))
+
+    ranks = [(row["ranks_before"], row["ranks"]) for row in elastic.changes()]
+    assert ranks[:2] == [(4, 3), (3, 2)]
+    assert (4, 3) in ranks[2:]
+    check_every_image_counts_once(shared, EPOCHS)
+    evaluations = [row for row in read_metrics(shared / "run" / "metrics.jsonl") if row["kind"] == "evaluation"]
+    assert [int(row["epoch"]) for row in evaluations] == list(range(1, EPOCHS + 1))
+    assert checkpoint.newest(shared / "run", report=pytest.fail).images_seen >= EPOCHS * 24
