@@ -22,15 +22,19 @@ ENVIRONMENT = {
 class BatchJob:
     """A submitted training of the tiny configuration."""
 
-    def __init__(self, slurm: Slurm, training: Training, script: str) -> None:
+    def __init__(self, slurm: Slurm, training: Training, script: str, **more: str) -> None:
         self.slurm, self.training = slurm, training
         self.file = training.run_dir.with_suffix(".out")
-        environment = ENVIRONMENT | {"MEGDET_RUN_DIR": str(training.run_dir)}
+        environment = ENVIRONMENT | {"MEGDET_RUN_DIR": str(training.run_dir), **more}
         arguments = [
             argument for argument in training.arguments() if argument not in ("--run-dir", str(training.run_dir))
         ]
         self.number = slurm.submit(
-            "--nodes=2", f"--output={self.file}", str(PROJECT / "slurm" / script), *arguments, env=environment
+            f"--nodes={training.among}",
+            f"--output={self.file}",
+            str(PROJECT / "slurm" / script),
+            *arguments,
+            env=environment,
         )
 
     @property
@@ -78,3 +82,23 @@ def test_srun_without_pmi_is_refused(slurm: Slurm, shared: Path, data: Path, hos
     output = slurm.run("srun", "--mpi=none", "--nodes=2", "--ntasks=2", *program, check=False)
     assert "srun started 2 processes that do not know about each other" in output
     assert not training.run_dir.exists()
+
+
+def test_an_elastic_job_goes_on_without_a_node(slurm: Slurm, hosts: Hosts, shared: Path, data: Path) -> None:
+    """Also when Slurm has given the node up, and after a time limit."""
+    training = Training(hosts, shared / "run", data, among=3, settings={**ONLY_WHEN_STOPPED, "solver.epochs": "60"})
+    batch = BatchJob(slurm, training, "megdet_elastic.sbatch", MEGDET_MIN_NODES="2")
+    batch.wait_for(r"^(\[\d\]<stdout>:)?step 2 ")
+    hosts[2].kill()
+    batch.wait_for(r"3 -> 2 ranks at epoch [\d.]+ \(lost: 1 on hostC\)")
+    wait_for(lambda: "hostC" in slurm.run("sinfo", "--states=down", "--format=%N"), "Slurm to give up", slurm.logs, 120)
+    assert slurm.state(batch.number) == "RUNNING"
+    slurm.boot_node(hosts[2])
+    slurm.run("scancel", "--signal=USR1", "--batch", str(batch.number))
+    batch.wait_for("megdet: requeued")
+    batch.wait_for(rf"megdet: ==== job {batch.number}, start 2, 3 nodes", timeout=120)
+    batch.wait_for(r"Resuming after step")
+    slurm.run("scancel", str(batch.number))
+    wait_for(
+        lambda: slurm.state(batch.number) in ("CANCELLED", "COMPLETED", "FAILED"), "the job to end", slurm.logs, 60
+    )

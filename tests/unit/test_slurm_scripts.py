@@ -13,7 +13,7 @@ import pytest
 from horovod_megdet.errors import EXIT_STALLED
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ["megdet.sbatch", "megdet_srun.sbatch"]
+SCRIPTS = ["megdet.sbatch", "megdet_srun.sbatch", "megdet_elastic.sbatch"]
 
 # Records its arguments, one per line, between markers. The training is what starts train.py; srun runs anything else.
 STAND_IN = r"""#!/bin/bash
@@ -42,7 +42,7 @@ class Slurm:
     def __post_init__(self) -> None:
         programs = self.folder / "venv" / "bin"
         programs.mkdir(parents=True)
-        for name in ("mpirun", "srun", "scontrol"):
+        for name in ("mpirun", "srun", "scontrol", "megdet", "sinfo"):
             (programs / name).write_text(STAND_IN)
             (programs / name).chmod(0o755)
         (self.folder / "home").mkdir()
@@ -92,7 +92,9 @@ class Slurm:
 
     def training(self) -> list[str]:
         """The whole command that starts the ranks."""
-        (call,) = [call for name in ("mpirun", "srun") for call in self.calls(f"{name}>") if "train.py" in call]
+        (call,) = [
+            call for name in ("mpirun", "srun", "megdet") for call in self.calls(f"{name}>") if "train.py" in call
+        ]
         return call
 
 
@@ -113,7 +115,7 @@ def wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "job.bash", "stage.bash"])
+@pytest.mark.parametrize("name", [*SCRIPTS, "job.bash", "stage.bash", "nodes_of_job"])
 def test_syntax(name: str) -> None:
     subprocess.run(["bash", "-n", ROOT / "slurm" / name], check=True)
 
@@ -153,6 +155,25 @@ def test_srun_starts_all_ranks_through_pmix(tmp_path: Path) -> None:
     training = slurm.training()
     assert {"--mpi=pmix", "--nodes=2", "--ntasks-per-node=4", "--ntasks=8"} <= set(training)
     assert slurm.calls("mpirun>") == []
+
+
+def test_an_elastic_job_runs_on_the_nodes_that_answer(tmp_path: Path) -> None:
+    slurm = Slurm(tmp_path, "megdet_elastic.sbatch", {"SLURM_NNODES": "5"})
+    slurm.run(MEGDET_RANKS_PER_NODE="2", MEGDET_INTERFACE="ib0")
+    discover = str(tmp_path / "home" / "slurm" / "nodes_of_job")
+    training = slurm.training()
+    assert training[: training.index("--")] == [
+        *["launch", "--min-ranks", "6", "--max-ranks", "10", "--discover", discover, "--interface", "ib0"]
+    ]
+    sinfo = tmp_path / "venv" / "bin" / "sinfo"
+    sinfo.write_text("#!/bin/bash\necho asked >> \"$CALLS\"\nprintf '%s\\n' node02 node01 node02\n")
+    environment = {"PATH": f"{sinfo.parent}:{os.environ['PATH']}", "CALLS": str(slurm.calls_file)}
+    environment |= {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[01-02]"}
+    environment |= {"MEGDET_RUN_DIR": str(slurm.run_dir), "MEGDET_RANKS_PER_NODE": "2"}
+    slurm.calls_file.unlink()
+    for _ in range(2):
+        assert subprocess.check_output([discover], env=environment, text=True) == "node01:2\nnode02:2\n"
+    assert slurm.calls_file.read_text() == "asked\n"
 
 
 def test_a_job_that_stopped_with_a_checkpoint_is_requeued(each_slurm: Slurm) -> None:
