@@ -17,7 +17,7 @@ from horovod_megdet import launched
 from horovod_megdet.cluster.watchdog import watchdog
 from horovod_megdet.cluster.watchdog.diagnosis import StallTimer, find_lost_ranks, find_stall, name_ranks
 from horovod_megdet.cluster.watchdog.heartbeats import Heartbeat, Heartbeats, LastWords
-from horovod_megdet.cluster.watchdog.watchdog import Watchdog
+from horovod_megdet.cluster.watchdog.watchdog import Watchdog, beat_interval
 from horovod_megdet.errors import EXIT_STALLED, UserError
 from horovod_megdet.progress import progress
 
@@ -150,6 +150,12 @@ def test_nothing_is_reported_when_no_rank_was_lost() -> None:
 def test_ranks_are_named_briefly() -> None:
     assert name_ranks([beat(3)]) == "rank 3 on node1"
     assert name_ranks([beat(rank, host="a") for rank in range(8)] + [beat(9, host="b")]) == "ranks 0-7 on a, 9 on b"
+
+
+def test_all_ranks_together_write_at_most_ten_heartbeats_a_second() -> None:
+    assert [beat_interval(ranks, 600) for ranks in (1, 50, 128, 2000)] == [5, 5, 12.8, 150]
+    assert beat_interval(2000, 0) == 200
+    assert beat_interval(8, 4) == 1
 
 
 def test_heartbeats_are_read_with_the_file_servers_clock(tmp_path: Path) -> None:

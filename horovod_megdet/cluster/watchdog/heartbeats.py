@@ -75,9 +75,12 @@ class Heartbeats:
         temporary = path.with_suffix(".tmp")
         content = asdict(beat)
         del content["age"]
-        self.folder.mkdir(parents=True, exist_ok=True)
         # Not flushed to disk: only the next few seconds matter, and training must not wait for it.
-        temporary.write_text(json.dumps(content), encoding="utf-8")
+        try:
+            temporary.write_text(json.dumps(content), encoding="utf-8")
+        except FileNotFoundError:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(content), encoding="utf-8")
         temporary.replace(path)
 
     def read(self) -> list[Heartbeat]:

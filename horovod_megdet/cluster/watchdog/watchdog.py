@@ -32,7 +32,10 @@ CHECK_EVERY = 1.0
 """Seconds between two checks of the main thread and the launcher."""
 
 BEAT_EVERY = 5.0
-"""Seconds between two heartbeats, at most; a quarter of the stall timeout if that is less."""
+"""Seconds between two heartbeats of a rank, in jobs of up to 50 ranks."""
+
+BEATS_PER_SECOND = 10.0
+"""Heartbeats of all ranks together, at most: each is some calls of the one file system that all share."""
 
 TIME_FOR_LAST_WORDS = 0.4
 """Seconds that ranks have for their last words before one of them sums up. A launcher that has sent SIGTERM sends
@@ -52,7 +55,7 @@ class Watchdog:
         self.stall_timeout = stall_timeout
         self.heartbeats = Heartbeats(run_dir) if run_dir else None
         self.launcher = LauncherWatch() if launched.by_launcher() else None
-        self.beat_every = min(BEAT_EVERY, stall_timeout / 4) if stall_timeout else BEAT_EVERY
+        self.beat_every = beat_interval(launched.size(), stall_timeout)
         self.timer = StallTimer(stall_timeout, 3 * self.beat_every, progress.notes, time.monotonic())
         self.received_sigterm = False
         self.reason: LastWords | None = None
@@ -213,6 +216,12 @@ class Watchdog:
         say(f"rank {self.rank} on {launched.host()}, step {progress.step}:")
         with contextlib.suppress(OSError):
             faulthandler.dump_traceback(sys.__stderr__ or 2)
+
+
+def beat_interval(ranks: int, stall_timeout: float) -> float:
+    """Seconds between two heartbeats of a rank: a quarter of ``stall_timeout`` at most, unless that is 0."""
+    interval = max(BEAT_EVERY, ranks / BEATS_PER_SECOND)
+    return min(interval, stall_timeout / 4) if stall_timeout else interval
 
 
 def end_job(exit_code: int) -> None:

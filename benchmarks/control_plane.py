@@ -1,0 +1,134 @@
+"""What grows with the number of ranks beside training itself: a section of docs/benchmarks.md.
+
+    python benchmarks/control_plane.py                              # prints the table, for 2 to 128 ranks
+    python benchmarks/control_plane.py --write docs/benchmarks.md   # and replaces its section of the file
+
+The ranks are light: Python with mpi4py and numpy, without torch and Horovod, so that 128 of them fit on one machine.
+They make the calls of a training with messages of the same sizes. They share the cores of this machine, so a figure is
+the work of all ranks rather than what a cluster waits for; how it grows with their number is what to look at.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from document import table, write_section
+
+from horovod_megdet.cluster.watchdog.heartbeats import Heartbeat, Heartbeats
+
+RANKS = (2, 8, 32, 128)
+REPEATS = 20
+DETECTIONS = 370_000
+"""Of the 5,000 images of COCO's validation set."""
+
+FIGURES = {
+    "start": "from launch until all ranks have met, s",
+    "agreement": "agreement of a step: sum of 15 float64, ms",
+    "objects": "agreement on an error: a sentence of each rank to all, ms",
+    "metrics": "row of metrics: 4 float64 of each rank to all, ms",
+    "detections": "370,000 detections to rank 0, s",
+    "heartbeats": "one heartbeat of every rank, ms",
+    "heartbeats_read": "all heartbeats read by one rank, ms",
+}
+
+
+def timed(barrier: Callable[[], None], work: Callable[[], Any], repeats: int = REPEATS) -> float:
+    """Median seconds of ``work``, from a moment when all ranks are ready until this one has done it."""
+    seconds = []
+    for _ in range(repeats):
+        barrier()
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds))
+
+
+def measure(folder: Path, launched_at: float) -> None:
+    """What one rank does; rank 0 writes the longest times of all ranks."""
+    from mpi4py import MPI  # starts MPI
+
+    world = MPI.COMM_WORLD
+    rank, size = world.rank, world.size
+    world.Barrier()
+    found = {"start": time.time() - launched_at}
+
+    mine, total = np.ones(15), np.empty(15)
+    found["agreement"] = 1e3 * timed(world.Barrier, lambda: world.Allreduce(mine, total))
+    found["objects"] = 1e3 * timed(world.Barrier, lambda: world.allgather((f"node{rank // 8:03d}", "", 0)))
+    row, rows = np.ones(4), np.empty((size, 4))
+    found["metrics"] = 1e3 * timed(world.Barrier, lambda: world.Allgather(row, rows))
+
+    counts = [len(part) for part in np.array_split(np.empty(DETECTIONS), size)]
+    shard = np.ones((counts[rank], 7), np.float32)
+    detections = np.empty((DETECTIONS, 7), np.float32) if rank == 0 else None
+    gather = [detections, [7 * count for count in counts]] if rank == 0 else None
+    found["detections"] = timed(world.Barrier, lambda: world.Gatherv(shard, gather), 5)
+
+    heartbeats = Heartbeats(folder)
+    beat = Heartbeat(rank, size, f"node{rank // 8:03d}", os.getpid(), 1, "computing", None, 0.1, 5.0)
+    found["heartbeats"] = 1e3 * timed(world.Barrier, lambda: heartbeats.write(beat))
+    world.Barrier()
+    if rank == 0:
+        found["heartbeats_read"] = 1e3 * timed(lambda: None, heartbeats.read)
+        assert len(heartbeats.read()) == size
+    longest = world.gather(found)
+    if rank == 0:
+        assert longest
+        results = {name: max(one[name] for one in longest if name in one) for name in FIGURES}
+        (folder / "results.json").write_text(json.dumps(results))
+
+
+def on_ranks(ranks: int) -> dict[str, float]:
+    """Starts the ranks and returns what they measured."""
+    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if mpirun is None:
+        raise SystemExit("mpirun is not on the PATH: activate the environment that 'make setup' made.")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [mpirun, "--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
+        command += ["-np", str(ranks), sys.executable, __file__, "--measure", folder, str(time.time())]
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        found: dict[str, float] = json.loads((Path(folder) / "results.json").read_text())
+        return found
+
+
+def section(results: dict[int, dict[str, float]]) -> str:
+    """The section of docs/benchmarks.md."""
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.processor())  # fmt: skip
+    rows = [(text, *(f"{found[name]:.3g}" for found in results.values())) for name, text in FIGURES.items()]
+    return (
+        "## What grows with the ranks\n\n"
+        "Written by `python benchmarks/control_plane.py --write docs/benchmarks.md`, which says how it measures. "
+        f"{os.cpu_count()} cores of {cpu}, shared by all ranks; the longest time of any rank.\n\n"
+        f"{table(('figure', *(f'{ranks} ranks' for ranks in results)), rows)}\n"
+    )
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="Markdown file whose section to replace")
+    parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "TIME"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        measure(Path(arguments.measure[0]), float(arguments.measure[1]))
+        return
+    results = {ranks: on_ranks(ranks) for ranks in RANKS}
+    text = section(results)
+    print(text)
+    if arguments.write:
+        write_section(arguments.write, text)
+
+
+if __name__ == "__main__":
+    main()
