@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from pathlib import Path
 from typing import NoReturn
 
 import horovod.torch as hvd
@@ -23,6 +24,12 @@ LAUNCH_DEFAULTS = {
     "HOROVOD_ENABLE_ASYNC_COMPLETION": "1",
 }
 """Environment variables that :func:`init` sets where the user did not."""
+
+RULES_OF_ALLREDUCE = {
+    "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
+    "OMPI_MCA_coll_tuned_dynamic_rules_filename": str(Path(__file__).with_name("open_mpi_allreduce.rules")),
+}
+"""Likewise: Open MPI sums large messages, the gradients, in a ring; the file says from which size on, and why."""
 
 GLOO_TIMEOUT = "10"
 """Seconds without an answer after which Gloo considers a rank lost. A rank does not answer while it computes.
@@ -108,6 +115,8 @@ def meet(timeout: float = math.inf) -> bool:
 def set_launch_defaults() -> None:
     for name, value in LAUNCH_DEFAULTS.items():
         os.environ.setdefault(name, value)
+    if not RULES_OF_ALLREDUCE.keys() & os.environ.keys():
+        os.environ.update(RULES_OF_ALLREDUCE)
 
 
 def controller() -> str:

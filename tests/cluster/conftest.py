@@ -43,7 +43,7 @@ def hosts(cluster_folder: Path) -> Iterator[Hosts]:
         pytest.skip(f"no hosts can be made here: {reason}")
     etc = {}
     if Path("/etc/slurm").is_dir():
-        etc["slurm"] = slurm_of_hosts.write_configuration(cluster_folder, Hosts.NAMES)
+        etc["slurm"] = slurm_of_hosts.write_configuration(cluster_folder, Hosts.NAMES[:4])
     with Hosts(4, cluster_folder, etc) as running:
         yield running
 

@@ -224,7 +224,7 @@ class Hosts:
     ``etc`` maps more files or folders, by their names in /etc, to what the hosts see there.
     """
 
-    NAMES = ("hostA", "hostB", "hostC", "hostD")
+    NAMES = tuple(f"host{letter}" for letter in "ABCDEFGH")
 
     def __init__(self, count: int, folder: Path, etc: Mapping[str, Path] | None = None) -> None:
         self.folder = folder

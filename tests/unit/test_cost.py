@@ -31,6 +31,6 @@ def test_table_counts_layers_weights_and_time() -> None:
     model = convert_batch_norm(nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.BatchNorm2d(8)))
     rows = dict(communication_table(COST, model, ranks=2, step_seconds=1e-3))
     assert rows["CGBN"].startswith("2 layers, 4 messages a step: 0.4 ms")
-    assert rows["step"] == "0.002 s, of which 33% is communication"
+    assert rows["step"] == "0.002 s, of which 33% is communication; 0.001 to 0.002 s to be expected"
     assert "nothing of it hidden" in rows["assumed"]
     assert "step" not in dict(communication_table(COST, model, ranks=2, step_seconds=None))
