@@ -9,29 +9,35 @@ from statistics import median
 SLOWER = 1.3
 """How many times the median of the other ranks' work makes a rank slow. Small steps vary by a tenth or two."""
 
-ROWS = 2
-"""Rows of metrics for which a rank has to be slow in succession before that is said: one may be a coincidence."""
+ROWS, STEPS = 2, 20
+"""Rows of metrics and steps for which a rank has to be slow in succession before that is said."""
 
 
 class SlowRank:
     """Notices a rank that stays slower than the rest. Equal on all ranks, which call it with the same numbers."""
 
     def __init__(self) -> None:
-        self.rank: int | None = None
-        self.rows = 0
+        self.rank = -1
+        """The rank that is slow now; -1 if none is."""
+        self.rows = self.steps = 0
+        self.reported = False
 
-    def update(self, work: list[float]) -> bool:
-        """Takes in the seconds of own work per step of each rank, in rank order; one row of metrics.
+    def update(self, work: list[float], steps: int) -> bool:
+        """Takes in the seconds of own work per step of each rank, in rank order: a row of metrics about some steps.
 
         Returns whether :attr:`rank` has just turned out to be slow: once until it is not, or another one is.
         """
         slowest = max(range(len(work)), key=work.__getitem__)
         if len(work) == 1 or work[slowest] < SLOWER * typical_work(work):
-            self.rank, self.rows = None, 0
+            slowest = -1
+        if slowest != self.rank:
+            self.rank, self.rows, self.steps, self.reported = slowest, 0, 0, False
+        self.rows += 1
+        self.steps += steps
+        if slowest < 0 or self.reported:
             return False
-        self.rows = self.rows + 1 if slowest == self.rank else 1
-        self.rank = slowest
-        return self.rows == ROWS
+        self.reported = self.rows >= ROWS and self.steps >= STEPS
+        return self.reported
 
 
 def typical_work(work: list[float]) -> float:

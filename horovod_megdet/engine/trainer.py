@@ -219,7 +219,7 @@ class Trainer:
         if self.config.solver.lr_modulation == "agvm":
             row |= {f"lr_factor_{module}": factor for module, factor in self.agvm.factors.items()}
         self.run_folder.log_training(self._where() | row)
-        if self.slow_rank.update(work_seconds.tolist()):
+        if self.slow_rank.update(work_seconds.tolist(), window.steps):
             self.report_slow_rank(work_seconds.tolist(), data_seconds.tolist())
         self.window = Window()
 
@@ -227,7 +227,7 @@ class Trainer:
         """Says which rank the others wait for. Collective."""
         rank = self.slow_rank.rank
         hosts = comm.gather_objects(launched.host(), "hosts")
-        if comm.is_main() and rank is not None:
+        if comm.is_main():
             say(f"warning: {describe_slow_rank(rank, hosts[rank], work, data[rank])}")
 
     def evaluate(self) -> tuple[Evaluation, bool]:

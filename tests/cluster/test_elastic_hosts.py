@@ -17,7 +17,7 @@ from tests.parallel.elastic_images import check_every_image_counts_once
 pytestmark = pytest.mark.cluster
 
 SCRIPT = PROJECT / "tests" / "parallel" / "elastic_train.py"
-EPOCHS = 10
+EPOCHS = 7
 
 
 class ElasticJob:

@@ -145,9 +145,7 @@ def test_all_ranks_train_on_while_rank_0_writes_detections(tmp_path: Path, data:
 
 def test_the_log_names_the_rank_that_the_others_wait_for(tmp_path: Path, data: Path) -> None:
     script = Path(__file__).with_name("slow_train.py")
-    arguments = launching.tiny(
-        tmp_path / "run", "solver.epochs=1", "solver.milestones=[]", "solver.gammas=[]", data=data
-    )
+    arguments = launching.tiny(tmp_path / "run", "solver.epochs=4", "output.evaluate_every_epochs=4", data=data)
     job = launching.Job("mpirun", 2, arguments, tmp_path, script)
     assert job.wait() == 0, job.output
     said = re.findall(
