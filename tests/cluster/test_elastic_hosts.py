@@ -94,9 +94,11 @@ def test_hosts_are_lost_at_any_moment_and_come_back(hosts: Hosts, shared: Path, 
     assert elastic.job.wait() == 0, elastic.job.output
     print("seconds from a loss to the next step:", *(f"{value:.1f}" for value in seconds))
 
+    # Gloo may end another rank with the lost one, which then comes back like that.
     ranks = [(row["ranks_before"], row["ranks"]) for row in elastic.changes()]
-    assert ranks[:2] == [(4, 3), (3, 2)]
-    assert (4, 3) in ranks[2:]
+    assert ranks[0][0] == 4 > ranks[0][1]
+    assert min(after for _, after in ranks) <= 2
+    assert [before for before, after in ranks if before == 4 > after][1:], "lost once more after all had come back"
     check_every_image_counts_once(shared, EPOCHS)
     evaluations = [row for row in read_metrics(shared / "run" / "metrics.jsonl") if row["kind"] == "evaluation"]
     assert [int(row["epoch"]) for row in evaluations] == list(range(1, EPOCHS + 1))
