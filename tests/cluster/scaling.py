@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,7 @@ def main() -> int:
     """Measures everything; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="replace the table in docs/performance.md")
+    parser.add_argument("--links", nargs="+", default=LINKS, metavar="RATE", help="limits of the links (1gbit 100mbit)")
     parser.add_argument("--messages", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.messages:
@@ -75,7 +76,7 @@ def main() -> int:
         folder = Path(name) / "scaling" / "cluster"
         folder.mkdir(parents=True)
         with Hosts(max(HOSTS), folder) as hosts:
-            text = "\n".join([*table(list(measure(hosts, folder))), "", *algorithms(hosts)])
+            text = "\n".join([*table(list(measure(hosts, folder, arguments.links))), "", *algorithms(hosts)])
     print(text)
     if arguments.write:
         before, rest = PAGE.read_text().split(BEGIN)
@@ -84,11 +85,11 @@ def main() -> int:
     return 0
 
 
-def measure(hosts: Hosts, folder: Path) -> Iterator[Row]:
+def measure(hosts: Hosts, folder: Path, links: Sequence[str]) -> Iterator[Row]:
     """The rows of the table."""
     free = constants(hosts, None)
     without_limit = {number: step_seconds(hosts, folder, number, None) for number in HOSTS}
-    for link in LINKS:
+    for link in links:
         slow = constants(hosts, link)
         for number in HOSTS:
             step = step_seconds(hosts, folder, number, link)
