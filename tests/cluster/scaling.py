@@ -4,7 +4,7 @@
     sudo .venv/bin/python tests/cluster/scaling.py --write    # and replaces it in docs/performance.md
 
 The constants of the model are fitted to messages between two hosts, for each link. A small detector then trains on 2, 4
-and 8 hosts with a rank each. All hosts share the cores of this machine, so that the same number of ranks without a limit
+and 8 hosts with a rank each. All hosts share the cores of this machine, so that the same number of ranks without limits
 of the links tells the time of computing; what a limit adds is communication, measured and predicted. A second table has
 large messages in the ring that the project chooses, and as Open MPI sends them by itself.
 """
