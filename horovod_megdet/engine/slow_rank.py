@@ -1,4 +1,4 @@
-"""The rank that all others wait for, told by what each rank does itself in a step.
+"""The rank that all others wait for, found from the work of each rank in a step.
 
 Ranks in lock-step take equally long for a step, however fast they are. What differs is their own work: the time of a
 step without that spent in collectives, waiting for other ranks.
