@@ -72,8 +72,8 @@ test-parallel: setup ## Run the tests with several ranks, several files at a tim
 test-gpu: setup ## Run the tests that need an NVIDIA GPU
 	$(IN_VENV) python -m pytest tests/gpu $(ARGS)
 
-test-cluster: setup ## Run the tests that need several hosts
-	$(IN_VENV) python -m pytest tests/cluster $(ARGS)
+test-cluster: setup ## Run the tests that need several hosts, on two sets of hosts at a time
+	$(IN_VENV) python -m pytest tests/cluster -n 2 --dist loadfile $(ARGS)
 
 lint: ruff mypy ## Check style, format and types
 
