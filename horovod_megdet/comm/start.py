@@ -140,10 +140,11 @@ def mpi_library() -> str:
 
 
 def launch_settings() -> dict[str, str]:
-    """The values in force of :data:`LAUNCH_DEFAULTS`, with who set them."""
+    """The values in force of :data:`LAUNCH_DEFAULTS`, with who set them. Elastic jobs do without some."""
     return {
-        name: f"{os.environ.get(name)} ({'default' if os.environ.get(name) == default else 'yours'})"
+        name: f"{os.environ[name]} ({'default' if os.environ[name] == default else 'yours'})"
         for name, default in LAUNCH_DEFAULTS.items()
+        if name in os.environ
     }
 
 

@@ -316,7 +316,7 @@ class RuntimeConfig(Section):
     bind_cores: bool = True
     """Give each rank of a host cores of its own, unless the launcher did."""
 
-    amp: Literal["none", "bfloat16", "float16", "auto"] = "none"
+    amp: Literal["none", "bfloat16", "float16", "auto"] = "auto"
     """Automatic mixed precision, in training and evaluation; float16 (with loss scaling) is for GPUs. `auto` takes what
     the hardware of all ranks is fast at (docs/performance.md); a resumed run keeps what it started with."""
 
