@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
-from torchvision.ops.misc import Conv2dNormActivation
 from torchvision.ops.poolers import LevelMapper
 
 from horovod_megdet import comm
@@ -22,16 +20,13 @@ from horovod_megdet.config import BatchNormConfig, ModelConfig
 from horovod_megdet.layers.kernels import widened
 from horovod_megdet.layers.roi_align import TrainedRoIAlign
 from horovod_megdet.models.backbone import build_backbone
+from horovod_megdet.models.box_head import ROI_SIZE, Predictor, build_box_head
 from horovod_megdet.models.norms import Norms
-from horovod_megdet.models.resnet import NormalizedConv
 from horovod_megdet.models.roi_heads import SAMPLED_ROIS, RoIHeads
 from horovod_megdet.models.rpn import RPN, SAMPLED_ANCHORS
 
 IMAGE_MEAN = [0.485, 0.456, 0.406]
 IMAGE_STD = [0.229, 0.224, 0.225]
-ROI_SIZE = 7
-"""Side of the feature maps that RoIAlign cuts out."""
-
 Pool = TypeVar("Pool", bound=MultiScaleRoIAlign)
 
 COUNT_OF_LOSS = {
@@ -159,8 +154,8 @@ def _build_rpn(model: ModelConfig) -> RPN:
 def _build_roi_heads(model: ModelConfig, norms: Norms, num_classes: int) -> RoIHeads:
     return RoIHeads(
         _build_roi_pool(model),
-        _build_box_head(model, norms),
-        _Predictor(model.box_head_channels, num_classes + 1),
+        build_box_head(model, norms),
+        Predictor(model.box_head_channels, num_classes + 1),
         fg_iou_thresh=0.5,
         bg_iou_thresh=0.5,
         rois_per_image=model.rois_per_image,
@@ -191,25 +186,6 @@ def with_fpn_scales(pool: Pool) -> Pool:
     pool.scales = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
     pool.map_levels = LevelMapper(2, 5, canonical_scale=pool.canonical_scale)
     return pool
-
-
-def _build_box_head(model: ModelConfig, norms: Norms) -> nn.Module:
-    channels = model.fpn_channels
-    head: nn.Module
-    if model.box_head_norm == "none":
-        head = TwoMLPHead(channels * ROI_SIZE**2, model.box_head_channels)
-    else:
-        size = (channels, ROI_SIZE, ROI_SIZE)
-        head = FastRCNNConvFCHead(size, [channels] * 4, [model.box_head_channels], norms.layer(model.box_head_norm))
-        norms.finish(head, model.box_head_norm, "roi_heads.box_head")
-        for name, layer in head.named_children():
-            if isinstance(layer, Conv2dNormActivation):
-                setattr(head, name, NormalizedConv(*layer))
-    for layer in head.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.kaiming_uniform_(layer.weight, a=1)
-            nn.init.zeros_(layer.bias)
-    return head
 
 
 class _Transform(GeneralizedRCNNTransform):
@@ -260,18 +236,3 @@ class _RPNHead(RPNHead):
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, deltas = super().forward(x)
         return [widened(level) for level in logits], [widened(level) for level in deltas]
-
-
-class _Predictor(FastRCNNPredictor):
-    """Initialized as is customary: small class logits, smaller box deltas. Float32 under autocast."""
-
-    def __init__(self, in_channels: int, num_classes: int) -> None:
-        super().__init__(in_channels, num_classes)
-        nn.init.normal_(self.cls_score.weight, std=0.01)
-        nn.init.normal_(self.bbox_pred.weight, std=0.001)
-        nn.init.zeros_(self.cls_score.bias)
-        nn.init.zeros_(self.bbox_pred.bias)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        logits, deltas = super().forward(x)
-        return widened(logits), widened(deltas)

@@ -8,7 +8,8 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 from horovod_megdet.config import DataConfig, ModelConfig, Norm
 from horovod_megdet.models.backbone import add_biases, with_fpn
-from horovod_megdet.models.detector import ROI_SIZE, build_anchors, canonical_scale, with_fpn_scales
+from horovod_megdet.models.box_head import ROI_SIZE
+from horovod_megdet.models.detector import build_anchors, canonical_scale, with_fpn_scales
 
 EPS = 1e-5
 """Of torchvision's normalization layers."""
