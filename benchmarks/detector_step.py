@@ -328,7 +328,7 @@ def main() -> None:
     """Measures, prints and writes; with ``--variants`` what one rank of ours runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
-    parser.add_argument("--rounds", type=int, default=5, help="launches of each (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="launches of each (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of a launch (default: %(default)s)")
     parser.add_argument("--write", type=Path, help="Markdown file whose section is replaced")
     parser.add_argument("--variants", type=json.loads, help=argparse.SUPPRESS)
