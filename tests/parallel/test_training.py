@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -153,4 +154,5 @@ def test_the_log_names_the_rank_that_the_others_wait_for(tmp_path: Path, data: P
     )
     assert said == [("1", launched.host())]
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"]
-    assert all(row["work_seconds_max"] > row["work_seconds_min"] + 0.4 for row in rows)
+    differences = [row["work_seconds_max"] - row["work_seconds_min"] for row in rows]
+    assert statistics.median(differences) > 0.25, "it sleeps for 0.5 s of a step"
