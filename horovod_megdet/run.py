@@ -37,7 +37,7 @@ def train(arguments: argparse.Namespace) -> int:
             exit_code = ElasticRun(config, arguments.resume).train()
         else:
             exit_code = build_trainer(config, arguments.resume, StopRequest()).train()
-        if exit_code == EXIT_STOPPED and comm.is_main():
+        if exit_code == EXIT_STOPPED and launched.rank() == 0:  # Horovod may have ended
             say("Stopped by a signal; the checkpoint is written. Start again with --resume.")
         return exit_code
 

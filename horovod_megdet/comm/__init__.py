@@ -30,7 +30,7 @@ from horovod_megdet.comm.collectives import (
     world,
 )
 from horovod_megdet.comm.consensus import agreed_error, agreement, check_same
-from horovod_megdet.comm.elastic import HostsChanged, RemovedError, hosts_changed, join, rejoin
+from horovod_megdet.comm.elastic import HostsChanged, RemovedError, StoppedError, end_last, hosts_changed, join, rejoin
 from horovod_megdet.comm.start import (
     GLOO_TIMEOUT,
     LAUNCH_DEFAULTS,
@@ -51,6 +51,7 @@ __all__ = [
     "HostsChanged",
     "LostRankError",
     "RemovedError",
+    "StoppedError",
     "abort",
     "agreed_error",
     "agreement",
@@ -65,6 +66,7 @@ __all__ = [
     "collect",
     "controller",
     "distributed_optimizer",
+    "end_last",
     "gather",
     "gather_objects",
     "gpu_is_shared",

@@ -19,6 +19,7 @@ import os
 import socket
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import horovod.torch as hvd
@@ -42,6 +43,10 @@ class HostsChanged(Exception):
 
 class RemovedError(Exception):
     """This process has no place in the job any more: its host was taken away, or one of its ranks failed."""
+
+
+class StoppedError(Exception):
+    """Raised by all ranks that wait for new ones together: the job is to stop, and the new ones do not come."""
 
 
 class _News:
@@ -85,34 +90,37 @@ def join(deterministic: bool = False) -> None:
     # 1 MB when it starts it again, and ranks that differ in that read each other's messages wrongly. (Its
     # ParameterManager writes the default cycle time, 1, into the place of the threshold.) Gloo is not faster with it.
     os.environ.pop("HOROVOD_CYCLE_TIME", None)
-    if start.meet(LONGEST_START):
+    if start.meet(LONGEST_START) == "complete":
         _connect()
     else:
-        _take_new_place()
+        _take_new_place(stopping=lambda: False)
 
 
-def rejoin(lost: bool) -> None:
+def rejoin(lost: bool, stopping: Callable[[], object]) -> None:
     """Starts Horovod anew after a change, with the ranks that are there then. Collective.
 
-    ``lost``: a rank does not answer. Waits until the driver has its minimum of ranks. Raises :class:`RemovedError`
-    where this process is no longer needed, and :class:`UserError` if the driver gives up.
+    ``lost``: a rank does not answer. ``stopping()``: whether the job is to stop as soon as it can. Waits until the
+    driver has its minimum of ranks. Raises :class:`RemovedError` where this process is no longer needed,
+    :class:`StoppedError` if others do not come while it is to stop, and :class:`UserError` if the driver gives up.
     """
     if lost:
         _hang_up()
     hvd.shutdown()
-    _take_new_place()
+    _take_new_place(stopping)
 
 
-def _take_new_place() -> None:
+def _take_new_place(stopping: Callable[[], object]) -> None:
     _news.changed = False
-    arrived = False
-    while not arrived:
+    meeting: start.Meeting = "incomplete"
+    while meeting != "complete":
         with waiting_for("place in the job"):
             place = _ask_for_place()
         if place[0] == REMOVED:
             raise RemovedError
         launched.move(*place)
-        arrived = start.meet(LONGEST_START)
+        meeting = start.meet(LONGEST_START, stopping)
+        if meeting == "stopped":
+            raise StoppedError
     _connect()
 
 
@@ -147,12 +155,21 @@ def _sockets() -> dict[int, str]:
     return found
 
 
-def _ask_for_place() -> list[int]:
+def end_last() -> None:
+    """Takes part in one more round of the driver, so that the exit code of this rank counts.
+
+    Of the ranks that end in the same round, the first decides, which would be the one that the others have waited for.
+    """
+    with contextlib.suppress(UserError):
+        _ask_for_place(start.TIMEOUT_TO_STOP)
+
+
+def _ask_for_place(timeout: float | None = None) -> list[int]:
     """Asks for rank, number of ranks, local rank and size, cross rank and size; answered when all have asked."""
     server = f"{os.environ['HOROVOD_GLOO_RENDEZVOUS_ADDR']}:{os.environ['HOROVOD_GLOO_RENDEZVOUS_PORT']}"
     key = f"{os.environ['HOROVOD_HOSTNAME']}:{os.environ['HOROVOD_LOCAL_RANK']}"
     try:
-        with urllib.request.urlopen(f"http://{server}/rank_and_size/{key}") as answer:
+        with urllib.request.urlopen(f"http://{server}/rank_and_size/{key}", timeout=timeout) as answer:
             return [int(number) for number in answer.read().decode().split(",")]
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         raise UserError(

@@ -5,8 +5,9 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, Literal, NoReturn
 
 import horovod.torch as hvd
 from horovod.runner.http import http_client
@@ -34,6 +35,12 @@ RULES_OF_ALLREDUCE = {
 GLOO_TIMEOUT = "10"
 """Seconds without an answer after which Gloo considers a rank lost. A rank does not answer while it computes.
 Horovod's default, 30, is for ranks that start late; :func:`init` waits for those itself."""
+
+TIMEOUT_TO_STOP = 10.0
+"""Seconds that ranks which have to stop wait for others that start: there may not be much time for a checkpoint."""
+
+Meeting = Literal["complete", "incomplete", "stopped"]
+"""How it ended that ranks waited for each other: all came; some did not; some did not, and the job is to stop."""
 
 
 def init(deterministic: bool = False, groups: bool = False) -> None:
@@ -84,32 +91,45 @@ def _check_running(deterministic: bool, groups: bool) -> None:
             )
 
 
-def meet(timeout: float = math.inf) -> bool:
-    """Returns True when all ranks that horovodrun has started have called this; False after ``timeout`` seconds.
+def meet(timeout: float = math.inf, stopping: Callable[[], object] = lambda: False) -> Meeting:
+    """Waits until all ranks that horovodrun has started have called this, or rank 0 gives up; the same on all ranks.
 
     One host may take a minute longer than another to import torch from a cold disk, and Gloo would give up. The ranks
-    meet at horovodrun's own store of keys and values. Rank 0 decides: the others wait twice as long.
+    meet at horovodrun's own store of keys and values. Rank 0 gives up after ``timeout`` seconds, or
+    :data:`TIMEOUT_TO_STOP` if any rank is ``stopping()``; the others wait twice as long, in case it does not come.
     """
     store = os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"], os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"], "megdet_start"
     main = launched.rank() == 0
-    deadline = time.monotonic() + (timeout if main else 2 * timeout)
+    began = time.monotonic()
 
-    def wait_for(key: str) -> bool:
-        while time.monotonic() < deadline:
-            with contextlib.suppress(RuntimeError):  # not there yet
-                http_client.read_data_from_kvstore(*store, key)
-                return True
+    def read(key: str) -> Any:
+        with contextlib.suppress(RuntimeError):
+            return http_client.read_data_from_kvstore(*store, key)
+        return None  # it is not there yet
+
+    def to_stop() -> bool:
+        if not stopping():
+            return bool(read("stopping"))
+        http_client.put_data_into_kvstore(*store, "stopping", True)
+        return True
+
+    def wait_for(key: str) -> Any:
+        """The value of a key; None if it does not come."""
+        while (value := read(key)) is None:
+            waited = time.monotonic() - began
+            if waited > timeout * (1 if main else 2) or (waited > TIMEOUT_TO_STOP and to_stop() and main):
+                break
             time.sleep(0.2)
-        return False
+        return value
 
     with waiting_for("start"):
         if not main:
             http_client.put_data_into_kvstore(*store, str(launched.rank()), True)
-            return wait_for("all")
-        if not all(wait_for(str(other)) for other in range(1, launched.size())):
-            return False
-        http_client.put_data_into_kvstore(*store, "all", True)
-    return True
+            return wait_for("meeting") or "incomplete"
+        complete = all(wait_for(str(other)) for other in range(1, launched.size()))
+        meeting: Meeting = "complete" if complete else "stopped" if to_stop() else "incomplete"
+        http_client.put_data_into_kvstore(*store, "meeting", meeting)
+        return meeting
 
 
 def set_launch_defaults() -> None:

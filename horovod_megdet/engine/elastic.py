@@ -36,7 +36,7 @@ from horovod_megdet.engine.startup import (
     start_trainer,
 )
 from horovod_megdet.engine.trainer import Trainer
-from horovod_megdet.errors import UserError
+from horovod_megdet.errors import EXIT_STOPPED, UserError
 from horovod_megdet.printing import say
 
 
@@ -160,7 +160,19 @@ class ElasticRun:
             # What the training loop froze includes the trainer of the session that has ended.
             gc.unfreeze()
             gc.collect()
-            comm.rejoin(lost)
+            try:
+                comm.rejoin(lost, stopping=lambda: self.snapshot and self.stop_request)
+            except comm.StoppedError:
+                return self._stop()
+
+    def _stop(self) -> int:
+        """Ends a job whose ranks wait for each other; rank 0 of those that are there writes a checkpoint."""
+        if launched.rank() == 0:
+            assert self.snapshot
+            assert self.foundation
+            _save(self.snapshot, self.foundation)
+        comm.end_last()
+        return EXIT_STOPPED
 
     def _session(self) -> int:
         hosts = self._meet()
@@ -214,6 +226,7 @@ class ElasticRun:
             trainer = assemble(self.foundation, ElasticTrainer, load=False)
         except UserError:  # agreed on by all: these ranks cannot share the mini-batch
             if comm.is_main():
+                say("These ranks cannot go on.")
                 _save(snapshot, self.foundation)
             raise
         trainer.go_on(snapshot, hosts)
@@ -232,10 +245,10 @@ def check_elastic(config: Config) -> None:
 
 
 def _save(snapshot: Snapshot, foundation: Foundation) -> None:
-    """Writes the state as a checkpoint, where training cannot go on."""
+    """Writes the state as a checkpoint, where there is no trainer for it."""
     run_dir = Path(foundation.config.output.run_dir)
     path = checkpoint.save(run_dir, snapshot.weights, snapshot.state, foundation.description, snapshot.epoch)
-    say(f"These ranks cannot go on. The state in memory is written: {path}")
+    say(f"The state in memory is written: {path}")
 
 
 def _on_cpu(value: Any) -> Any:

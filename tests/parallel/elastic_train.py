@@ -5,7 +5,8 @@ The log is ``images.txt`` in the working directory: ``seen START RANKS SEED`` fo
 that. START and END are positions in the stream of images. :mod:`elastic_images` reads it.
 
 With ``--ends``, rank 0 ends at its first evaluation and at a checkpoint. Steps of fewer than ``--full N`` ranks, 2 by
-default, take a second longer: so lost ranks are back before the run ends.
+default, take a second longer: so lost ranks are back before the run ends. With ``--broken HOST`` ranks on that host end
+before they meet the others.
 """
 
 import os
@@ -19,6 +20,20 @@ from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(PROJECT))
+
+
+def taken(option: str, words: int) -> list[str]:
+    """What follows an option on the command line, which is removed from there; empty without it."""
+    if option not in sys.argv:
+        return []
+    place = sys.argv.index(option)
+    found = sys.argv[place : place + words]
+    del sys.argv[place : place + words]
+    return found
+
+
+if os.environ["HOROVOD_HOSTNAME"] in taken("--broken", 2):
+    sys.exit("broken")
 
 from horovod_megdet import comm  # noqa: E402
 from horovod_megdet.data.loader import Batch  # noqa: E402
@@ -72,16 +87,6 @@ def write_and_note(self: Trainer, random_states: Any) -> None:
     if ENDS and self.position.images_seen > len(self.train_set):
         end_once("writing")
     write(self, random_states)
-
-
-def taken(option: str, words: int) -> list[str]:
-    """What follows an option on the command line, which is removed from there; empty without it."""
-    if option not in sys.argv:
-        return []
-    place = sys.argv.index(option)
-    found = sys.argv[place : place + words]
-    del sys.argv[place : place + words]
-    return found
 
 
 ENDS = bool(taken("--ends", 1))

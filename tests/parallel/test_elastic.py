@@ -10,6 +10,7 @@ from elastic_images import IMAGES, check_every_image_counts_once
 
 from horovod_megdet.config import load_config
 from horovod_megdet.engine import checkpoint
+from horovod_megdet.errors import EXIT_STOPPED
 from horovod_megdet.report.rows import Rows, read_metrics
 
 SCRIPT = Path(__file__).with_name("elastic_train.py")
@@ -18,18 +19,25 @@ SCRIPT = Path(__file__).with_name("elastic_train.py")
 def start(folder: Path, ranks: int, hosts: str, arguments: list[str]) -> launching.Job:
     """Starts an elastic job on ``hosts``, such as ``localhost:2 127.0.0.1:1``."""
     folder.mkdir(parents=True, exist_ok=True)
-    program = folder / "hosts.sh"
-    program.write_text(f"#!/bin/sh\nprintf '%s\\n' {hosts}\n")
-    program.chmod(0o755)
+    find_hosts(folder, hosts)
     return launching.Job("elastic", ranks, arguments, folder, SCRIPT)
 
 
-def rank_on(job: launching.Job, host: str) -> int:
+def find_hosts(folder: Path, hosts: str) -> None:
+    """What the job's discovery program finds from now on."""
+    new, program = folder / "hosts.new", folder / "hosts.sh"
+    new.write_text(f"#!/bin/sh\nprintf '%s\\n' {hosts}\n")
+    new.chmod(0o755)
+    new.rename(program)
+
+
+def rank_on(job: launching.Job, host: str, local_rank: int = 0) -> int:
     """The process id of a rank on a host."""
+    place = {f"HOROVOD_HOSTNAME={host}".encode(), f"HOROVOD_LOCAL_RANK={local_rank}".encode()}
     for pid in job.ranks():
-        if f"HOROVOD_HOSTNAME={host}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+        if place <= set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")):
             return pid
-    raise AssertionError(f"no rank on {host}:\n{job.output}")
+    raise AssertionError(f"no rank {local_rank} on {host}:\n{job.output}")
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +106,17 @@ def test_a_mini_batch_that_the_remaining_ranks_cannot_share(data: Path, tmp_path
     assert "Exit code: 2" in job.output
     steps = [row["step"] for row in metrics(tmp_path, "train")]
     assert checkpoint.newest(tmp_path / "run", report=pytest.fail).step >= steps[-1] >= 1
+
+
+def test_a_job_that_waits_for_a_rank_stops_when_it_is_asked_to(data: Path, tmp_path: Path) -> None:
+    """The new rank has ended before it has met the others, which would wait for it for two minutes."""
+    arguments = launching.tiny(tmp_path / "run", "solver.epochs=100", "output.log_every_images=2", data=data)
+    job = start(tmp_path, 2, "localhost:2", [*arguments, "--broken", "127.0.0.1"])
+    job.wait_for_output("step 2 ", timeout=120)
+    find_hosts(tmp_path, "localhost:2 127.0.0.1:1")
+    job.wait_for_output("broken", timeout=60)
+    os.kill(rank_on(job, "localhost", local_rank=1), signal.SIGUSR1)
+    assert job.wait(60) != 0
+    assert f"Exit code: {EXIT_STOPPED}" in job.output
+    assert "The state in memory is written" in job.output
+    assert checkpoint.newest(tmp_path / "run", report=pytest.fail).step >= 2
