@@ -1,6 +1,6 @@
 """A training step of the whole detector, ours beside a plain torchvision trainer: a section of docs/benchmarks.md.
 
-    python benchmarks/detector_step.py                              # prints the section; takes about half an hour
+    python benchmarks/detector_step.py                              # prints the section; takes about 50 minutes
     python benchmarks/detector_step.py --write docs/benchmarks.md   # and replaces it in the file
     python benchmarks/detector_step.py --only pairs --rounds 3      # some of it
 
@@ -341,7 +341,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = make_data(Path(folder) / "data")
         launcher = Launcher(Path(folder), arguments.steps, settings)
-        rows = [row for name in arguments.only for row in PARTS[name](launcher, arguments.rounds)]
+        rows: list[Row] = []
+        for name in arguments.only:
+            rows += PARTS[name](launcher, arguments.rounds)
+            print(section(rows, settings), file=sys.stderr, flush=True)  # so that it is not lost if the next one fails
     text = section(rows, settings)
     print(text)
     if arguments.write:
