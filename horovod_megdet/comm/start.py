@@ -108,6 +108,7 @@ def meet(timeout: float = math.inf, stopping: Callable[[], object] = lambda: Fal
         return None  # it is not there yet
 
     def to_stop() -> bool:
+        """Whether any rank has to stop. One that has tells the others: rank 0 may not have been asked itself."""
         if not stopping():
             return bool(read("stopping"))
         http_client.put_data_into_kvstore(*store, "stopping", True)

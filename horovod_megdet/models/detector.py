@@ -27,6 +27,7 @@ from horovod_megdet.models.rpn import RPN, SAMPLED_ANCHORS
 
 IMAGE_MEAN = [0.485, 0.456, 0.406]
 IMAGE_STD = [0.229, 0.224, 0.225]
+
 Pool = TypeVar("Pool", bound=MultiScaleRoIAlign)
 
 COUNT_OF_LOSS = {
