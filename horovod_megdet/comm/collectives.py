@@ -175,16 +175,22 @@ def broadcast_(tensor: Tensor, name: str) -> None:
         hvd.broadcast_(tensor, root_rank=0, name=name)
 
 
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """A view of ``tensor`` that is contiguous, as Horovod wants it: (n, ..., C) of (n, C, ...) with channels last."""
+    return tensor if tensor.is_contiguous() else tensor.movedim(1, -1)
+
+
 def broadcast_weights(module: nn.Module) -> None:
     """Copies rank 0's parameters and buffers to all ranks."""
     if size() == 1:
         return
-    weights = module.state_dict()
+    weights = {name: in_memory_order(value) for name, value in module.state_dict().items()}
     messages = {name: value.cpu() for name, value in weights.items()} if gpu_is_shared() else weights
     with waiting_for("starting weights"):
         hvd.broadcast_parameters(messages, root_rank=0)
     if messages is not weights:
-        module.load_state_dict(messages)
+        for name, value in weights.items():
+            value.copy_(messages[name])
 
 
 def barrier() -> None:
@@ -221,7 +227,7 @@ def distributed_optimizer(
 
     ``fp16`` sends them as float16.
     """
-    compression: Any = hvd.Compression.fp16 if fp16 else hvd.Compression.none
+    compression: Any = _InMemoryOrder(hvd.Compression.fp16 if fp16 else hvd.Compression.none)
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     distributed: DistributedOptimizer = hvd.DistributedOptimizer(
         optimizer,
@@ -231,6 +237,22 @@ def distributed_optimizer(
         op=hvd.Average,
     )
     return distributed
+
+
+@dataclass(frozen=True)
+class _InMemoryOrder:
+    """A compression of Horovod's that takes gradients with channels last, too; they are sent as they lie in memory."""
+
+    compression: Any
+
+    def compress(self, gradient: Tensor) -> tuple[Tensor, Any]:
+        message, context = self.compression.compress(in_memory_order(gradient))
+        return message, (gradient.is_contiguous(), context)
+
+    def decompress(self, message: Tensor, context: Any) -> Tensor:
+        contiguous, inner = context
+        gradient: Tensor = self.compression.decompress(message, inner)
+        return gradient if contiguous else gradient.movedim(-1, 1)
 
 
 @dataclass(frozen=True)

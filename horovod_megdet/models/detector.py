@@ -120,14 +120,15 @@ def build_detector(
     """Builds the detector with random weights; :func:`~horovod_megdet.models.weights.load_weights` loads others.
 
     ``num_classes`` does not count the background. ``group`` are the ranks that share statistics in ``cgbn`` layers
-    (:func:`~horovod_megdet.models.norms.bn_group`), all by default. ``channels_last`` is the layout of the activations.
-    All ranks have to build the same detector.
+    (:func:`~horovod_megdet.models.norms.bn_group`), all by default. ``channels_last`` is the layout of activations and
+    of the convolutions' weights. All ranks have to build the same detector.
     """
     norms = Norms(batch_norm, group)
     backbone = build_backbone(model, norms)
     rpn = _build_rpn(model)
     roi_heads = _build_roi_heads(model, norms, num_classes)
-    return Detector(backbone, rpn, roi_heads, _Transform(channels_last))
+    detector = Detector(backbone, rpn, roi_heads, _Transform(channels_last))
+    return detector.to(memory_format=torch.channels_last) if channels_last else detector
 
 
 def build_anchors(model: ModelConfig) -> AnchorGenerator:
@@ -192,8 +193,7 @@ def with_fpn_scales(pool: Pool) -> Pool:
 class _Transform(GeneralizedRCNNTransform):
     """Normalizes and pads; the images come in the size that the network shall see.
 
-    With ``channels_last`` the batch has that layout, which the convolutions pass on. The weights keep theirs: Horovod
-    takes contiguous tensors only.
+    With ``channels_last`` the batch has that layout, which the convolutions pass on.
     """
 
     def __init__(self, channels_last: bool) -> None:

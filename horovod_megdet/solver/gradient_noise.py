@@ -190,7 +190,7 @@ class GradientNoise:
 
 def _row_norms(gradient: Tensor) -> Tensor:
     """The L2 norms of the rows (first dimension): on CPUs a float32 sum over a whole large weight is off by 1e-3."""
-    return torch.linalg.vector_norm(gradient.reshape(len(gradient), -1), dim=1)
+    return torch.linalg.vector_norm(comm.in_memory_order(gradient).reshape(len(gradient), -1), dim=1)
 
 
 def _squares(norms: dict[str, list[Tensor]]) -> Tensor:

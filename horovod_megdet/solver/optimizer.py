@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from horovod_megdet.config import SolverConfig
 from horovod_megdet.errors import UserError
+from horovod_megdet.layers.kernels.layout import laid_out_like
 from horovod_megdet.models.modules import MODULES, trainable_parameters
 
 TRUST_COEFFICIENT = 0.001
@@ -73,6 +74,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
     if len(groups) == len(saved):  # keeps what an optimizer itself notes in its groups
         groups = [old | new for old, new in zip(saved, groups, strict=True)]
     optimizer.load_state_dict(state | {"param_groups": groups})
+    for parameter, kept in optimizer.state.items():  # the fused steps go through memory, whatever the strides are
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                kept[name] = laid_out_like(value, parameter)
 
 
 def _optimizer(groups: list[dict[str, Any]], solver: SolverConfig) -> torch.optim.Optimizer:

@@ -57,9 +57,30 @@ def steps_that_count() -> float:
     return math.log1p(-trainer.noise.averages.weight) / math.log1p(-1 / MEMORY)
 
 
-def steps_of_the_optimizer(name: str) -> bool:
+def averaged_gradients(name: str, *settings: str) -> dict[str, torch.Tensor]:
+    """Of the first step, as the optimizer gets them."""
+    trainer = start(name, *settings)
+    found: dict[str, torch.Tensor] = {}
+
+    def note() -> None:
+        found.update({key: each.grad.clone() for key, each in trainer.detector.named_parameters()})
+
+    with mock.patch.object(trainer, "apply_gradients", note):
+        trainer.train_step(iter(trainer._train_loader()))
+    return found
+
+
+def largest_difference(name: str, *settings: str) -> float:
+    """Between the gradients of both layouts, in lengths of a parameter's gradient."""
+    first = averaged_gradients(f"{name} first", *settings, "runtime.channels_last=false")
+    last = averaged_gradients(f"{name} last", *settings, "runtime.channels_last=true")
+    assert any(not gradient.is_contiguous() for gradient in last.values())
+    return max(float((last[key] - first[key]).norm() / first[key].norm()) for key in first)
+
+
+def steps_of_the_optimizer(name: str, *settings: str) -> bool:
     """Whether steps under Horovod have the bits of those of the optimizer alone, on the averaged gradients."""
-    trainer = start(name, f"solver.optimizer={name}")
+    trainer = start(" ".join((name, *settings)), f"solver.optimizer={name}", *settings)
     alone = copy.deepcopy(trainer.detector)
     optimizer = build_optimizer(alone, trainer.config.solver)
     apply = trainer.apply_gradients
@@ -73,7 +94,7 @@ def steps_of_the_optimizer(name: str) -> bool:
 
     with mock.patch.object(trainer, "apply_gradients", both):
         messages(trainer)
-    start_weights = trainer.detector.parameters(), start(f"{name} again").detector.parameters()
+    start_weights = trainer.detector.parameters(), start(f"{' '.join((name, *settings))} again").detector.parameters()
     assert not any(map(torch.equal, *start_weights)), "every parameter has moved"
     return all(map(torch.equal, trainer.detector.parameters(), alone.parameters()))
 
@@ -86,7 +107,12 @@ def measure() -> dict[str, Any]:
         },
         "not clipped": after_a_step("not clipped"),
         "clipped": after_a_step("clipped", "solver.clip_gradient_norm=0.001"),
-        "optimizers": {name: steps_of_the_optimizer(name) for name in ("lars", "adamw")},
+        "optimizers": {name: steps_of_the_optimizer(name) for name in ("lars", "adamw")}
+        | {"sgd, channels last": steps_of_the_optimizer("sgd", "runtime.channels_last=true")},
+        "layouts": {
+            "float32": largest_difference("float32"),
+            "float16 messages": largest_difference("float16", "solver.compression=fp16"),
+        },
         "steps that count": steps_that_count(),
     }
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -32,9 +33,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def build(**changes: Any) -> Detector:
+def build(channels_last: bool = False, **changes: Any) -> Detector:
     torch.manual_seed(1)
-    return build_detector(ModelConfig(**SMALL | changes), BatchNormConfig(), 2)
+    return build_detector(ModelConfig(**SMALL | changes), BatchNormConfig(), 2, channels_last=channels_last)
 
 
 def example(count: int = 4, size: tuple[int, int] = (64, 96)) -> tuple[list[Tensor], list[dict[str, Any]]]:
@@ -207,9 +208,9 @@ def test_recomputation_keeps_fewer_activations() -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_predictions(channels_last: bool) -> None:
-    detector = build(score_threshold=0.0, detections_per_image=7)
+    detector = build(channels_last, score_threshold=0.0, detections_per_image=7)
     backward(detector, *example(2))
-    detector.eval().transform.channels_last = channels_last
+    detector.eval()
     images = [example(1)[0][0], example(1, (50, 70))[0][0]]
     found = detector.predict(images)
     as_floats = detector.predict([image / 255 for image in images])
@@ -221,6 +222,32 @@ def test_predictions(channels_last: bool) -> None:
         assert set(each["labels"].tolist()) <= {1, 2}
         assert each["scores"].tolist() == sorted(each["scores"].tolist(), reverse=True)
         torch.testing.assert_close(each["boxes"], again["boxes"])
+
+
+def test_the_layout_changes_nothing_but_the_order_in_memory() -> None:
+    last, first = build(channels_last=True), build()
+    weight = last.backbone.body.layer4[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    assert all(map(torch.equal, last.parameters(), first.parameters()))
+    gradients, expected = (backward(detector.double(), *example(2)) for detector in (last, first))
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-9, msg=name)
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 convolutions for this processor"
+)
+def test_weights_are_copied_only_to_change_their_type() -> None:
+    """Once forward and twice for the gradient, which oneDNN returns with channels first: not six times per step."""
+    detector = build(channels_last=True)
+    weights = [module.weight for module in detector.modules() if isinstance(module, nn.Conv2d)]
+    shape = [512, 512, 3, 3]
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled, torch.autocast("cpu"):
+        backward(detector, *example(2))
+    copied = [event for event in profiled.events() if event.name == "aten::copy_" and event.input_shapes[0] == shape]
+    assert len(copied) == 3 * sum(list(weight.shape) == shape for weight in weights) > 0
 
 
 def test_boxes_keep_their_precision_under_autocast() -> None:
