@@ -321,7 +321,8 @@ class RuntimeConfig(Section):
     the hardware of all ranks is fast at (docs/performance.md); a resumed run keeps what it started with."""
 
     channels_last: bool | Literal["auto"] = "auto"
-    """Store activations and weights of convolutions with channels last; `auto` does so on GPUs, and with bfloat16 on CPUs."""
+    """Store activations and weights of convolutions with channels last; `auto` does so on GPUs, and with bfloat16 on
+    CPUs."""
 
     deterministic: bool = False
     """Fix the order of all sums, so that runs with more than two ranks, or on GPUs, repeat bit for bit; slower."""
