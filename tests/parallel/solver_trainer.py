@@ -80,7 +80,8 @@ def largest_difference(name: str, *settings: str) -> float:
 
 def steps_of_the_optimizer(name: str, *settings: str) -> bool:
     """Whether steps under Horovod have the bits of those of the optimizer alone, on the averaged gradients."""
-    trainer = start(" ".join((name, *settings)), f"solver.optimizer={name}", *settings)
+    run = " ".join((name, *settings))
+    trainer = start(run, f"solver.optimizer={name}", *settings)
     alone = copy.deepcopy(trainer.detector)
     optimizer = build_optimizer(alone, trainer.config.solver)
     apply = trainer.apply_gradients
@@ -94,7 +95,7 @@ def steps_of_the_optimizer(name: str, *settings: str) -> bool:
 
     with mock.patch.object(trainer, "apply_gradients", both):
         messages(trainer)
-    start_weights = trainer.detector.parameters(), start(f"{' '.join((name, *settings))} again").detector.parameters()
+    start_weights = trainer.detector.parameters(), start(f"{run} again").detector.parameters()
     assert not any(map(torch.equal, *start_weights)), "every parameter has moved"
     return all(map(torch.equal, trainer.detector.parameters(), alone.parameters()))
 

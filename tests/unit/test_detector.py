@@ -239,7 +239,7 @@ def test_the_layout_changes_nothing_but_the_order_in_memory() -> None:
 @pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 convolutions for this processor"
 )
-def test_weights_are_copied_only_to_change_their_type() -> None:
+def test_with_channels_last_weights_are_copied_half_as_often() -> None:
     """Once forward and twice for the gradient, which oneDNN returns with channels first: not six times per step."""
     detector = build(channels_last=True)
     weights = [module.weight for module in detector.modules() if isinstance(module, nn.Conv2d)]

@@ -113,9 +113,8 @@ def test_a_state_of_the_other_memory_layout_gives_the_same_steps(name: str) -> N
     optimizers = {module: build_optimizer(modules[module], solver(optimizer=name)) for module in modules}
 
     def step(module: nn.Module, number: int) -> None:
-        for parameter, gradient in gradients(first, number):
-            by_name = dict(zip(first.parameters(), module.parameters(), strict=True))
-            by_name[parameter].grad = torch.empty_like(by_name[parameter]).copy_(gradient)
+        for parameter, gradient in gradients(module, number):
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
         set_lr(optimizers[module], 0.1, dict.fromkeys(MODULES, 1.0))
         optimizers[module].step()
 
