@@ -61,8 +61,9 @@ def measure(part: str, ranks: int = 2, settings: dict[str, str] | None = None) -
 def steps_table() -> Table:
     """ResNet-50 and the detector: CGBN against the alternatives."""
     names = {
-        "local": "torchvision's ResNet, plain nn.BatchNorm2d, under Horovod; the detector with local BN",
-        "local_ddp": "torchvision's ResNet, plain nn.BatchNorm2d, under DDP-gloo",
+        "plain": "plain nn.BatchNorm2d and ReLU under Horovod",
+        "plain_ddp": "plain nn.BatchNorm2d and ReLU under DDP-gloo",
+        "local": "the same layers with local statistics",
         "naive_ddp": "differentiable allreduce of (E x, E x^2) under DDP-gloo",
         "five_messages": "Horovod's five messages a layer",
     }

@@ -26,12 +26,12 @@ from torch.profiler import ProfilerActivity, profile
 from torchvision.models import resnet50
 from torchvision_trainer import NaiveBatchNorm
 
-from horovod_megdet import CrossGPUBatchNorm, comm, convert_batch_norm
+from horovod_megdet import CrossGPUBatchNorm, comm, convert_batch_norm, revert_batch_norm
 from horovod_megdet.comm.bare_mpi import BareMPI
-from horovod_megdet.config import BatchNormConfig, ModelConfig
+from horovod_megdet.config import BatchNormConfig, ModelConfig, Norm
 from horovod_megdet.engine import hardware
 from horovod_megdet.models.backbone import RecomputedStage
-from horovod_megdet.models.detector import build_detector
+from horovod_megdet.models.detector import Detector, build_detector
 from horovod_megdet.models.resnet import build_resnet
 
 IMAGES_PER_RANK = 2
@@ -70,11 +70,11 @@ def resnet_steps() -> dict[str, Any]:
     torch.manual_seed(0)
     plain = resnet50(num_classes=CLASSES).train()
     models = {
-        "local": (copy.deepcopy(plain), False),
+        "plain": (copy.deepcopy(plain), False),
         "cgbn": (convert_batch_norm(build_resnet("resnet50", nn.BatchNorm2d, CLASSES)), False),
         "five_messages": (convert(copy.deepcopy(plain), FiveMessageBatchNorm), False),
         "naive_ddp": (convert(copy.deepcopy(plain), NaiveBatchNorm), True),
-        "local_ddp": (copy.deepcopy(plain), True),
+        "plain_ddp": (copy.deepcopy(plain), True),
     }
     result = {}
     for side, turns in ((256, 8), (128, 12)):
@@ -87,18 +87,21 @@ def resnet_steps() -> dict[str, Any]:
 
 
 def detector_steps() -> dict[str, Any]:
-    """The whole detector, R50-FPN at 320 px, with Cross-GPU BN and with local BN."""
-    steps = {}
-    for norm in ("local", "cgbn"):
-        torch.manual_seed(0)
-        model = ModelConfig(backbone="resnet50", weights="none", backbone_norm=norm, fpn_norm=norm, box_head_norm=norm)
-        steps[norm] = detector_step(model)
-    return {"320": _seconds(take_turns(steps, 8))}
+    """The whole detector, R50-FPN at 320 px: Cross-GPU BN, the same layers by themselves, and PyTorch's layers."""
+    detectors = {"plain": revert_batch_norm(build("local")), "local": build("local"), "cgbn": build("cgbn")}
+    return {"320": _seconds(take_turns({name: detector_step(model) for name, model in detectors.items()}, 8))}
 
 
-def detector_step(model: ModelConfig) -> Callable[[], None]:
+def build(norm: Norm) -> Detector:
+    """R50-FPN with random weights and this normalization everywhere."""
+    torch.manual_seed(0)
+    model = ModelConfig(backbone="resnet50", weights="none", backbone_norm=norm, fpn_norm=norm, box_head_norm=norm)
+    return build_detector(model, BatchNormConfig(), num_classes=5)
+
+
+def detector_step(detector: Detector) -> Callable[[], None]:
     """An SGD step of the detector on fixed random images with four objects each."""
-    detector = build_detector(model, BatchNormConfig(), num_classes=5).train()
+    detector.train()
     generator = torch.Generator().manual_seed(comm.rank())
     images = [torch.randint(0, 256, (3, 320, 320), dtype=torch.uint8, generator=generator) for _ in range(2)]
     boxes = torch.tensor([[10.0, 10, 100, 120], [50, 150, 200, 300], [180, 20, 300, 90], [220, 200, 310, 310]])
