@@ -78,7 +78,7 @@ def run_all(arguments: argparse.Namespace) -> int:
         say(f"{results.path}: the last line was incomplete and is removed; its run is made again.")
     cells, waiting = load_cells(arguments.cells, overrides)
     for name, sentence in waiting.items():
-        say(f"{name} waits: {sentence}")
+        say(f"{name} cannot be run by this version: {sentence}")
     only = arguments.only or (QUICK_CELLS if arguments.quick else "")
     runs = choose_runs(cells, only, arguments.seeds or (1 if arguments.quick else 3))
     if arguments.list:
@@ -99,7 +99,7 @@ def run_all(arguments: argparse.Namespace) -> int:
             say(f"error: {error}")
             failures += 1
             continue
-        say(f"{run}: {outcome(row)}" if row else f"{run}: left to another driver, or to the next start")
+        say(f"{run}: {outcome(row)}" if row else f"{run}: stopped, or another driver has made it or makes it now")
         update_page(cells, results, docs)
     update_page(cells, results, docs)
     return EXIT_STOPPED if laboratory.stop.requested else EXIT_CRASHED if failures else 0

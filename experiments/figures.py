@@ -1,5 +1,6 @@
 """The figures of the findings, as small SVG files on a white ground, so that they read the same on a dark page."""
 
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,13 @@ from experiments.findings import BEYOND, BN_SIZES, KS, WARMUP_KS, cgbn, frozen, 
 from experiments.outcomes import Noise, Outcome, Outcomes
 from horovod_megdet.files import atomic_write
 from horovod_megdet.report.curves import BLUE, GREEN, INK, ORANGE, PURPLE
+from horovod_megdet.wording import count
 
 SKY, YELLOW = "#56B4E9", "#E69F00"
 BY_K = dict(zip(KS, (INK, BLUE, SKY, GREEN, ORANGE), strict=True))
+
+SMALL: Any = {"textcoords": "offset points", "fontsize": 8}
+"""Of annotations."""
 
 # Text stays text; ids do not change from one call to the next.
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "findings", "font.family": "sans-serif", "font.size": 10}
@@ -77,9 +82,11 @@ def draw_product(panel: Axes, outcomes: Outcomes) -> None:
 
 def draw_break(panel: Axes, outcomes: Outcomes) -> None:
     _series(panel, {8 * k: outcomes[cgbn(k)] for k in KS}, BLUE, "CGBN, linear rate")
-    if scale := noise_scale(outcomes):
-        panel.axvline(scale, color=INK, linestyle="--", linewidth=1, label=f"noise scale {scale:.3g}")
     _by_images(panel)
+    scale = noise_scale(outcomes)
+    if scale is not None and math.isfinite(scale):
+        panel.axvline(scale, color=INK, linestyle="--", linewidth=1, label=f"noise scale {scale:.3g}")
+        panel.set_xlim(min(panel.get_xlim()[0], scale / 1.3), max(panel.get_xlim()[1], scale * 1.3))
 
 
 def draw_beyond(panel: Axes, outcomes: Outcomes) -> None:
@@ -87,12 +94,11 @@ def draw_beyond(panel: Axes, outcomes: Outcomes) -> None:
         if ap := outcomes[cell].ap:
             panel.plot(ap, [place] * len(ap), "o", color=BLUE, markersize=4, alpha=0.6)
             panel.plot([statistics.fmean(ap)], [place], "|", color=INK, markersize=14)
-        if steps := outcomes[cell].diverged_at:
+        if failed := outcomes[cell].failed:
             panel.plot([0], [place], "x", color=ORANGE)
-            text = f"diverged at step {', '.join(map(str, steps))}"
-            panel.annotate(text, (0, place), (6, 4), textcoords="offset points", fontsize=8)
+            panel.annotate(count(len(failed), "run") + " failed", (0, place), (6, 4), **SMALL)
         if not outcomes[cell].rows:
-            panel.annotate("not run yet", (0, place), (6, -3), textcoords="offset points", fontsize=8, color="#777777")
+            panel.annotate("not run yet", (0, place), (6, -3), color="#777777", **SMALL)
     panel.set_yticks(range(len(BEYOND)), list(BEYOND))
     panel.set_ylim(len(BEYOND) - 0.5, -0.5)
     panel.set_xlim(left=-0.01)
@@ -118,15 +124,15 @@ PANELS: dict[str, list[tuple[Callable[[Axes, Outcomes], None], str]]] = {
 
 
 def _series(panel: Axes, outcomes: dict[int, Outcome], color: str, label: str) -> None:
-    """The mean over the seeds as a line, each seed as a dot; a cross at 0 for each run that diverged."""
+    """The mean over the seeds as a line, each seed as a dot; a cross at 0 for each run that failed."""
     means = {x: statistics.fmean(outcome.ap) for x, outcome in outcomes.items() if outcome.ap}
-    crosses = [x for x, outcome in outcomes.items() for _ in outcome.diverged_at]
+    crosses = [x for x, outcome in outcomes.items() for _ in outcome.failed]
     if means:
         panel.plot(list(means), list(means.values()), color=color, label=label)
         seeds = [(x, ap) for x, outcome in outcomes.items() for ap in outcome.ap]
         panel.plot(*zip(*seeds, strict=True), "o", color=color, markersize=4, alpha=0.6)
     if crosses:
-        panel.plot(crosses, [0] * len(crosses), "x", color=color, label=f"{label}: diverged", clip_on=False)
+        panel.plot(crosses, [0] * len(crosses), "x", color=color, label=f"{label}: failed", clip_on=False)
 
 
 def _draw_noise(panel: Axes, outcomes: Outcomes, value: Callable[[Noise], float]) -> None:

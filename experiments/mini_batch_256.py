@@ -28,11 +28,12 @@ FROZEN = ("model.backbone_norm=frozen", "model.fpn_norm=none", "batch_norm.bn_si
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=RANKS, help="fewer, to try it")
+    parser.add_argument("--folder", type=Path, default=PROJECT / "runs/experiments", help="scratch")
     parser.add_argument("--result", type=Path, default=RESULT, help="file to write")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     arguments = parser.parse_args()
     try:
-        result = run(arguments.ranks, arguments.overrides)
+        result = run(arguments.ranks, arguments.overrides, arguments.folder.absolute())
         with atomic_write(arguments.result) as file:
             file.write(json.dumps(result, indent=1).encode())
     except UserError as error:
@@ -43,13 +44,13 @@ def main() -> int:
     return 0
 
 
-def run(ranks: int, overrides: list[str]) -> Row:
+def run(ranks: int, overrides: list[str], scratch: Path) -> Row:
     """Trains and compares; returns the result. Raises :class:`UserError`."""
-    folder = PROJECT / "runs/experiments/mini_batch_256"
+    folder = scratch / "mini_batch_256"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     config, stop = load_config(CONFIG, overrides), Stop()
-    Laboratory(folder.parent, stop=stop, say=print).pretrain(Path(config.model.weights), [])
+    Laboratory(scratch, stop=stop, say=print).pretrain(Path(config.model.weights), [])
     for program, settings in (("train.py", ()), ("experiments/compare_gradients.py", FROZEN)):
         command = launch(ranks, PROJECT / program, CONFIG, folder / Path(program).stem, [*overrides, *settings])
         log = folder / f"{Path(program).stem}.txt"

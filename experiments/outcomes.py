@@ -2,20 +2,22 @@
 
 import statistics
 from dataclasses import dataclass
+from itertools import pairwise
 from math import sqrt
 
 from experiments.results import Row
+from horovod_megdet.solver.gradient_noise import MEMORY
 
 TRAINS = 0.1
 """Final AP below which a run counts as failed, like one whose loss stopped being finite."""
 
-FULL_RATE = 0.99
-"""Part of the highest learning rate from which on a row counts as one at the full rate."""
+NOISE_EPOCHS = (3, 4)
+"""Whose noise is compared: the warm-up is over, and the rate is the full one."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The gradient's noise at the full learning rate, averaged over rows and seeds."""
+    """The gradient's noise at the full learning rate, averaged over epochs and seeds."""
 
     variance: float
     """tr(Sigma), the variance of the gradient of a single image."""
@@ -42,19 +44,19 @@ class Outcome:
     rows: tuple[Row, ...] = ()
 
     @property
-    def ap(self) -> list[float]:
-        """Final AP of the runs that did not diverge."""
-        return [row["evaluations"][-1]["AP"] for row in self.rows if row["outcome"] == "finished"]
+    def trained(self) -> list[Row]:
+        """Runs that came to their end with an AP of :data:`TRAINS` or more."""
+        return [row for row in self.rows if row["outcome"] == "finished" and _final_ap(row) >= TRAINS]
 
     @property
     def failed(self) -> list[Row]:
-        """Runs that diverged, or ended below :data:`TRAINS`."""
-        return [row for row in self.rows if row["outcome"] == "diverged" or row["evaluations"][-1]["AP"] < TRAINS]
+        """The others."""
+        return [row for row in self.rows if row not in self.trained]
 
     @property
-    def diverged_at(self) -> list[int]:
-        """The steps at which runs diverged."""
-        return [row["diverged_at_step"] for row in self.rows if row["outcome"] == "diverged"]
+    def ap(self) -> list[float]:
+        """Final AP of the runs that trained."""
+        return [_final_ap(row) for row in self.trained]
 
     @property
     def mini_batch(self) -> int:
@@ -72,37 +74,67 @@ class Outcome:
 
     @property
     def noise(self) -> Noise | None:
-        """The noise while the rate was highest, None where none was measured."""
+        """The noise in :data:`NOISE_EPOCHS` of the runs that trained, None where none was measured."""
         chosen = []
-        for row in self.rows:
+        for row in self.trained:
             measured = [entry for entry in row["training"] if entry.get("gradient_variance") is not None]
-            full = FULL_RATE * max((entry["lr"] for entry in row["training"]), default=0.0)
-            chosen += [entry for entry in measured if entry["lr"] >= full]
+            for earlier, later in pairwise(measured):
+                if round(later["epoch"]) in NOISE_EPOCHS:
+                    values = [between(earlier, later, key) for key in ("gradient_variance", "squared_gradient")]
+                    chosen.append((*values, later["lr"]))
         if not chosen:
             return None
-        variance, signal, lr = (
-            statistics.fmean(entry[key] for entry in chosen) for key in ("gradient_variance", "squared_gradient", "lr")
-        )
+        variance, signal, lr = (statistics.fmean(values) for values in zip(*chosen, strict=True))
         return Noise(variance, signal, lr, self.mini_batch)
 
+    @property
+    def factors(self) -> dict[str, float]:
+        """The last factors of AGVM by module, averaged over the runs that have some."""
+        last = [entry for row in self.rows for entry in row["training"][-1:] if "lr_factor_fpn" in entry]
+        keys = [key for key in (last[0] if last else {}) if key.startswith("lr_factor_")]
+        return {key.removeprefix("lr_factor_"): statistics.fmean(entry[key] for entry in last) for key in keys}
+
     def __str__(self) -> str:
-        """Mean and spread of the final AP, what failed, and how many runs there are."""
+        """Mean and spread of the final AP and what failed, with the number of runs of each."""
         if not self.rows:
             return "not run yet"
-        parts = [mean_and_spread(self.ap)] if self.ap else []
-        if self.diverged_at:
-            parts.append(f"diverged at step {', '.join(map(str, self.diverged_at))}")
-        return f"{'; '.join(parts)} ({len(self.rows)})"
+        steps = [row["diverged_at_step"] for row in self.rows if row["outcome"] == "diverged"]
+        collapsed = [_final_ap(row) for row in self.failed if row["outcome"] == "finished"]
+        parts = [f"{mean_and_spread(self.ap)} ({len(self.ap)})"] if self.ap else []
+        if collapsed:
+            parts.append(f"collapsed to {', '.join(f'{ap:.3f}' for ap in collapsed)} ({len(collapsed)})")
+        if steps:
+            parts.append(f"diverged at step {', '.join(map(str, steps))} ({len(steps)})")
+        return "; ".join(parts)
+
+
+def _final_ap(row: Row) -> float:
+    """AP of a run that finished."""
+    ap: float = row["evaluations"][-1]["AP"]
+    return ap
+
+
+def between(earlier: Row, later: Row, key: str) -> float:
+    """The average of a measured value over the steps between two rows, each of which was measured.
+
+    A row has the running average of all steps before it, in which those of the warm-up still count. The sums behind two
+    such averages differ by the steps between them.
+    """
+    fade = 1 - 1 / MEMORY
+    weights = [1 - fade ** row["step"] for row in (earlier, later)]
+    kept = fade ** (later["step"] - earlier["step"])
+    average: float = (weights[1] * later[key] - kept * weights[0] * earlier[key]) / (1 - kept)
+    return average
 
 
 class Outcomes:
     """The outcomes by cell; of a cell that did not run, an empty one."""
 
     def __init__(self, rows: list[Row]) -> None:
-        by_cell: dict[str, list[Row]] = {}
+        by_cell: dict[str, dict[int, Row]] = {}
         for row in sorted(rows, key=lambda row: row["seed"]):
-            by_cell.setdefault(row["cell"], []).append(row)
-        self._by_cell = {cell: Outcome(tuple(its_rows)) for cell, its_rows in by_cell.items()}
+            by_cell.setdefault(row["cell"], {})[row["seed"]] = row
+        self._by_cell = {cell: Outcome(tuple(by_seed.values())) for cell, by_seed in by_cell.items()}
 
     def __getitem__(self, cell: str) -> Outcome:
         return self._by_cell.get(cell, Outcome())
@@ -117,6 +149,9 @@ def mean_and_spread(values: list[float]) -> str:
 LEAST_DIFFERENCE = 0.01
 """Of AP: smaller ones are nothing to speak of, however small the spread."""
 
+LEAST_FAILURES = 2
+"""Runs by which failures have to differ: a single one can be chance."""
+
 
 def clearly_above(high: list[float], low: list[float]) -> bool:
     """Whether the mean of ``high`` exceeds that of ``low`` by 2 standard errors and by :data:`LEAST_DIFFERENCE`."""
@@ -124,3 +159,9 @@ def clearly_above(high: list[float], low: list[float]) -> bool:
         return False
     error = sqrt(statistics.variance(high) / len(high) + statistics.variance(low) / len(low))
     return statistics.fmean(high) - statistics.fmean(low) > max(2 * error, LEAST_DIFFERENCE)
+
+
+def clearly_better(one: Outcome, other: Outcome) -> bool:
+    """Whether fewer runs fail, by :data:`LEAST_FAILURES`, or no more do and the AP of the others is clearly above."""
+    fewer = len(other.failed) - len(one.failed)
+    return fewer >= LEAST_FAILURES or (fewer >= 0 and clearly_above(one.ap, other.ap))

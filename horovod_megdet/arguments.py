@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 
 from horovod_megdet.config import DEMO, Config, load_config
 
@@ -18,6 +19,17 @@ def positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
     return int(text)
+
+
+def positive_number(text: str) -> float:
+    """The type of an argument that is a number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
 
 
 def fractions(text: str) -> tuple[float, ...]:

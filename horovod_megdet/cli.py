@@ -14,6 +14,7 @@ from horovod_megdet.arguments import (
     config_of,
     fractions,
     positive,
+    positive_number,
 )
 from horovod_megdet.cluster.launch import command as launch
 from horovod_megdet.config import Config
@@ -102,12 +103,12 @@ def _add_plan(commands: Commands) -> None:
     noise = parser.add_mutually_exclusive_group()
     noise.add_argument(
         "--noise-scale",
-        type=positive,
+        type=positive_number,
         metavar="IMAGES",
         help="noise scale of the gradient, to say what the mini-batch gains and loses (docs/method.md)",
     )
     noise.add_argument(
-        "--run", dest="noise_of", type=Path, metavar="DIR", help="the same, as this run measured it last"
+        "--run", dest="noise_of", type=Path, metavar="DIR", help="take the noise scale that this run measured last"
     )
     parser.set_defaults(run=_plan)
 
@@ -138,13 +139,19 @@ def _noise_scale(run_dir: Path) -> float:
     """The newest noise scale that a run has measured."""
     from horovod_megdet.report.rows import METRICS_FILE, read_metrics
 
-    measured = [row["noise_scale"] for row in read_metrics(run_dir / METRICS_FILE) if row.get("noise_scale")]
+    rows = read_metrics(run_dir / METRICS_FILE)
+    measured = [row for row in rows if row.get("noise_scale")]
     if not measured:
-        raise UserError(
-            f"{run_dir / METRICS_FILE}: no noise scale in it: the run has one rank and one pass per step, "
-            "solver.measure_noise: never, or so far too few steps. Give --noise-scale, or another run."
+        lost = any("noise_scale" in row for row in rows)
+        why = (
+            "the signal of its gradients cannot be told from their noise"
+            if lost
+            else "the run has one rank and one pass per step, solver.measure_noise: never, or so far too few steps"
         )
-    return float(measured[-1])
+        raise UserError(f"{run_dir / METRICS_FILE}: no noise scale in it: {why}. Give --noise-scale, or another run.")
+    newest = measured[-1]
+    print(f"Noise scale of {run_dir}: {newest['noise_scale']:.3g} images, measured at epoch {newest['epoch']:.2f}")
+    return float(newest["noise_scale"])
 
 
 def _training_images(config: Config) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from launching import PROJECT, QUICK_START
 
+from experiments.__main__ import QUICK
 from experiments.cells import CELLS
 from experiments.results import Row
 
@@ -71,7 +72,7 @@ def test_a_stopped_driver_leaves_a_checkpoint(folder: Path, driver: subprocess.P
     driver.send_signal(signal.SIGTERM)
     output, _ = driver.communicate(timeout=SECONDS)
     assert driver.returncode == 85, output
-    assert "k01_frozen, seed 0: left to another driver, or to the next start" in output
+    assert "k01_frozen, seed 0: stopped, or another driver has made it or makes it now" in output
     assert results(folder) == []
     assert "the checkpoint is written" in (run_dir(folder, "k01_frozen") / "log.txt").read_text()
 
@@ -98,3 +99,25 @@ def test_nothing_is_made_twice(folder: Path, driver: subprocess.Popen[str]) -> N
     assert driver.returncode == 0
     assert "starts" not in output
     assert results(folder) == before
+
+
+def test_a_mini_batch_on_all_ranks_has_the_gradients_of_one_process(folder: Path) -> None:
+    settings = [*QUICK, f"model.weights={folder}/lab/backbone.pth", f"data.synthetic_root={folder}/lab/data"]
+    settings += ["batch_norm.bn_size=world", "data.images_per_rank=2", "solver.epochs=0.5"]
+    settings += ["solver.milestones=[]", "solver.gammas=[]"]
+    command = [sys.executable, "-m", "experiments.mini_batch_256", "--ranks", "2", "--folder", str(folder / "lab")]
+    command += ["--result", str(folder / "one.json"), *(word for setting in settings for word in ("--set", setting))]
+    path = f"{QUICK_START['PYTHONPATH']}{os.pathsep}{PROJECT}"
+    done = subprocess.run(
+        command,
+        cwd=PROJECT,
+        env=QUICK_START | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((folder / "one.json").read_text())
+    assert result["gradient_norm"] > 0
+    assert result["gradient_difference"] < 1e-5
+    assert result["steps"]

@@ -12,7 +12,7 @@ import torch
 from experiments import findings
 from experiments.cells import CELLS, RANKS, Cell, Run, choose_runs, load_cells
 from experiments.findings import FINDINGS, KS, NOT_REPRODUCED, REPRODUCED, UNDECIDED, Finding, cgbn, frozen
-from experiments.outcomes import Outcomes, clearly_above, mean_and_spread
+from experiments.outcomes import NOISE_EPOCHS, Outcomes, between, clearly_above, clearly_better, mean_and_spread
 from experiments.page import write_page
 from experiments.pretraining import SIDE, crops
 from experiments.results import Results, Row
@@ -20,6 +20,8 @@ from experiments.training import Laboratory, Stop, describe, prune
 from horovod_megdet.config import load_config
 from horovod_megdet.data.synthetic import CLASSES
 from horovod_megdet.errors import EXIT_NON_FINITE_LOSS, UserError
+from horovod_megdet.models.modules import MODULES
+from horovod_megdet.solver.gradient_noise import NoiseAverages
 from horovod_megdet.solver.schedule import make_schedule
 
 
@@ -72,7 +74,8 @@ def test_every_cell_can_be_run_and_every_finding_has_its_cells() -> None:
         if cell.config.batch_norm.bn_size != "world":
             assert cell.config.batch_norm.bn_size == cell.config.data.images_per_rank
     names = {cell.name for cell in cells}
-    assert {name for found in FINDINGS for name in found.cells} | {"k08_frozen_half_rate"} == names
+    shown = {name for found in FINDINGS for name in found.cells} | set(findings.OPTIONS.values())
+    assert shown | {"k08_frozen_half_rate"} == names
 
 
 def test_bn_sizes_are_those_of_the_table() -> None:
@@ -84,13 +87,15 @@ def test_bn_sizes_are_those_of_the_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cell", "rate"), [(cgbn(k), 0.01 * k) for k in KS] + [("k16_half_rate", 0.08), ("k16_square_root", 0.04)]
+    ("cell", "rate"),
+    [(cgbn(k), 0.01 * k) for k in KS]
+    + [("k16_half_rate", 0.08), ("k16_square_root", 0.04), ("k16_lars", 1.6), ("k08_adamw", 0.0008)],
 )
 def test_rates(cell: str, rate: float) -> None:
     config = load_config(CELLS / f"{cell}.yaml")
     schedule = make_schedule(config.solver, 2311, RANKS, config.data.images_per_rank)
     assert schedule.peak_lr == pytest.approx(rate)
-    assert schedule.warmup_lr == pytest.approx(0.01)
+    assert schedule.warmup_lr == config.solver.base_lr
 
 
 def test_the_hash_is_of_what_the_cell_and_its_base_say(tmp_path: Path) -> None:
@@ -262,7 +267,13 @@ def test_crops_are_shapes_with_their_classes() -> None:
 
 # Verdicts
 
-TRAINED: dict[str, float | list[float] | None] = {cgbn(k): 0.7 for k in KS} | {frozen(k): 0.75 for k in KS}
+APs = dict[str, float | list[float] | None]
+TRAINED: APs = {cgbn(k): 0.7 for k in KS} | {frozen(k): 0.75 for k in KS}
+
+
+def by_seed(cell: str, *ap: float | None) -> list[Row]:
+    """Lines of a cell whose seeds have these final APs, or diverged."""
+    return [line(cell, seed, value) for seed, value in enumerate(ap)]
 
 
 def test_statistics() -> None:
@@ -272,6 +283,39 @@ def test_statistics() -> None:
     assert not clearly_above([0.70, 0.71, 0.72], [0.695, 0.705, 0.715]), "below the least difference"
     assert not clearly_above([0.5, 0.9], [0.4, 0.8]), "within two standard errors"
     assert not clearly_above([0.9], [0.1, 0.1]), "one run shows no spread"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "better"),
+    [
+        ((0.7, 0.71, 0.72), (0.6, 0.61, 0.62), True),
+        ((0.7, 0.71, 0.72), (0.7, 0.71, 0.72), False),
+        ((0.7, 0.71, 0.72), (None, 0.01, 0.72), True),
+        ((0.7, 0.71, 0.72), (0.7, 0.71, None), False),
+        ((0.7, 0.71, None), (0.6, 0.61, 0.62), False),
+        ((0.6, 0.61, 0.62), (0.7, 0.71, None), False),
+        ((None, None, None), (None, None, None), False),
+    ],
+    ids=["above", "level", "two fail", "one fails", "above and one fails", "below and the other fails", "all fail"],
+)
+def test_clearly_better(one: tuple[float | None, ...], other: tuple[float | None, ...], better: bool) -> None:
+    outcomes = Outcomes(by_seed("k01_cgbn", *one) + by_seed("k02_cgbn", *other))
+    assert clearly_better(outcomes[cgbn(1)], outcomes[cgbn(2)]) == better
+
+
+def test_a_cell_in_words_has_the_number_of_each_kind_of_run() -> None:
+    outcomes = Outcomes(by_seed("k01_cgbn", 0.7, 0.02, None) + by_seed("k01_cgbn", 0.7))
+    assert str(outcomes[cgbn(1)]) == "0.700 (1); collapsed to 0.020 (1); diverged at step 24 (1)"
+    assert str(outcomes[cgbn(2)]) == "not run yet"
+
+
+def test_between_two_rows_there_are_the_steps_between_them() -> None:
+    averages, rows = NoiseAverages(), []
+    for step, value in enumerate([100.0] * 5 + [3.0] * 4, start=1):
+        averages.add({"a": value}, {"a": value})
+        rows.append({"step": step, "gradient_variance": averages.variance_of()})
+    assert rows[-1]["gradient_variance"] > 40
+    assert between(rows[4], rows[8], "gradient_variance") == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize("found", FINDINGS, ids=lambda found: found.key)
@@ -285,25 +329,34 @@ def test_batch_norm() -> None:
     assert verdict("batch-norm", lines(failing)) == REPRODUCED
     assert verdict("batch-norm", lines(failing, seeds=2)) == UNDECIDED
     assert verdict("batch-norm", lines(TRAINED)) == NOT_REPRODUCED
-    assert verdict("batch-norm", lines(failing | {cgbn(16): 0.02})) == NOT_REPRODUCED, "it learned nothing"
+    collapsed = finding("batch-norm").verdict(Outcomes(lines(failing | {cgbn(16): [0.02]})))
+    assert collapsed.word == NOT_REPRODUCED
+    assert "trains with every seed is 64 with CGBN and 32 without" in collapsed.reason
     rows = lines(failing)
     one_trains = [line(frozen(16), 2, 0.6) if (r["cell"], r["seed"]) == (frozen(16), 2) else r for r in rows]
     assert verdict("batch-norm", one_trains) == NOT_REPRODUCED
 
 
 def test_warm_up() -> None:
-    without: dict[str, float | list[float] | None] = {"k08_no_warmup": 0.7, "k16_no_warmup": None}
+    without: APs = {"k08_no_warmup": 0.7, "k16_no_warmup": None}
     assert verdict("warm-up", lines(TRAINED | without)) == REPRODUCED
     assert verdict("warm-up", lines(TRAINED | without | {"k16_no_warmup": 0.6})) == REPRODUCED
     assert verdict("warm-up", lines(TRAINED | without | {"k16_no_warmup": 0.7})) == NOT_REPRODUCED
+    one = finding("warm-up").verdict(Outcomes(lines(TRAINED | without | {cgbn(16): 0.01})))
+    assert one.word == NOT_REPRODUCED
+    assert "At k = 16 none trains with the warm-up either" in one.reason
+    assert verdict("warm-up", lines(TRAINED | without | {cgbn(8): 0.01, cgbn(16): None})) == UNDECIDED
 
 
 def test_bn_size() -> None:
-    ap: dict[str, float | list[float] | None] = dict.fromkeys(findings.BN_SIZES.values(), 0.7)
+    ap: APs = dict.fromkeys(findings.BN_SIZES.values(), 0.7)
     assert verdict("bn-size", lines(ap)) == NOT_REPRODUCED, "no size matters"
     assert verdict("bn-size", lines(ap | {"k08_bn02": 0.6})) == REPRODUCED
+    assert verdict("bn-size", lines(ap | {"k08_bn02": None})) == REPRODUCED
+    assert verdict("bn-size", lines(ap | {"k08_bn08": 0.6})) == NOT_REPRODUCED, "only one in between is worse"
     growing = dict(zip(ap, (0.5, 0.55, 0.6, 0.65, 0.7, 0.75), strict=True))
     assert verdict("bn-size", lines({**growing})) == NOT_REPRODUCED, "more is always better"
+    assert verdict("bn-size", lines(dict.fromkeys(ap))) == NOT_REPRODUCED, "none trains"
 
 
 def test_first_epochs() -> None:
@@ -311,15 +364,19 @@ def test_first_epochs() -> None:
     assert verdict("first-epochs", lines({cgbn(1): small, cgbn(2): [0.3, 0.45, 0.7]})) == REPRODUCED
     assert verdict("first-epochs", lines({cgbn(1): small, cgbn(2): [0.3, 0.4, 0.6]})) == NOT_REPRODUCED
     assert verdict("first-epochs", lines({cgbn(1): small, cgbn(2): small})) == NOT_REPRODUCED
+    assert verdict("first-epochs", lines({cgbn(1): None, cgbn(2): small})) == UNDECIDED
 
 
 def noisy(variance: dict[int, float], signal: float, ap: dict[int, float | list[float] | None]) -> list[Row]:
-    """Lines of the CGBN cells with measured noise; the rows below the full rate must not count."""
+    """Lines of the CGBN cells with measured noise; the rows of the warm-up and of lower rates must not count."""
     rows = []
     for k in KS:
-        full = {"lr": 0.01 * k, "gradient_variance": variance[k], "squared_gradient": signal}
-        low = {"lr": 0.001 * k, "gradient_variance": 1e6, "squared_gradient": 1e-6}
-        rows += lines({cgbn(k): ap[k]}, training=[full, low, {"lr": 0.01 * k}])
+        averages, training = NoiseAverages(), []
+        for epoch in range(1, 6):
+            chosen = epoch in NOISE_EPOCHS
+            averages.add(dict.fromkeys(MODULES, variance[k] / 4 if chosen else 1e6), dict.fromkeys(MODULES, signal / 4))
+            training.append({"step": epoch, "epoch": float(epoch), "lr": 0.01 * k, **averages.row()})
+        rows += lines({cgbn(k): ap[k]}, training=[*training, {"step": 6, "epoch": 6.0, "lr": 0.01 * k}])
     return rows
 
 
@@ -328,6 +385,8 @@ def test_variance() -> None:
     level = dict.fromkeys(KS, 4.0)
     assert verdict("variance", noisy(level, 0.1, ap)) == REPRODUCED
     assert verdict("variance", noisy(level | {16: 9.0}, 0.1, ap)) == NOT_REPRODUCED
+    assert verdict("variance", noisy(level | {16: 9.0}, 0.1, ap | {16: 0.01})) == REPRODUCED, "it collapsed"
+    assert verdict("variance", noisy(level, 0.1, ap | {4: None, 8: None, 16: None})) == UNDECIDED, "two trained"
     assert verdict("variance", lines({cgbn(k): 0.7 for k in KS})) == UNDECIDED, "nothing was measured"
     noise = Outcomes(noisy(level, 0.1, ap))[cgbn(4)].noise
     assert noise is not None
@@ -339,24 +398,37 @@ def test_linear_rule() -> None:
     ap: dict[int, float | list[float] | None] = dict.fromkeys(KS, 0.7)
     behind = ap | {8: 0.5, 16: None}
     level = dict.fromkeys(KS, 4.0)
-    assert verdict("linear-rule", noisy(level, 0.1, behind)) == REPRODUCED, "64 images, B = 40"
-    assert verdict("linear-rule", noisy(level, 0.001, behind)) == NOT_REPRODUCED, "B = 4000"
-    assert verdict("linear-rule", noisy(level, 0.001, ap)) == REPRODUCED, "none behind, B = 4000"
-    assert verdict("linear-rule", noisy(level, 2.0, ap)) == NOT_REPRODUCED, "none behind, B = 2"
-    assert verdict("linear-rule", noisy(level, -0.1, behind)) == UNDECIDED, "no signal"
+    lower = lines({"k16_half_rate": 0.6, "k16_square_root": 0.6})
+    near = finding("linear-rule").verdict(Outcomes(noisy(level, 0.1, behind) + lower))
+    assert near.word == REPRODUCED, "64 images, B = 40"
+    assert "clearly better than the linear rate: half the linear rate" in near.reason
+    assert verdict("linear-rule", noisy(level, 0.001, behind) + lower) == NOT_REPRODUCED, "B = 4000"
+    assert verdict("linear-rule", noisy(level, 0.001, ap) + lower) == REPRODUCED, "none behind, B = 4000"
+    assert verdict("linear-rule", noisy(level, 2.0, ap) + lower) == NOT_REPRODUCED, "none behind, B = 2"
+    assert verdict("linear-rule", noisy(level, -0.1, behind) + lower) == UNDECIDED, "no signal"
+    mixed = Outcomes(noisy(level, -0.1, ap)[:9] + noisy(level, 0.1, ap)[9:])
+    assert findings.noise_scale(mixed) == float("inf"), "three of five have no signal"
 
 
 def test_beyond_the_linear_rule() -> None:
-    ap: dict[str, float | list[float] | None] = dict.fromkeys(findings.BEYOND.values(), 0.5)
+    ap: APs = dict.fromkeys(findings.BEYOND.values(), 0.5)
     assert verdict("beyond", lines(ap)) == NOT_REPRODUCED
     assert verdict("beyond", lines(ap | {"k16_agvm": 0.55})) == REPRODUCED
     assert verdict("beyond", lines(ap | {"k16_cgbn": None})) == REPRODUCED
     assert verdict("beyond", lines(ap | {"k16_half_rate": 0.55})) == NOT_REPRODUCED
+    factors = [{"step": 9, "lr_factor_backbone": 1.0, "lr_factor_fpn": 1.5}]
+    rows = [line("k16_agvm", seed, 0.5, training=factors) for seed in range(3)]
+    reason = finding("beyond").verdict(Outcomes(lines(ap) + rows)).reason
+    assert "AGVM's last factors of the rate: backbone 1.00, fpn 1.50." in reason
 
 
 def test_accuracy() -> None:
-    assert verdict("accuracy", lines({cgbn(k): 0.7 for k in KS})) == REPRODUCED
-    assert verdict("accuracy", lines({cgbn(k): 0.7 for k in KS} | {cgbn(16): 0.6})) == NOT_REPRODUCED
+    level: APs = {cgbn(k): 0.7 for k in KS}
+    assert verdict("accuracy", lines(level)) == NOT_REPRODUCED, "nothing grows"
+    assert verdict("accuracy", lines(level | {cgbn(4): 0.72})) == REPRODUCED
+    assert verdict("accuracy", lines(level | {cgbn(4): 0.72, cgbn(16): 0.6})) == NOT_REPRODUCED
+    first_fails = by_seed(cgbn(2), None, 0.7, 0.71)
+    assert verdict("accuracy", lines(level | {cgbn(4): 0.72}) + first_fails) == REPRODUCED, "one run can be chance"
 
 
 # The page
@@ -373,11 +445,13 @@ def test_the_page_without_runs(tmp_path: Path) -> None:
 def test_the_page_with_some_runs(tmp_path: Path) -> None:
     rows = lines({frozen(1): 0.75, cgbn(1): 0.72, frozen(8): None}) + lines({cgbn(8): 0.5}, seeds=1)
     mini_batch = {"ranks": 16, "images_per_rank": 16, "bn_size": 32, "gradient_difference": 2e-7, "date": "2026-01-01"}
-    steps = [{"step": 1, "loss": 2.5, "step_seconds": 9.0, "memory_mb": 800.0}]
+    steps = [{"step": s, "loss": 2.75 - s / 4, "step_seconds": 9.0, "memory_mb": 800.0} for s in (1, 2)]
     (tmp_path / "one.json").write_text(json.dumps(mini_batch | {"processor": "2 x A", "steps": steps}))
     for _ in range(2):
         write_page(rows, tmp_path / "one.json", tmp_path / "findings.md", tmp_path / "figures")
     text = (tmp_path / "findings.md").read_text()
+    assert "The loss falls: 2.500 to 2.250." in text
+    assert "they agree to 1e-05" in text
     assert "| 1 | 8 | 0.01 | 0.750 ± 0.002 (3) | 0.720 ± 0.002 (3) |" in text
     assert "| 8 | 64 | 0.08 | diverged at step 24, 24, 24 (3) | 0.500 (1) |" in text
     assert "| 1 | 2.500 | 9.0 | 800 |" in text

@@ -16,7 +16,9 @@ def plan(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def write_metrics(run_dir: Path, *noise_scales: float | None) -> None:
-    rows = [{"kind": "train", "step": step, "noise_scale": scale} for step, scale in enumerate(noise_scales)]
+    measured = enumerate(noise_scales)
+    rows = [{"kind": "train", "step": step, "epoch": step / 4, "noise_scale": scale} for step, scale in measured]
+    rows.append({"kind": "train", "step": len(rows), "epoch": len(rows) / 4})
     rows.append({"kind": "evaluation", "step": len(rows), "AP": 0.1})
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -39,20 +41,30 @@ def test_a_noise_scale_says_what_the_mini_batch_gains_and_loses(
     assert "instead of 16 images 0.5 times the steps, 1.5 times the images" in printed
 
 
+def test_a_noise_scale_may_be_below_one_image(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(monkeypatch, "--noise-scale", "0.5") == 0
+    assert "the mini-batch is 32 times as large" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_newest_noise_scale_of_a_run_counts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     write_metrics(tmp_path, None, 99.0, 32.0, None)
     assert plan(monkeypatch, "--run", str(tmp_path)) == 0
-    assert "32 images; the mini-batch is 0.5 times as large" in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"Noise scale of {tmp_path}: 32 images, measured at epoch 0.50" in printed
+    assert "32 images; the mini-batch is 0.5 times as large" in printed
 
 
 def test_a_run_without_a_noise_scale_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    write_metrics(tmp_path, None)
-    assert plan(monkeypatch, "--run", str(tmp_path)) == 2
-    assert f"{tmp_path / 'metrics.jsonl'}: no noise scale in it" in capsys.readouterr().err
+    for noise_scales, why in (((), "the run has one rank"), ((None,), "the signal of its gradients")):
+        write_metrics(tmp_path, *noise_scales)
+        assert plan(monkeypatch, "--run", str(tmp_path)) == 2
+        assert f"{tmp_path / 'metrics.jsonl'}: no noise scale in it: {why}" in capsys.readouterr().err
     assert plan(monkeypatch, "--run", str(tmp_path / "missing")) == 2
     assert "Is " in capsys.readouterr().err
 
@@ -60,7 +72,11 @@ def test_a_run_without_a_noise_scale_is_an_error(
 def test_a_noise_scale_is_a_positive_number_of_images(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    for arguments in (["--noise-scale", "0"], ["--noise-scale", "10", "--run", str(tmp_path)]):
+    for arguments in (
+        ["--noise-scale", "0"],
+        ["--noise-scale", "nan"],
+        ["--noise-scale", "10", "--run", str(tmp_path)],
+    ):
         with pytest.raises(SystemExit, match="2"):
             plan(monkeypatch, *arguments)
     assert "not allowed with argument --noise-scale" in capsys.readouterr().err
