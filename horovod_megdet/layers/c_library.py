@@ -27,6 +27,7 @@ _WITH_STATUS = {
     "input_gradient": [*[_TENSOR] * 2, _INT, *[_TENSOR] * 3, _INT, _TENSOR, *_EXTENTS, _TENSOR],
     "roi_align": [*_ROI_ALIGN, _TENSOR],
     "roi_align_backward": [*_ROI_ALIGN, _TENSOR],
+    "suppress": [_TENSOR, *[_LENGTH] * 2, _TENSOR, _LENGTH, _NUMBER, _INT, _TENSOR],
 }
 """The types of the arguments, by function, of those that return nothing, and those that return whether they failed."""
 

@@ -1,9 +1,12 @@
 """Non-maximum suppression of the proposals of all images and levels at once."""
 
 import torch
+import torchvision
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import batched_nms
+
+from horovod_megdet.layers.c_library import call
 
 
 def not_suppressed(boxes: Tensor, scores: Tensor, valid: Tensor, level_sizes: list[int], threshold: float) -> Tensor:
@@ -14,8 +17,18 @@ def not_suppressed(boxes: Tensor, scores: Tensor, valid: Tensor, level_sizes: li
     compared.
     """
     boxes = boxes.masked_fill(~valid[..., None], 0)  # without area they overlap none
-    suppression = _all_at_once if boxes.is_cuda else _image_by_image
-    return suppression(boxes, scores, level_sizes, threshold)
+    if boxes.is_cuda:
+        return _in_triton(boxes, level_sizes, threshold)
+    # Exported models have the standard operator, and it takes float64.
+    if boxes.dtype != torch.float32 or torchvision._is_tracing():
+        return _image_by_image(boxes, scores, level_sizes, threshold)
+    return _in_c(boxes, level_sizes, threshold)
+
+
+def _in_c(boxes: Tensor, level_sizes: list[int], threshold: float) -> Tensor:
+    sizes, kept = torch.tensor(level_sizes), boxes.new_empty(boxes.shape[:2], dtype=torch.bool)
+    call("suppress", boxes, *kept.shape, sizes, len(sizes), threshold, torch.get_num_threads(), kept)
+    return kept
 
 
 def _image_by_image(boxes: Tensor, scores: Tensor, level_sizes: list[int], threshold: float) -> Tensor:
@@ -26,7 +39,7 @@ def _image_by_image(boxes: Tensor, scores: Tensor, level_sizes: list[int], thres
     return kept
 
 
-def _all_at_once(boxes: Tensor, scores: Tensor, level_sizes: list[int], threshold: float) -> Tensor:
+def _in_triton(boxes: Tensor, level_sizes: list[int], threshold: float) -> Tensor:
     # torchvision's operator goes through the boxes of an image one after the other, and its host waits for them.
     from horovod_megdet.models import suppression_gpu  # Triton comes with builds of PyTorch for GPUs only
 

@@ -184,11 +184,30 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_where_the_host_waits_in_a_forward_pass(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    # On a GPU the suppression of proposals is another, which does not wait.
-    monkeypatch.setattr(suppression, "batched_nms", lambda boxes, *_: torch.arange(min(100, len(boxes))))
+def test_where_the_host_waits_in_a_forward_pass(count: int) -> None:
     detector, batch = build().train(), example(count)
     with Waits() as waits:
         detector.forward_losses(*batch)
     # For the sampled RoIs. On a GPU torchvision's RoIAlign waits once more for each level.
     assert waits.counts == {"aten::nonzero": 1, "aten::_local_scalar_dense": 0, "aten::masked_select": 0}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threshold", [0.7, 0.5, 0.0])
+def test_the_boxes_kept_are_those_of_torchvision(threads: int, threshold: float) -> None:
+    sizes = [900, 200, 3, 0, 1]
+    boxes = torch.stack([random_boxes(sum(sizes), seed=seed, grid=3.7) for seed in range(3)])
+    boxes[2] += torch.rand(boxes[2].shape, generator=torch.Generator().manual_seed(3))
+    valid = torch.rand(boxes.shape[:2], generator=torch.Generator().manual_seed(4)) > 0.1
+    boxes = boxes.masked_fill(~valid[..., None], 0)
+    falling = torch.linspace(1, 0.1, sum(sizes)).expand(3, -1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        kept = suppression.not_suppressed(boxes, falling, valid, sizes, threshold)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(kept, suppression._image_by_image(boxes, falling, sizes, threshold))
+    assert kept.any()
+    assert not kept.all()
+    assert suppression.not_suppressed(boxes[:0], falling[:0], valid[:0], sizes, threshold).shape == (0, sum(sizes))
