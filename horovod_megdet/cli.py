@@ -116,7 +116,7 @@ def _add_plan(commands: Commands) -> None:
 def _plan(arguments: argparse.Namespace) -> int:
     from horovod_megdet.models.detector import build_detector
     from horovod_megdet.report.tables import console, two_columns
-    from horovod_megdet.solver.cost import MessageCost, communication_table
+    from horovod_megdet.solver.cost import MessageCost, Traffic, communication_table
     from horovod_megdet.solver.gradient_noise import gain_table
     from horovod_megdet.solver.schedule import make_schedule
 
@@ -127,7 +127,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     console().print(two_columns("Schedule", schedule.table()))
     cost = MessageCost(arguments.latency_us * 1e-6, arguments.bandwidth_gbs * 1e9)
     detector = build_detector(config.model, config.batch_norm, num_classes=80)
-    rows = communication_table(cost, detector, arguments.ranks, arguments.step_seconds)
+    traffic = Traffic.of(detector, config, schedule)
+    rows = communication_table(cost, traffic, arguments.ranks, arguments.step_seconds)
     console().print(two_columns("Communication, predicted", rows))
     if noise_scale is not None:
         gains = gain_table(noise_scale, schedule.mini_batch, config.solver.reference_batch_size)

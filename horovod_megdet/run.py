@@ -136,6 +136,9 @@ class _Job:
                 say(f"A rank on {launched.host()} leaves the job: its host was taken away, or a rank there failed.")
                 # At once: the driver may soon give its slot to a new process, and take this one's end for that one's.
                 comm.abort(0)
+            case comm.StoppedError():
+                say(f"A rank on {launched.host()} does not start: the job is to stop.")
+                comm.abort(EXIT_STOPPED)
             case UserError(on_all_ranks=True):
                 if comm.is_main():
                     say(f"error: {error}")

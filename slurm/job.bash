@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# The life of a training job; sourced by megdet.sbatch and megdet_srun.sbatch, which set the MEGDET_* variables and
-# define launcher_command.
+# The life of a training job; sourced by megdet.sbatch, megdet_srun.sbatch and megdet_elastic.sbatch, which set the
+# MEGDET_* variables and define launcher_command.
 #
 # What happens to the job, by the exit code of the training:
 #   0       done
@@ -167,7 +167,11 @@ unstage_data() {
 }
 
 on_every_node() {
-    srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "$@"
+    # An elastic job may have fewer nodes than it began with.
+    local nodes
+    nodes=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%D 2>/dev/null)
+    nodes=${nodes:-$SLURM_NNODES}
+    srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 "$@"
 }
 
 # Size and path of every file below the current folder.

@@ -31,7 +31,18 @@ from horovod_megdet.comm.collectives import (
     world,
 )
 from horovod_megdet.comm.consensus import agreed_error, agreement, check_same
-from horovod_megdet.comm.elastic import HostsChanged, RemovedError, StoppedError, end_last, hosts_changed, join, rejoin
+from horovod_megdet.comm.elastic import (
+    HostsChanged,
+    RemovedError,
+    StoppedError,
+    end_last,
+    hang_up,
+    hosts_changed,
+    join,
+    rejoin,
+    report_saved,
+    was_saved,
+)
 from horovod_megdet.comm.start import (
     GLOO_TIMEOUT,
     LAUNCH_DEFAULTS,
@@ -71,6 +82,7 @@ __all__ = [
     "gather",
     "gather_objects",
     "gpu_is_shared",
+    "hang_up",
     "hosts_changed",
     "in_memory_order",
     "init",
@@ -82,10 +94,12 @@ __all__ = [
     "mpi_library",
     "rank",
     "rejoin",
+    "report_saved",
     "shutdown",
     "size",
     "split_world",
     "sum_",
     "synchronize",
+    "was_saved",
     "world",
 ]

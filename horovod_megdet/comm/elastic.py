@@ -17,6 +17,8 @@ import contextlib
 import http.client
 import os
 import socket
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -29,9 +31,20 @@ from horovod_megdet import launched
 from horovod_megdet.comm import start
 from horovod_megdet.comm.collectives import waiting_for
 from horovod_megdet.errors import UserError
+from horovod_megdet.printing import say
+from horovod_megdet.progress import progress
 
 LONGEST_START = 120.0
 """Seconds that the ranks wait for new ones to start. Then they go on without those that have ended meanwhile."""
+
+LONGEST_SAVING = 60.0
+"""Seconds that the other ranks wait until one has written a checkpoint."""
+
+POLL_SECONDS = 0.2
+"""Seconds between two looks at the store, and between two notes that this rank is still there."""
+
+QUIET_SECONDS = 15.0
+"""Seconds of waiting for a place after which the log says so. Other ranks may take 10 s to notice that one is lost."""
 
 REMOVED = -1
 """The rank that the driver gives a process that it has no place for."""
@@ -46,7 +59,14 @@ class RemovedError(Exception):
 
 
 class StoppedError(Exception):
-    """Raised by all ranks that wait for new ones together: the job is to stop, and the new ones do not come."""
+    """Raised by all ranks that wait for others together: the job is to stop, and the others do not come."""
+
+    def __init__(self, saves: bool, placed: bool) -> None:
+        super().__init__("the job is to stop")
+        self.saves = saves
+        """Whether this rank is the one that saves what all have in memory; see :func:`report_saved`."""
+        self.placed = placed
+        """Whether it has a place in the job, and the driver counts its end."""
 
 
 class _News:
@@ -81,8 +101,9 @@ def hosts_changed() -> bool:
 def join(deterministic: bool = False) -> None:
     """Starts Horovod with the place that the driver gave this process when it started it. Collective.
 
-    Raises :class:`RemovedError` and :class:`UserError` as :func:`rejoin` does.
+    Raises :class:`RemovedError`, :class:`StoppedError` and :class:`UserError` as :func:`rejoin` does.
     """
+    _news.listen()
     # A message may not count as arrived while it is in the GPU's queue: what follows from it is kept as a whole step.
     os.environ.setdefault("HOROVOD_ENABLE_ASYNC_COMPLETION", "0")
     start.prepare(deterministic, groups=False)
@@ -90,38 +111,86 @@ def join(deterministic: bool = False) -> None:
     # 1 MB when it starts it again, and ranks that differ in that read each other's messages wrongly. (Its
     # ParameterManager writes the default cycle time, 1, into the place of the threshold.) Gloo is not faster with it.
     os.environ.pop("HOROVOD_CYCLE_TIME", None)
-    if start.meet(LONGEST_START) == "complete":
+    meeting = start.meet(LONGEST_START)
+    if meeting == "stopped":
+        raise StoppedError(saves=False, placed=False)
+    if meeting == "complete":
         _connect()
     else:
-        _take_new_place(stopping=lambda: False)
+        _take_new_place(stopping=lambda: False, has_state=False)
 
 
-def rejoin(lost: bool, stopping: Callable[[], object]) -> None:
+def rejoin(lost: bool, stopping: Callable[[], object], has_state: bool) -> None:
     """Starts Horovod anew after a change, with the ranks that are there then. Collective.
 
-    ``lost``: a rank does not answer. ``stopping()``: whether the job is to stop as soon as it can. Waits until the
-    driver has its minimum of ranks. Raises :class:`RemovedError` where this process is no longer needed,
-    :class:`StoppedError` if others do not come while it is to stop, and :class:`UserError` if the driver gives up.
+    ``lost``: a rank does not answer. ``stopping()``: whether the job is to stop as soon as it can. ``has_state``:
+    whether this rank has something to save then. Waits until the driver has its minimum of ranks. Raises
+    :class:`RemovedError` where this process is no longer needed, :class:`StoppedError` if others do not come while it
+    is to stop, and :class:`UserError` if the driver gives up.
     """
     if lost:
-        _hang_up()
+        hang_up()
     hvd.shutdown()
-    _take_new_place(stopping)
+    _take_new_place(stopping, has_state)
 
 
-def _take_new_place(stopping: Callable[[], object]) -> None:
+def _take_new_place(stopping: Callable[[], object], has_state: bool) -> None:
     _news.changed = False
     meeting: start.Meeting = "incomplete"
     while meeting != "complete":
         with waiting_for("place in the job"):
-            place = _ask_for_place()
+            place = _wait_for_place(stopping, has_state)
         if place[0] == REMOVED:
             raise RemovedError
         launched.move(*place)
         meeting = start.meet(LONGEST_START, stopping)
         if meeting == "stopped":
-            raise StoppedError
+            raise StoppedError(saves=launched.rank() == 0, placed=True)
     _connect()
+
+
+def _wait_for_place(stopping: Callable[[], object], has_state: bool) -> list[int]:
+    """This process's new place. While too few ranks are left the driver gives none, for minutes."""
+    answers: list[list[int] | UserError] = []
+
+    def ask() -> None:
+        try:
+            answers.append(_ask_for_place())
+        except UserError as error:
+            answers.append(error)
+
+    asking = threading.Thread(target=ask, name="place", daemon=True)
+    asking.start()
+    waiting, said = start.Waiting(), False
+    while not answers:
+        asking.join(POLL_SECONDS)
+        progress.advance()  # who waits for hosts has not stalled
+        if waiting.seconds > start.TIMEOUT_TO_STOP and waiting.to_stop(stopping):
+            raise StoppedError(saves=has_state and waiting.is_first(), placed=False)
+        if waiting.seconds > QUIET_SECONDS and not said:
+            said = True
+            say(
+                f"Rank {launched.rank()} on {launched.host()} waits for its new place: either another rank has not "
+                "noticed the change yet, or the launcher waits for hosts, because its minimum of ranks is not left."
+            )
+    if isinstance(answers[0], UserError):
+        raise answers[0]
+    return answers[0]
+
+
+def report_saved(saved: bool) -> None:
+    """Tells the others whether what is in memory is saved, after :class:`StoppedError`."""
+    start.Waiting().write("saved", saved)
+
+
+def was_saved() -> bool:
+    """Waits for what :func:`report_saved` says on the rank that saves; False if it says nothing."""
+    waiting = start.Waiting()
+    while waiting.seconds < LONGEST_SAVING:
+        if (saved := waiting.read("saved")) is not None:
+            return bool(saved)
+        time.sleep(POLL_SECONDS)
+    return False
 
 
 def _connect() -> None:
@@ -134,7 +203,7 @@ def _connect() -> None:
     _news.listen()
 
 
-def _hang_up() -> None:
+def hang_up() -> None:
     """Closes the connections to the other ranks, so that they notice at once that this one does not go on.
 
     Horovod keeps them open until it starts again, and the others would wait for what this rank has not sent.

@@ -98,39 +98,73 @@ def meet(timeout: float = math.inf, stopping: Callable[[], object] = lambda: Fal
     meet at horovodrun's own store of keys and values. Rank 0 gives up after ``timeout`` seconds, or
     :data:`TIMEOUT_TO_STOP` if any rank is ``stopping()``; the others wait twice as long, in case it does not come.
     """
-    store = os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"], os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"], "megdet_start"
-    main = launched.rank() == 0
-    began = time.monotonic()
-
-    def read(key: str) -> Any:
-        with contextlib.suppress(RuntimeError):
-            return http_client.read_data_from_kvstore(*store, key)
-        return None  # it is not there yet
-
-    def to_stop() -> bool:
-        """Whether any rank has to stop. One that has tells the others: rank 0 may not have been asked itself."""
-        if not stopping():
-            return bool(read("stopping"))
-        http_client.put_data_into_kvstore(*store, "stopping", True)
-        return True
+    waiting, main = Waiting(), launched.rank() == 0
 
     def wait_for(key: str) -> Any:
         """The value of a key; None if it does not come."""
-        while (value := read(key)) is None:
-            waited = time.monotonic() - began
-            if waited > timeout * (1 if main else 2) or (waited > TIMEOUT_TO_STOP and to_stop() and main):
+        while (value := waiting.read(key)) is None:
+            stop = waiting.seconds > TIMEOUT_TO_STOP and waiting.to_stop(stopping)
+            if waiting.seconds > timeout * (1 if main else 2) or (stop and main):
                 break
             time.sleep(0.2)
         return value
 
     with waiting_for("start"):
         if not main:
-            http_client.put_data_into_kvstore(*store, str(launched.rank()), True)
+            waiting.write(str(launched.rank()), True)
             return wait_for("meeting") or "incomplete"
         complete = all(wait_for(str(other)) for other in range(1, launched.size()))
-        meeting: Meeting = "complete" if complete else "stopped" if to_stop() else "incomplete"
-        http_client.put_data_into_kvstore(*store, "meeting", meeting)
+        meeting: Meeting = "complete" if complete else "stopped" if waiting.to_stop(stopping) else "incomplete"
+        waiting.write("meeting", meeting)
         return meeting
+
+
+class Waiting:
+    """What ranks tell each other while they wait for others, at horovodrun's own store of keys and values.
+
+    An elastic job's store is emptied when its ranks get new places.
+    """
+
+    def __init__(self) -> None:
+        self._store = (
+            os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"],
+            os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"],
+            "megdet_start",
+        )
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken so far."""
+        return time.monotonic() - self._began
+
+    def read(self, key: str) -> Any:
+        """The value of a key; None if it is not there yet."""
+        with contextlib.suppress(RuntimeError):
+            return http_client.read_data_from_kvstore(*self._store, key)
+        return None
+
+    def write(self, key: str, value: Any) -> None:
+        """Sets the value of a key. A launcher that has ended has no use for it."""
+        with contextlib.suppress(RuntimeError):
+            http_client.put_data_into_kvstore(*self._store, key, value)
+
+    def to_stop(self, stopping: Callable[[], object]) -> bool:
+        """Whether any rank is ``stopping()``. One that is tells the others: rank 0 may not have been asked itself."""
+        if not stopping():
+            return bool(self.read("stopping"))
+        self.write("stopping", True)
+        return True
+
+    def is_first(self) -> bool:
+        """Whether this is the first of the ranks that call it, which are some of those that were there before."""
+        mine = launched.rank()
+        self.write(f"stops.{mine}", True)
+        time.sleep(1.0)  # for others that come at the same time
+        if self.read("first") is not None or any(self.read(f"stops.{lower}") for lower in range(mine)):
+            return False
+        self.write("first", mine)
+        return True
 
 
 def set_launch_defaults() -> None:

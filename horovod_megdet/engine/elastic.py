@@ -36,7 +36,7 @@ from horovod_megdet.engine.startup import (
     start_trainer,
 )
 from horovod_megdet.engine.trainer import Trainer
-from horovod_megdet.errors import EXIT_STOPPED, UserError
+from horovod_megdet.errors import EXIT_NOT_SAVED, EXIT_STOPPED, UserError
 from horovod_megdet.printing import say
 
 
@@ -143,6 +143,8 @@ class ElasticRun:
         self.attempted = False
         """Whether this process has tried to start the run."""
         self.foundation: Foundation | None = None
+        self.checked = False
+        """Whether all ranks that are there have been compared, and the foundation is theirs."""
         self.snapshot: Snapshot | None = None
 
     def train(self) -> int:
@@ -161,25 +163,49 @@ class ElasticRun:
             gc.unfreeze()
             gc.collect()
             try:
-                comm.rejoin(lost, stopping=lambda: self.snapshot and self.stop_request)
-            except comm.StoppedError:
-                return self._stop()
+                comm.rejoin(lost, self._is_to_stop, has_state=self.snapshot is not None)
+            except comm.StoppedError as stop:
+                return self._stop(stop)
 
-    def _stop(self) -> int:
-        """Ends a job whose ranks wait for each other; rank 0 of those that are there writes a checkpoint."""
-        if launched.rank() == 0:
-            assert self.snapshot
-            assert self.foundation
-            _save(self.snapshot, self.foundation)
-        comm.end_last()
-        return EXIT_STOPPED
+    def _is_to_stop(self) -> bool:
+        """Before its first session a rank has nothing to save, and ends later."""
+        return self.snapshot is not None and bool(self.stop_request)
+
+    def _stop(self, stop: comm.StoppedError) -> int:
+        """Ends a job whose ranks wait for each other; one of those that are there writes a checkpoint."""
+        if stop.saves:
+            saved = self._save()
+            comm.report_saved(saved)
+        else:
+            saved = comm.was_saved()
+        if stop.placed:
+            comm.end_last()
+        return EXIT_STOPPED if saved else EXIT_NOT_SAVED
+
+    def _save(self) -> bool:
+        """Writes the state in memory as a checkpoint, without a trainer; False, and a sentence, if that fails."""
+        if not self.snapshot or not self.foundation:
+            say("error: this rank has no state in memory that could be written.")
+            return False
+        snapshot, run_dir = self.snapshot, Path(self.foundation.config.output.run_dir)
+        try:
+            path = checkpoint.save(
+                run_dir, snapshot.weights, snapshot.state, self.foundation.description, snapshot.epoch
+            )
+        except UserError as error:
+            say(f"error: {error}")
+            return False
+        say(f"The state in memory is written: {path}")
+        return True
 
     def _session(self) -> int:
         hosts = self._meet()
         trainer = self._go_on(self.snapshot, hosts) if self.snapshot else self._start()
         try:
             return trainer.train()
-        except (comm.LostRankError, comm.HostsChanged):
+        except (comm.LostRankError, comm.HostsChanged) as change:
+            if isinstance(change, comm.LostRankError):
+                comm.hang_up()  # before the loggers are closed, which may take half a minute
             self.snapshot = trainer.snapshot(hosts)
             trainer.run_folder.close()
             raise
@@ -191,7 +217,7 @@ class ElasticRun:
         """
         behind = (-1, False)
         mine = self.snapshot.progress if self.snapshot else behind
-        ranks = comm.gather_objects((launched.host(), mine, self.config.fingerprint(), self.foundation is None), "meet")
+        ranks = comm.gather_objects((launched.host(), mine, self.config.fingerprint(), self.checked), "meet")
         latest = max(progress for _, progress, _, _ in ranks)
         first = next(number for number, rank in enumerate(ranks) if rank[1] == latest)
         if self.config.fingerprint() != ranks[first][2]:
@@ -199,8 +225,7 @@ class ElasticRun:
         if latest != behind and any(progress != latest for _, progress, _, _ in ranks):
             received = comm.broadcast_large_object(self.snapshot if comm.rank() == first else None, "snapshot", first)
             self.snapshot = self.snapshot if mine == latest else received
-        if any(new for _, _, _, new in ranks):
-            self.foundation = None
+        self.checked = all(checked for _, _, _, checked in ranks)
         return tuple(host for host, _, _, _ in ranks)
 
     def _start(self) -> ElasticTrainer:
@@ -209,6 +234,7 @@ class ElasticRun:
         resume = self._resumes()
         saved = find_run(self.config, resume)
         self.foundation = lay_foundation(self.config, self.stop_request, saved.config if saved else None)
+        self.checked = True
         return start_trainer(self.foundation, resume, saved, ElasticTrainer)
 
     def _resumes(self) -> bool:
@@ -219,15 +245,16 @@ class ElasticRun:
         return self.resume or (any(attempted for attempted, _ in ranks) and ranks[0][1])
 
     def _go_on(self, snapshot: Snapshot, hosts: tuple[str, ...]) -> ElasticTrainer:
-        if self.foundation is None:
-            check_start(self.config)
-            self.foundation = lay_foundation(self.config, self.stop_request, snapshot.config)
         try:
+            if not self.checked or self.foundation is None:
+                check_start(self.config)
+                self.foundation = lay_foundation(self.config, self.stop_request, snapshot.config)
+                self.checked = True
             trainer = assemble(self.foundation, ElasticTrainer, load=False)
-        except UserError:  # agreed on by all: these ranks cannot share the mini-batch
+        except UserError:  # agreed on by all: these ranks cannot train together, or not share the mini-batch
             if comm.is_main():
                 say("These ranks cannot go on.")
-                _save(snapshot, self.foundation)
+                self._save()
             raise
         trainer.go_on(snapshot, hosts)
         begin_run(self.foundation)  # the disk of another rank 0 may be another one
@@ -242,13 +269,6 @@ def check_elastic(config: Config) -> None:
             "ranks of a group that has lost one. Use world, or for statistics of single ranks data.images_per_rank = "
             f"{config.data.images_per_rank}."
         )
-
-
-def _save(snapshot: Snapshot, foundation: Foundation) -> None:
-    """Writes the state as a checkpoint, where there is no trainer for it."""
-    run_dir = Path(foundation.config.output.run_dir)
-    path = checkpoint.save(run_dir, snapshot.weights, snapshot.state, foundation.description, snapshot.epoch)
-    say(f"The state in memory is written: {path}")
 
 
 def _on_cpu(value: Any) -> Any:

@@ -5,7 +5,8 @@ A message of n bytes among R ranks takes
     t(R, n) = latency * log2(R) + 2 n (R - 1) / R / bandwidth
 
 the first term for the rounds of a tree, the second for a ring, in which each rank sends and receives its data twice. A
-step sends one small message forward and one backward for each CGBN layer, and the gradients of all weights.
+step sends, in each of its passes, one small message forward and one backward for each CGBN layer, among the ranks that
+share statistics; and once the gradients of all weights, among all ranks.
 """
 
 from dataclasses import dataclass
@@ -13,12 +14,48 @@ from math import log2
 
 from torch import nn
 
+from horovod_megdet.config import Config
 from horovod_megdet.layers.cross_gpu_bn import CrossGPUBatchNorm
+from horovod_megdet.solver.schedule import Schedule
 
 Rows = list[tuple[str, str]]
 
 RANGE = 0.75, 1.3
-"""Between how many times the prediction lies what was measured; see docs/performance.md."""
+"""What was measured lies between these multiples of the prediction; see docs/performance.md."""
+
+_NORM_KEYS = {"backbone.body": "backbone_norm", "backbone.fpn": "fpn_norm", "roi_heads.box_head": "box_head_norm"}
+"""By the part of the detector, the key of ``model`` that chooses its normalization."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a rank sends in a step."""
+
+    layers: int
+    """CGBN layers."""
+    channels: int
+    """Of all of them together."""
+    gradient_bytes: int
+    group: int
+    """Ranks that share statistics."""
+    passes: int = 1
+
+    @classmethod
+    def of(cls, detector: nn.Module, config: Config, schedule: Schedule) -> "Traffic":
+        """That of a detector which ``config`` describes."""
+        shared = [part for part, key in _NORM_KEYS.items() if getattr(config.model, key) == "cgbn"]
+        modules = [module for name, module in detector.named_modules() if name.startswith(tuple(shared))]
+        layers = [module for module in modules if isinstance(module, CrossGPUBatchNorm)]
+        trained = [parameter for parameter in detector.parameters() if parameter.requires_grad]
+        bytes_each = 2 if config.solver.compression == "fp16" else 4
+        bn_size = config.batch_norm.bn_size
+        return cls(
+            layers=len(layers),
+            channels=sum(layer.num_features for layer in layers),
+            gradient_bytes=bytes_each * sum(parameter.numel() for parameter in trained),
+            group=schedule.ranks if bn_size == "world" else bn_size // config.data.images_per_rank,
+            passes=schedule.accumulation,
+        )
 
 
 @dataclass(frozen=True)
@@ -36,13 +73,16 @@ class MessageCost:
             return 0.0
         return self.latency * log2(ranks) + self._ring_seconds(ranks, size)
 
-    def step(self, ranks: int, layers: int, channels: int, gradient_bytes: int) -> tuple[float, float]:
-        """Seconds per step of (CGBN messages, gradients) for so many CGBN layers of ``channels`` channels together."""
-        if ranks == 1:
-            return 0.0, 0.0
-        bytes_of_messages = 2 * 2 * 8 * channels  # forward and backward two float64 per channel
-        messages = 2 * layers * self.latency * log2(ranks) + self._ring_seconds(ranks, bytes_of_messages)
-        return messages, self.seconds(ranks, gradient_bytes)
+    def step(self, ranks: int, traffic: Traffic) -> tuple[float, float]:
+        """Seconds per step of (CGBN messages, gradients)."""
+        return traffic.passes * self._cgbn_seconds(traffic), self.seconds(ranks, traffic.gradient_bytes)
+
+    def _cgbn_seconds(self, traffic: Traffic) -> float:
+        if traffic.group == 1:
+            return 0.0
+        size = 2 * 2 * 8 * traffic.channels  # forward and backward two float64 per channel
+        rounds = 2 * traffic.layers * log2(traffic.group)
+        return self.latency * rounds + self._ring_seconds(traffic.group, size)
 
     def _ring_seconds(self, ranks: int, size: int) -> float:
         return 2 * size * (ranks - 1) / ranks / self.bandwidth
@@ -60,18 +100,17 @@ class MessageCost:
         return f"{self.latency * 1e6:.0f} us per doubling of the ranks, {self.bandwidth / 1e9:.2f} GB/s"
 
 
-def communication_table(cost: MessageCost, detector: nn.Module, ranks: int, step_seconds: float | None) -> Rows:
-    """The prediction for a detector in words, row by row, with what it assumes; ``megdet plan`` prints it.
+def communication_table(cost: MessageCost, traffic: Traffic, ranks: int, step_seconds: float | None) -> Rows:
+    """The prediction in words, row by row, with what it assumes; ``megdet plan`` prints it.
 
-    ``step_seconds`` is the time of a forward and backward pass on one rank without communication, if it is known.
+    ``step_seconds`` is the time of the forward and backward passes of a step on one rank without communication, if it
+    is known.
     """
-    layers = [layer for layer in detector.modules() if isinstance(layer, CrossGPUBatchNorm)]
-    channels = sum(layer.num_features for layer in layers)
-    size = sum(p.numel() * p.element_size() for p in detector.parameters() if p.requires_grad)
-    messages, gradients = cost.step(ranks, len(layers), channels, size)
+    messages, gradients = cost.step(ranks, traffic)
+    number = 2 * traffic.layers * traffic.passes if traffic.group > 1 else 0
     rows = [
-        ("CGBN", f"{len(layers)} layers, {2 * len(layers)} messages a step: {messages * 1e3:.1f} ms"),
-        ("gradients", f"{size / 1e6:.0f} MB a step: {gradients * 1e3:.1f} ms"),
+        ("CGBN", f"{traffic.layers} layers, {number} messages a step: {messages * 1e3:.1f} ms"),
+        ("gradients", f"{traffic.gradient_bytes / 1e6:.0f} MB a step: {gradients * 1e3:.1f} ms"),
         ("assumed", f"{cost}, nothing of it hidden behind the backward pass"),
     ]
     if step_seconds is not None:

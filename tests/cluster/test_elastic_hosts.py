@@ -19,6 +19,9 @@ pytestmark = pytest.mark.cluster
 SCRIPT = PROJECT / "tests" / "parallel" / "elastic_train.py"
 EPOCHS = 7
 
+LONGEST_PAUSE = 30.0
+"""Seconds from a loss to the next step, with 4 ranks on 2 cores. Measured: 3 to 5; the rest is for slow machines."""
+
 
 class ElasticJob:
     """A job with a rank on each of the hosts that are listed, started on the first one, which stays."""
@@ -96,6 +99,7 @@ def test_hosts_are_lost_at_any_moment_and_come_back(hosts: Hosts, shared: Path, 
     seconds.append(elastic.lose(third))
     elastic.bring_back(third)
     assert elastic.job.wait() == 0, elastic.job.output
+    assert max(seconds) < LONGEST_PAUSE
     print("seconds from a loss to the next step:", *(f"{value:.1f}" for value in seconds))
 
     ranks = [(row["ranks_before"], row["ranks"]) for row in elastic.changes()]

@@ -17,6 +17,8 @@ PROJECT = Path(__file__).resolve().parent.parent.parent
 TINY = Path(__file__).with_name("tiny.yaml")
 BIN = Path(sys.executable).parent
 
+_ELASTIC = [str(BIN / "horovodrun"), "--gloo", "--network-interfaces", "lo"]
+_ELASTIC += ["--host-discovery-script", "./hosts.sh", "--blacklist-cooldown-range", "1", "1"]
 LAUNCHERS = {
     "python": [],
     "mpirun": [str(BIN / "mpirun"), "--oversubscribe", "--bind-to", "none", "-np"],
@@ -25,10 +27,8 @@ LAUNCHERS = {
     # This machine under two names: two hosts for Horovod, each with a local rank 0.
     "two_hosts": [str(BIN / "horovodrun"), "--gloo", "-H", "localhost:1,127.0.0.1:1", "-np"],
     # Likewise, with the hosts that the program hosts.sh prints; one that was lost is tried again after a second.
-    "elastic": [
-        *(str(BIN / "horovodrun"), "--gloo", "--network-interfaces", "lo", "--min-np", "1"),
-        *("--host-discovery-script", "./hosts.sh", "--blacklist-cooldown-range", "1", "1", "-np"),
-    ],
+    "elastic": [*_ELASTIC, "--min-np", "1", "-np"],
+    "elastic_pair": [*_ELASTIC, "--min-np", "2", "-np"],
 }
 ENVIRONMENT = {
     **os.environ,

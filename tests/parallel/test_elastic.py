@@ -16,11 +16,11 @@ from horovod_megdet.report.rows import Rows, read_metrics
 SCRIPT = Path(__file__).with_name("elastic_train.py")
 
 
-def start(folder: Path, ranks: int, hosts: str, arguments: list[str]) -> launching.Job:
+def start(folder: Path, ranks: int, hosts: str, arguments: list[str], launcher: str = "elastic") -> launching.Job:
     """Starts an elastic job on ``hosts``, such as ``localhost:2 127.0.0.1:1``."""
     folder.mkdir(parents=True, exist_ok=True)
     find_hosts(folder, hosts)
-    return launching.Job("elastic", ranks, arguments, folder, SCRIPT)
+    return launching.Job(launcher, ranks, arguments, folder, SCRIPT)
 
 
 def find_hosts(folder: Path, hosts: str) -> None:
@@ -119,4 +119,20 @@ def test_a_job_that_waits_for_a_rank_stops_when_it_is_asked_to(data: Path, tmp_p
     assert job.wait(60) != 0
     assert f"Exit code: {EXIT_STOPPED}" in job.output
     assert "The state in memory is written" in job.output
+    assert checkpoint.newest(tmp_path / "run", report=pytest.fail).step >= 2
+
+
+def test_a_job_below_its_minimum_waits_for_hosts_and_stops_when_it_is_asked_to(data: Path, tmp_path: Path) -> None:
+    """A host that is lost and comes back is what the job waits for; without it, it can only stop."""
+    arguments = launching.tiny(tmp_path / "run", "solver.epochs=100", "output.log_every_images=2", data=data)
+    job = start(tmp_path, 2, "localhost:1 127.0.0.1:1", arguments, "elastic_pair")
+    job.wait_for_output("step 2 ", timeout=120)
+    os.kill(rank_on(job, "127.0.0.1"), signal.SIGKILL)
+    job.wait_for_output("2 -> 2 ranks at epoch", timeout=120)
+    find_hosts(tmp_path, "localhost:1")
+    job.wait_for_output("waits for its new place", timeout=90)
+    os.kill(rank_on(job, "localhost"), signal.SIGUSR1)
+    assert job.wait(60) != 0
+    assert f"Exit code: {EXIT_STOPPED}" in job.output
+    assert job.output.count("The state in memory is written") == 1
     assert checkpoint.newest(tmp_path / "run", report=pytest.fail).step >= 2

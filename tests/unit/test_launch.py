@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import socket
+import shutil
 import subprocess
 import sys
 import time
@@ -205,6 +206,10 @@ def test_mistakes_about_elastic_jobs(hosts: str, discover: str, tmp_path: Path) 
     assert "it printed 'node01'; print one host per line, such as node01:8" in said(
         "--min-ranks", "1", "--discover", discover
     )
+    Path(discover).write_text("#!/bin/sh\necho localhost:2\n")
+    assert "it names no host but this machine" in said("--min-ranks", "1", "--discover", discover)
+    spaced = shutil.copy(discover, tmp_path / "my hosts.sh")
+    assert "has a space" in said("--min-ranks", "1", "--discover", spaced)
     Path(discover).write_text("#!/bin/sh\necho no network >&2; exit 3\n")
     assert "ended with 3: no network" in said("--min-ranks", "1", "--discover", discover)
 

@@ -166,14 +166,17 @@ def test_an_elastic_job_runs_on_the_nodes_that_answer(tmp_path: Path) -> None:
         *["launch", "--min-ranks", "6", "--max-ranks", "10", "--discover", discover, "--interface", "ib0"]
     ]
     sinfo = tmp_path / "venv" / "bin" / "sinfo"
-    sinfo.write_text("#!/bin/bash\necho asked >> \"$CALLS\"\nprintf '%s\\n' node02 node01 node02\n")
+    sinfo.write_text('#!/bin/bash\necho "$*" >> "$CALLS"\nprintf \'%s\\n\' node02 node01 node02\n')
+    (sinfo.parent / "squeue").write_text("#!/bin/bash\necho 'node[01-02]'\n")
+    (sinfo.parent / "squeue").chmod(0o755)
     environment = {"PATH": f"{sinfo.parent}:{os.environ['PATH']}", "CALLS": str(slurm.calls_file)}
-    environment |= {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[01-02]"}
+    environment |= {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[01-03]"}  # one has left the job
     environment |= {"MEGDET_RUN_DIR": str(slurm.run_dir), "MEGDET_RANKS_PER_NODE": "2"}
     slurm.calls_file.unlink()
     for _ in range(2):
         assert subprocess.check_output([discover], env=environment, text=True) == "node01:2\nnode02:2\n"
-    assert slurm.calls_file.read_text() == "asked\n"
+    (asked,) = slurm.calls_file.read_text().splitlines()
+    assert "--nodes=node[01-02]" in asked
 
 
 def test_a_job_that_stopped_with_a_checkpoint_is_requeued(each_slurm: Slurm) -> None:

@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-ranks",
         type=positive,
         metavar="N",
-        help="makes the job elastic: it goes on when ranks are lost, and waits while there are fewer than N",
+        help="makes the job elastic: it goes on when ranks are lost; with fewer than N it waits for hosts, for 10 "
+        "minutes at most",
     )
     parser.add_argument("--max-ranks", type=positive, metavar="N", help="most ranks of an elastic job")
     parser.add_argument(
@@ -127,7 +128,7 @@ def _elastic(arguments: argparse.Namespace) -> Elastic | None:
         raise UserError(f"--max-ranks {maximum} is less than --min-ranks {minimum}.")
     if bool(arguments.hostfile) == bool(arguments.discover):
         raise UserError("an elastic job needs its hosts from either --hostfile or --discover.")
-    discover = Path(arguments.discover).absolute() if arguments.discover else None
+    discover = _safe(Path(arguments.discover).absolute(), "--discover") if arguments.discover else None
     return Elastic(minimum, maximum, discover)
 
 
@@ -214,6 +215,11 @@ def _gloo_command(job: Job, arguments: argparse.Namespace) -> Command:
         raise UserError("horovodrun is not installed here; `make setup` or scripts/setup_env.py installs Horovod.")
     if job.remote:
         _safe(Path.cwd(), "the current folder")
+    elif job.elastic and job.elastic.discover and not job.interface:
+        raise UserError(
+            f"--discover {job.elastic.discover}: it names no host but this machine. Give the network interface for "
+            "hosts that come later with --interface, such as eth0, or lo if none will."
+        )
     return horovodrun_command(job, horovodrun)
 
 
