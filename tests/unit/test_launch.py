@@ -3,9 +3,9 @@
 import argparse
 import os
 import shlex
+import shutil
 import signal
 import socket
-import shutil
 import subprocess
 import sys
 import time
@@ -208,7 +208,7 @@ def test_mistakes_about_elastic_jobs(hosts: str, discover: str, tmp_path: Path) 
     )
     Path(discover).write_text("#!/bin/sh\necho localhost:2\n")
     assert "it names no host but this machine" in said("--min-ranks", "1", "--discover", discover)
-    spaced = shutil.copy(discover, tmp_path / "my hosts.sh")
+    spaced = str(shutil.copy(discover, tmp_path / "my hosts.sh"))
     assert "has a space" in said("--min-ranks", "1", "--discover", spaced)
     Path(discover).write_text("#!/bin/sh\necho no network >&2; exit 3\n")
     assert "ended with 3: no network" in said("--min-ranks", "1", "--discover", discover)
