@@ -5,7 +5,8 @@
 
 The ranks are light: Python with mpi4py and numpy, without torch and Horovod, so that 128 of them fit on one machine.
 They make the calls of a training with messages of the same sizes. They share the cores of this machine, so a figure is
-the work of all ranks rather than what a cluster waits for; how it grows with their number is what to look at.
+the work of all ranks rather than what a cluster waits for; how it grows with their number is what to look at. A second
+table has real ranks, each with torch and Horovod, up to the first step of a training.
 """
 
 import argparse
@@ -27,13 +28,16 @@ from document import table, write_section
 from horovod_megdet.cluster.watchdog.heartbeats import Heartbeat, Heartbeats
 
 RANKS = (2, 8, 32, 128)
+REAL_RANKS = (2, 4, 8, 16)
 REPEATS = 20
 DETECTIONS = 370_000
 """Of the 5,000 images of COCO's validation set."""
 
+PROJECT = Path(__file__).resolve().parents[1]
+
 FIGURES = {
     "start": "from launch until all ranks have met, s",
-    "agreement": "agreement of a step: sum of 15 float64, ms",
+    "agreement": "agreement of a step of one pass: sum of 7 float64, ms",
     "objects": "agreement on an error: a sentence of each rank to all, ms",
     "metrics": "row of metrics: 4 float64 of each rank to all, ms",
     "detections": "370,000 detections to rank 0, s",
@@ -62,7 +66,7 @@ def measure(folder: Path, launched_at: float) -> None:
     world.Barrier()
     found = {"start": time.time() - launched_at}
 
-    mine, total = np.ones(15), np.empty(15)
+    mine, total = np.ones(7), np.empty(7)
     found["agreement"] = 1e3 * timed(world.Barrier, lambda: world.Allreduce(mine, total))
     found["objects"] = 1e3 * timed(world.Barrier, lambda: world.allgather((f"node{rank // 8:03d}", "", 0)))
     row, rows = np.ones(4), np.empty((size, 4))
@@ -88,20 +92,44 @@ def measure(folder: Path, launched_at: float) -> None:
         (folder / "results.json").write_text(json.dumps(results))
 
 
-def on_ranks(ranks: int) -> dict[str, float]:
-    """Starts the ranks and returns what they measured."""
-    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if mpirun is None:
+def mpirun(ranks: int, *program: str) -> list[str]:
+    """The command that starts a program on so many ranks."""
+    path = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if path is None:
         raise SystemExit("mpirun is not on the PATH: activate the environment that 'make setup' made.")
+    options = ["--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
+    return [path, *options, "-np", str(ranks), sys.executable, *program]
+
+
+def first_step(ranks: int, folder: Path) -> float:
+    """Seconds from the launch of a training of real ranks until its first step is in the log."""
+    settings = ["data.synthetic_train_images=64", f"data.synthetic_root={folder / 'data'}", "solver.epochs=1"]
+    settings += ["solver.milestones=[]", "solver.gammas=[]", "output.log_every_images=1", "output.pictures=0"]
+    arguments = ["--config", str(PROJECT / "tests/parallel/tiny.yaml"), "--run-dir", str(folder / f"run-{ranks}")]
+    arguments += [word for setting in settings for word in ("--set", setting)]
+    command = mpirun(ranks, str(PROJECT / "train.py"), *arguments)
+    began, seconds, output = time.monotonic(), None, []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
+        assert job.stdout is not None
+        for line in job.stdout:
+            output.append(line)
+            if seconds is None and line.startswith("step 1 "):
+                seconds = time.monotonic() - began
+    if job.returncode or seconds is None:
+        raise SystemExit("".join(output))
+    return seconds
+
+
+def on_ranks(ranks: int) -> dict[str, float]:
+    """Starts light ranks and returns what they measured."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [mpirun, "--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
-        command += ["-np", str(ranks), sys.executable, __file__, "--measure", folder, str(time.time())]
+        command = mpirun(ranks, __file__, "--measure", folder, str(time.time()))
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         found: dict[str, float] = json.loads((Path(folder) / "results.json").read_text())
         return found
 
 
-def section(results: dict[int, dict[str, float]]) -> str:
+def section(results: dict[int, dict[str, float]], starts: dict[int, float]) -> str:
     """The section of docs/benchmarks.md."""
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                 if line.startswith("model name")), platform.processor())  # fmt: skip
@@ -110,8 +138,13 @@ def section(results: dict[int, dict[str, float]]) -> str:
         "## What grows with the ranks\n\n"
         "Written by `python benchmarks/control_plane.py --write docs/benchmarks.md`, which says how it measures. "
         f"{os.cpu_count()} cores of {cpu}, shared by all ranks; the longest time of any rank.\n\n"
-        f"{table(('figure', *(f'{ranks} ranks' for ranks in results)), rows)}\n"
+        f"{table(('figure', *(f'{ranks} ranks' for ranks in results)), rows)}\n\n"
+        f"{table(('real ranks', *map(str, starts)), [('from launch to the first step, s', *_seconds(starts))])}\n"
     )
+
+
+def _seconds(starts: dict[int, float]) -> list[str]:
+    return [f"{seconds:.1f}" for seconds in starts.values()]
 
 
 def main() -> None:
@@ -124,7 +157,10 @@ def main() -> None:
         measure(Path(arguments.measure[0]), float(arguments.measure[1]))
         return
     results = {ranks: on_ranks(ranks) for ranks in RANKS}
-    text = section(results)
+    with tempfile.TemporaryDirectory() as folder:
+        first_step(2, Path(folder, "first"))  # reads files from the disk, which stay in memory then
+        starts = {ranks: first_step(ranks, Path(folder)) for ranks in REAL_RANKS}
+    text = section(results, starts)
     print(text)
     if arguments.write:
         write_section(arguments.write, text)
