@@ -22,6 +22,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import horovod.torch as hvd
@@ -151,18 +152,19 @@ def _take_new_place(stopping: Callable[[], object], has_state: bool) -> None:
 
 def _wait_for_place(stopping: Callable[[], object], has_state: bool) -> list[int]:
     """This process's new place. While too few ranks are left the driver gives none, for minutes."""
-    answers: list[list[int] | UserError] = []
+    answer: Future[list[int]] = Future()
 
     def ask() -> None:
         try:
-            answers.append(_ask_for_place())
-        except UserError as error:
-            answers.append(error)
+            answer.set_result(_ask_for_place())
+        except BaseException as error:
+            answer.set_exception(error)
 
+    # A daemon, unlike the threads of an executor: it does not keep a process that ends.
     asking = threading.Thread(target=ask, name="place", daemon=True)
     asking.start()
     waiting, said = start.Waiting(), False
-    while not answers:
+    while not answer.done():
         asking.join(POLL_SECONDS)
         progress.advance()  # who waits for hosts has not stalled
         if waiting.seconds > start.TIMEOUT_TO_STOP and waiting.to_stop(stopping):
@@ -173,9 +175,7 @@ def _wait_for_place(stopping: Callable[[], object], has_state: bool) -> list[int
                 f"Rank {launched.rank()} on {launched.host()} waits for its new place: either another rank has not "
                 "noticed the change yet, or the launcher waits for hosts, because its minimum of ranks is not left."
             )
-    if isinstance(answers[0], UserError):
-        raise answers[0]
-    return answers[0]
+    return answer.result()
 
 
 def report_saved(saved: bool) -> None:
