@@ -93,6 +93,7 @@ class RPN(RegionProposalNetwork):
         scores = objectness.gather(1, top).sigmoid()
         large = (boxes[..., 2:] - boxes[..., :2] >= self.min_size).all(dim=2)
         sizes = [min(size, self.pre_nms_top_n()) for size in level_sizes]
-        scores = scores.masked_fill(~(large & not_suppressed(boxes, scores, large, sizes, self.nms_thresh)), -1)
+        kept = not_suppressed(boxes, scores, large, sizes, self.nms_thresh, self.training)
+        scores = scores.masked_fill(~(large & kept), -1)
         best, places = scores.topk(min(self.post_nms_top_n(), scores.shape[1]))
         return Proposals(take(boxes, places), best >= 0)

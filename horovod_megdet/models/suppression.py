@@ -1,7 +1,6 @@
 """Non-maximum suppression of the proposals of all images and levels at once."""
 
 import torch
-import torchvision
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import batched_nms
@@ -9,7 +8,9 @@ from torchvision.ops import batched_nms
 from horovod_megdet.layers.c_library import call
 
 
-def not_suppressed(boxes: Tensor, scores: Tensor, valid: Tensor, level_sizes: list[int], threshold: float) -> Tensor:
+def not_suppressed(
+    boxes: Tensor, scores: Tensor, valid: Tensor, level_sizes: list[int], threshold: float, training: bool
+) -> Tensor:
     """Whether no better box of the same image and level that is itself kept overlaps by more than ``threshold``.
 
     ``boxes`` (images, n, 4) are those of the first level, then of the next, ...; each by falling ``scores`` (images,
@@ -19,10 +20,10 @@ def not_suppressed(boxes: Tensor, scores: Tensor, valid: Tensor, level_sizes: li
     boxes = boxes.masked_fill(~valid[..., None], 0)  # without area they overlap none
     if boxes.is_cuda:
         return _in_triton(boxes, level_sizes, threshold)
-    # Exported models have the standard operator, and it takes float64.
-    if boxes.dtype != torch.float32 or torchvision._is_tracing():
-        return _image_by_image(boxes, scores, level_sizes, threshold)
-    return _in_c(boxes, level_sizes, threshold)
+    # Evaluation has the operator that exported models have: with few boxes it rounds overlaps otherwise.
+    if training and boxes.dtype == torch.float32:
+        return _in_c(boxes, level_sizes, threshold)
+    return _image_by_image(boxes, scores, level_sizes, threshold)
 
 
 def _in_c(boxes: Tensor, level_sizes: list[int], threshold: float) -> Tensor:
