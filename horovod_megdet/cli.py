@@ -145,7 +145,7 @@ def _noise_scale(run_dir: Path) -> float:
     if not measured:
         lost = any("noise_scale" in row for row in rows)
         why = (
-            "the signal of its gradients cannot be told from their noise"
+            "so far the noise hides the gradient"
             if lost
             else "the run has one rank and one pass per step, solver.measure_noise: never, or so far too few steps"
         )

@@ -166,14 +166,14 @@ def _wait_for_place(stopping: Callable[[], object], has_state: bool) -> list[int
     waiting, said = start.Waiting(), False
     while not answer.done():
         asking.join(POLL_SECONDS)
-        progress.advance()  # who waits for hosts has not stalled
+        progress.advance()  # a rank that waits for hosts has not stalled
         if waiting.seconds > start.TIMEOUT_TO_STOP and waiting.to_stop(stopping):
             raise StoppedError(saves=has_state and waiting.is_first(), placed=False)
         if waiting.seconds > QUIET_SECONDS and not said:
             said = True
             say(
                 f"Rank {launched.rank()} on {launched.host()} waits for its new place: either another rank has not "
-                "noticed the change yet, or the launcher waits for hosts, because its minimum of ranks is not left."
+                "noticed the change yet, or fewer ranks than the minimum are left and the launcher waits for hosts."
             )
     return answer.result()
 

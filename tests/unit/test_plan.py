@@ -61,7 +61,7 @@ def test_the_newest_noise_scale_of_a_run_counts(
 def test_a_run_without_a_noise_scale_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    for noise_scales, why in (((), "the run has one rank"), ((None,), "the signal of its gradients")):
+    for noise_scales, why in (((), "the run has one rank"), ((None,), "so far the noise hides the gradient")):
         write_metrics(tmp_path, *noise_scales)
         assert plan(monkeypatch, "--run", str(tmp_path)) == 2
         assert f"{tmp_path / 'metrics.jsonl'}: no noise scale in it: {why}" in capsys.readouterr().err
