@@ -11,6 +11,7 @@ from hosts import PROJECT, Host, Hosts, wait_for
 from jobs import INTERFACE, TINY, Job
 
 from horovod_megdet.engine import checkpoint
+from horovod_megdet.files import atomic_write
 from horovod_megdet.report.rows import Rows, read_metrics
 from tests.parallel.elastic_images import check_every_image_counts_once
 
@@ -40,10 +41,13 @@ class ElasticJob:
         for setting in (f"solver.epochs={EPOCHS}", f"data.synthetic_root={data}", "output.log_every_images=2"):
             program += ["--set", setting]
         command = ["megdet", "launch", "--min-ranks", "2", "--max-ranks", "4", "--discover", str(discover)]
-        self.job = Job(hosts, [*command, "--interface", INTERFACE, "--", *program], SCRIPT.name, folder / "log", {})
+        command += ["--interface", INTERFACE, "--", *program]
+        # The driver keeps the hosts in a set. With this seed rank 0 is on the last one.
+        self.job = Job(hosts, command, SCRIPT.name, folder / "log", {"PYTHONHASHSEED": "0"})
 
     def _list(self) -> None:
-        (self.folder / "hosts").write_text("".join(f"{host.name}:1\n" for host in self.listed))
+        with atomic_write(self.folder / "hosts") as file:  # the driver reads it every second
+            file.write("".join(f"{host.name}:1\n" for host in self.listed).encode())
 
     def lose(self, host: Host, unplug: bool = False) -> float:
         """Kills a host, and waits until the others have taken a step; returns the seconds until then.
@@ -98,6 +102,7 @@ def test_hosts_are_lost_at_any_moment_and_come_back(hosts: Hosts, shared: Path, 
     _, _, third, fourth = hosts
     elastic.wait_for_next("step")
     time.sleep(random.uniform(0, 1))
+    assert f"1 on {fourth.name}" in elastic.job.output, "rank 0 is not the first that is lost"
     seconds = [elastic.lose(fourth)]
     elastic.wait_for_next("writing")
     seconds.append(elastic.lose(third))

@@ -2,9 +2,13 @@
 
 import json
 import os
+import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from horovod.runner.elastic.discovery import FixedHosts
+from horovod.runner.elastic.driver import ElasticDriver
 
 from horovod_megdet import launched
 from horovod_megdet.config import Config
@@ -69,3 +73,33 @@ def test_a_process_moves_to_another_place(monkeypatch: pytest.MonkeyPatch) -> No
     launched.move(3, 8, 1, 2, 0, 4)
     assert (launched.rank(), launched.size()) == (3, 8)
     assert os.environ["HOROVOD_CROSS_SIZE"] == "4"
+
+
+def test_a_lost_rank_0_that_does_not_answer_holds_up_nobody() -> None:
+    """Its host is not listed any more, of which the driver wants to tell rank 0. The kernel tries that for minutes."""
+    asked, ends = threading.Event(), threading.Event()
+
+    def notify_in_vain(*_: object) -> None:
+        asked.set()
+        ends.wait()
+
+    def run_rank(*_: object) -> tuple[int, float]:
+        ends.wait()
+        return 0, 0.0
+
+    listed = FixedHosts({"hostA": 1, "hostB": 1})
+    driver = ElasticDriver(Mock(), listed, 1, 2)
+    try:
+        driver.wait_for_available_slots(2)
+        driver.start(2, run_rank)
+        lost = driver.get_coordinator_info().hostname
+        driver._worker_clients[lost, 0] = Mock(notify_hosts_updated=notify_in_vain)
+        listed.set({host: 1 for host in ("hostA", "hostB") if host != lost})
+        assert asked.wait(10)
+        found = threading.Thread(target=driver.wait_for_available_slots, args=(1,), daemon=True)
+        found.start()
+        found.join(10)
+        assert not found.is_alive()
+    finally:
+        ends.set()
+        driver.stop()
