@@ -6,6 +6,7 @@
 #   0       done
 #   85      stopped by a signal after a checkpoint: requeued, any number of times; not after scancel
 #   205     mpirun lost a node: requeued, at most MEGDET_MAX_REQUEUES times
+#           any code of an elastic job that has fewer nodes than it needs counts as this one
 #   5       no rank made progress, often because a node hangs: counts as a lost node
 #   others  a mistake or a crash, which would only happen again: the job ends with that code
 # Slurm itself requeues a job whose node fails. The next start then finds that the one before never ended, and counts
@@ -84,6 +85,19 @@ train() {
     say "${command[*]@Q}"
     "${command[@]}" &
     wait_for_launcher $!
+    local code=$?
+    if ((code != 0 && code != EXIT_STOPPED)) && too_few_nodes; then
+        say "exit code $code, with fewer than $MEGDET_MIN_NODES nodes left"
+        code=$EXIT_LOST_NODE
+    fi
+    return "$code"
+}
+
+# Whether an elastic job has fewer nodes than it needs.
+too_few_nodes() {
+    local nodes
+    [[ ${MEGDET_MIN_NODES:-} ]] && nodes=$("$MEGDET_HOME/slurm/nodes_of_job") &&
+        (($(grep -c . <<<"$nodes") < MEGDET_MIN_NODES))
 }
 
 # Waits for the launcher, passing on the signals that ask for a checkpoint, and returns its exit code.

@@ -40,8 +40,6 @@ from horovod_megdet.comm.elastic import (
     hosts_changed,
     join,
     rejoin,
-    report_saved,
-    was_saved,
 )
 from horovod_megdet.comm.start import (
     GLOO_TIMEOUT,
@@ -94,12 +92,10 @@ __all__ = [
     "mpi_library",
     "rank",
     "rejoin",
-    "report_saved",
     "shutdown",
     "size",
     "split_world",
     "sum_",
     "synchronize",
-    "was_saved",
     "world",
 ]

@@ -45,10 +45,14 @@ POLL_SECONDS = 0.2
 """Seconds between two looks at the store, and between two notes that this rank is still there."""
 
 QUIET_SECONDS = 15.0
-"""Seconds of waiting for a place after which the log says so. Other ranks may take 10 s to notice that one is lost."""
+"""Seconds of waiting for a place after which the log says so, and what is in memory is saved: the hosts may not come.
+Other ranks may take 10 s to notice that one is lost."""
 
 REMOVED = -1
 """The rank that the driver gives a process that it has no place for."""
+
+Save = Callable[[], bool]
+"""Saves what a rank has in memory; False if that fails."""
 
 
 class HostsChanged(Exception):
@@ -62,10 +66,10 @@ class RemovedError(Exception):
 class StoppedError(Exception):
     """Raised by all ranks that wait for others together: the job is to stop, and the others do not come."""
 
-    def __init__(self, saves: bool, placed: bool) -> None:
+    def __init__(self, saved: bool, placed: bool) -> None:
         super().__init__("the job is to stop")
-        self.saves = saves
-        """Whether this rank is the one that saves what all have in memory; see :func:`report_saved`."""
+        self.saved = saved
+        """Whether one of the ranks has saved what all have in memory."""
         self.placed = placed
         """Whether it has a place in the job, and the driver counts its end."""
 
@@ -114,43 +118,45 @@ def join(deterministic: bool = False) -> None:
     os.environ.pop("HOROVOD_CYCLE_TIME", None)
     meeting = start.meet(LONGEST_START)
     if meeting == "stopped":
-        raise StoppedError(saves=False, placed=False)
+        raise StoppedError(saved=False, placed=False)
     if meeting == "complete":
         _connect()
     else:
-        _take_new_place(stopping=lambda: False, has_state=False)
+        _take_new_place(stopping=lambda: False, save=None)
 
 
-def rejoin(lost: bool, stopping: Callable[[], object], has_state: bool) -> None:
+def rejoin(lost: bool, stopping: Callable[[], object], save: Save | None) -> None:
     """Starts Horovod anew after a change, with the ranks that are there then. Collective.
 
-    ``lost``: a rank does not answer. ``stopping()``: whether the job is to stop as soon as it can. ``has_state``:
-    whether this rank has something to save then. Waits until the driver has its minimum of ranks. Raises
-    :class:`RemovedError` where this process is no longer needed, :class:`StoppedError` if others do not come while it
-    is to stop, and :class:`UserError` if the driver gives up.
+    ``lost``: a rank does not answer. ``stopping()``: whether the job is to stop as soon as it can. ``save()``: saves
+    what this rank has in memory, if it has anything; one rank does so if they have to wait. Waits until the driver has
+    its minimum of ranks. Raises :class:`RemovedError` where this process is no longer needed, :class:`StoppedError` if
+    others do not come while it is to stop, and :class:`UserError` if the driver gives up.
     """
     if lost:
         hang_up()
     hvd.shutdown()
-    _take_new_place(stopping, has_state)
+    _take_new_place(stopping, save)
 
 
-def _take_new_place(stopping: Callable[[], object], has_state: bool) -> None:
+def _take_new_place(stopping: Callable[[], object], save: Save | None) -> None:
     _news.changed = False
     meeting: start.Meeting = "incomplete"
     while meeting != "complete":
         with waiting_for("place in the job"):
-            place = _wait_for_place(stopping, has_state)
+            place = _wait_for_place(stopping, save)
         if place[0] == REMOVED:
             raise RemovedError
         launched.move(*place)
         meeting = start.meet(LONGEST_START, stopping)
         if meeting == "stopped":
-            raise StoppedError(saves=launched.rank() == 0, placed=True)
+            if launched.rank() == 0:
+                start.Waiting().write("saved", save is not None and save())
+            raise StoppedError(_was_saved(), placed=True)
     _connect()
 
 
-def _wait_for_place(stopping: Callable[[], object], has_state: bool) -> list[int]:
+def _wait_for_place(stopping: Callable[[], object], save: Save | None) -> list[int]:
     """This process's new place. While too few ranks are left the driver gives none, for minutes."""
     answer: Future[list[int]] = Future()
 
@@ -163,28 +169,26 @@ def _wait_for_place(stopping: Callable[[], object], has_state: bool) -> list[int
     # A daemon, unlike the threads of an executor: it does not keep a process that ends.
     asking = threading.Thread(target=ask, name="place", daemon=True)
     asking.start()
-    waiting, said = start.Waiting(), False
+    waiting, quiet = start.Waiting(), True
     while not answer.done():
         asking.join(POLL_SECONDS)
         progress.advance()  # a rank that waits for hosts has not stalled
-        if waiting.seconds > start.TIMEOUT_TO_STOP and waiting.to_stop(stopping):
-            raise StoppedError(saves=has_state and waiting.is_first(), placed=False)
-        if waiting.seconds > QUIET_SECONDS and not said:
-            said = True
+        stops = waiting.seconds > start.TIMEOUT_TO_STOP and waiting.to_stop(stopping)
+        if quiet and (stops or waiting.seconds > QUIET_SECONDS):
+            quiet = False
             say(
                 f"Rank {launched.rank()} on {launched.host()} waits for its new place: either another rank has not "
                 "noticed the change yet, or fewer ranks than the minimum are left and the launcher waits for hosts."
             )
+            if save and waiting.is_first():
+                waiting.write("saved", save())
+        if stops:
+            raise StoppedError(_was_saved(), placed=False)
     return answer.result()
 
 
-def report_saved(saved: bool) -> None:
-    """Tells the others whether what is in memory is saved, after :class:`StoppedError`."""
-    start.Waiting().write("saved", saved)
-
-
-def was_saved() -> bool:
-    """Waits for what :func:`report_saved` says on the rank that saves; False if it says nothing."""
+def _was_saved() -> bool:
+    """Waits for what the rank that saves says; False if it says nothing."""
     waiting = start.Waiting()
     while waiting.seconds < LONGEST_SAVING:
         if (saved := waiting.read("saved")) is not None:

@@ -163,24 +163,15 @@ class ElasticRun:
             gc.unfreeze()
             gc.collect()
             try:
-                comm.rejoin(lost, self._is_to_stop, has_state=self.snapshot is not None)
+                comm.rejoin(lost, self._is_to_stop, self._save if self.snapshot else None)
             except comm.StoppedError as stop:
-                return self._stop(stop)
+                if stop.placed:
+                    comm.end_last()
+                return EXIT_STOPPED if stop.saved else EXIT_NOT_SAVED
 
     def _is_to_stop(self) -> bool:
         """Before its first session a rank has nothing to save, and ends later."""
         return self.snapshot is not None and bool(self.stop_request)
-
-    def _stop(self, stop: comm.StoppedError) -> int:
-        """Ends a job whose ranks wait for each other; one of those that are there writes a checkpoint."""
-        if stop.saves:
-            saved = self._save()
-            comm.report_saved(saved)
-        else:
-            saved = comm.was_saved()
-        if stop.placed:
-            comm.end_last()
-        return EXIT_STOPPED if saved else EXIT_NOT_SAVED
 
     def _save(self) -> bool:
         """Writes the state in memory as a checkpoint, without a trainer; False, and a sentence, if that fails."""

@@ -131,6 +131,7 @@ def test_a_job_below_its_minimum_waits_for_hosts_and_stops_when_it_is_asked_to(d
     job.wait_for_output("2 -> 2 ranks at epoch", timeout=120)
     find_hosts(tmp_path, "localhost:1")
     job.wait_for_output("waits for its new place", timeout=90)
+    job.wait_for_output("The state in memory is written")
     os.kill(rank_on(job, "localhost"), signal.SIGUSR1)
     assert job.wait(60) != 0
     assert f"Exit code: {EXIT_STOPPED}" in job.output

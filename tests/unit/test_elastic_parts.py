@@ -3,10 +3,12 @@
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from horovod.runner.elastic import driver
 from horovod.runner.elastic.discovery import FixedHosts
 from horovod.runner.elastic.driver import ElasticDriver
 
@@ -75,31 +77,48 @@ def test_a_process_moves_to_another_place(monkeypatch: pytest.MonkeyPatch) -> No
     assert os.environ["HOROVOD_CROSS_SIZE"] == "4"
 
 
-def test_a_lost_rank_0_that_does_not_answer_holds_up_nobody() -> None:
+class Driver(ElasticDriver):  # type: ignore[misc]
+    """Horovod's driver, with ranks that only end when they are told to. Ends with the block."""
+
+    def __init__(self, *hosts: str) -> None:
+        self.ends = threading.Event()
+        self.listed = FixedHosts(dict.fromkeys(hosts, 1))
+        super().__init__(Mock(), self.listed, 1, 2)
+        self.wait_for_available_slots(len(hosts))
+        self.start(len(hosts), lambda *_: (int(not self.ends.wait()), 0.0))
+
+    def __enter__(self) -> "Driver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ends.set()
+        self.stop()
+
+    def connect_rank_0(self, monkeypatch: pytest.MonkeyPatch, hears: Callable[..., object]) -> str:
+        """What happens when rank 0 has started; returns its host."""
+        monkeypatch.setattr(driver, "WorkerNotificationClient", lambda *_: Mock(notify_hosts_updated=hears))
+        host = str(self.get_coordinator_info().hostname)
+        self.register_worker_server(host, 0, {}, b"")
+        return host
+
+
+def test_a_lost_rank_0_that_does_not_answer_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its host is not listed any more, of which the driver wants to tell rank 0. The kernel tries that for minutes."""
-    asked, ends = threading.Event(), threading.Event()
-
-    def notify_in_vain(*_: object) -> None:
-        asked.set()
-        ends.wait()
-
-    def run_rank(*_: object) -> tuple[int, float]:
-        ends.wait()
-        return 0, 0.0
-
-    listed = FixedHosts({"hostA": 1, "hostB": 1})
-    driver = ElasticDriver(Mock(), listed, 1, 2)
-    try:
-        driver.wait_for_available_slots(2)
-        driver.start(2, run_rank)
-        lost = driver.get_coordinator_info().hostname
-        driver._worker_clients[lost, 0] = Mock(notify_hosts_updated=notify_in_vain)
-        listed.set({host: 1 for host in ("hostA", "hostB") if host != lost})
+    asked = threading.Event()
+    with Driver("hostA", "hostB") as running:
+        lost = running.connect_rank_0(monkeypatch, lambda *_: (asked.set(), running.ends.wait()))
+        running.listed.set({host: 1 for host in ("hostA", "hostB") if host != lost})
         assert asked.wait(10)
-        found = threading.Thread(target=driver.wait_for_available_slots, args=(1,), daemon=True)
+        found = threading.Thread(target=running.wait_for_available_slots, args=(1,), daemon=True)
         found.start()
         found.join(10)
         assert not found.is_alive()
-    finally:
-        ends.set()
-        driver.stop()
+
+
+def test_rank_0_hears_of_hosts_that_came_before_it_had_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = threading.Event()
+    with Driver("hostA") as running:
+        running.listed.set({"hostA": 1, "hostB": 1})
+        running.wait_for_available_slots(2)
+        running.connect_rank_0(monkeypatch, lambda *_: heard.set())
+        assert heard.wait(10)

@@ -48,6 +48,13 @@ class Slurm:
         (self.folder / "home").mkdir()
         shutil.copytree(ROOT / "slurm", self.folder / "home" / "slurm")
 
+    def have_nodes_answer(self, *names: str) -> None:
+        """What Slurm says of the job's nodes: the job has two."""
+        for program, answer in {"sinfo": names, "squeue": ["node[01-02]"]}.items():
+            path = self.folder / "venv" / "bin" / program
+            path.write_text(f'#!/bin/bash\necho "$*" >> "$CALLS"\nprintf \'%s\\n\' {" ".join(answer)}\n')
+            path.chmod(0o755)
+
     @property
     def run_dir(self) -> Path:
         return self.folder / "run dir"
@@ -165,18 +172,27 @@ def test_an_elastic_job_runs_on_the_nodes_that_answer(tmp_path: Path) -> None:
     assert training[: training.index("--")] == [
         *["launch", "--min-ranks", "6", "--max-ranks", "10", "--discover", discover, "--interface", "ib0"]
     ]
-    sinfo = tmp_path / "venv" / "bin" / "sinfo"
-    sinfo.write_text('#!/bin/bash\necho "$*" >> "$CALLS"\nprintf \'%s\\n\' node02 node01 node02\n')
-    (sinfo.parent / "squeue").write_text("#!/bin/bash\necho 'node[01-02]'\n")
-    (sinfo.parent / "squeue").chmod(0o755)
-    environment = {"PATH": f"{sinfo.parent}:{os.environ['PATH']}", "CALLS": str(slurm.calls_file)}
+    slurm.have_nodes_answer("node02", "node01", "node02")
+    environment = {"PATH": f"{tmp_path / 'venv' / 'bin'}:{os.environ['PATH']}", "CALLS": str(slurm.calls_file)}
     environment |= {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[01-03]"}  # one has left the job
     environment |= {"MEGDET_RUN_DIR": str(slurm.run_dir), "MEGDET_RANKS_PER_NODE": "2"}
     slurm.calls_file.unlink()
     for _ in range(2):
         assert subprocess.check_output([discover], env=environment, text=True) == "node01:2\nnode02:2\n"
-    (asked,) = slurm.calls_file.read_text().splitlines()
+    _, asked = slurm.calls_file.read_text().splitlines()
     assert "--nodes=node[01-02]" in asked
+
+
+def test_an_elastic_job_with_too_few_nodes_is_requeued(tmp_path: Path) -> None:
+    slurm = Slurm(tmp_path, "megdet_elastic.sbatch", {"SLURM_NNODES": "4", "TRAIN_EXIT": "1"})
+    slurm.have_nodes_answer("node01", "node02")
+    code, output = slurm.run()
+    assert (code, slurm.calls("scontrol>")) == (1, []), output
+    slurm.have_nodes_answer("node01")
+    (slurm.run_dir / "nodes-42").unlink()
+    code, output = slurm.run()
+    assert (code, slurm.calls("scontrol>")) == (205, [["requeue", "42"]]), output
+    assert "exit code 1, with fewer than 2 nodes left" in output
 
 
 def test_a_job_that_stopped_with_a_checkpoint_is_requeued(each_slurm: Slurm) -> None:
