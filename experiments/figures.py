@@ -10,8 +10,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.findings import BEYOND, BN_SIZES, KS, WARMUP_KS, cgbn, frozen, noise_scale
 from experiments.outcomes import Noise, Outcome, Outcomes
+from experiments.verdicts import BEYOND, BN_SIZES, KS, WARMUP_KS, cgbn, frozen, noise_scale
 from horovod_megdet.files import atomic_write
 from horovod_megdet.report.curves import BLUE, GREEN, INK, ORANGE, PURPLE
 from horovod_megdet.wording import count

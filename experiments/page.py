@@ -5,9 +5,10 @@ from collections import Counter
 from pathlib import Path
 
 from experiments.figures import write_figure
-from experiments.findings import FINDINGS, RUNS, Finding, Table, table_options
+from experiments.findings import FINDINGS, RUNS, Finding
 from experiments.outcomes import TRAINS, Outcomes
 from experiments.results import Row
+from experiments.verdicts import Table, table_options
 from horovod_megdet.files import atomic_write
 
 AGREES = 1e-5

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import findings
+from experiments import verdicts
 from experiments.cells import CELLS, RANKS, Cell, Run, choose_runs, load_cells
-from experiments.findings import FINDINGS, KS, NOT_REPRODUCED, REPRODUCED, UNDECIDED, Finding, cgbn, frozen
+from experiments.findings import FINDINGS, Finding
 from experiments.outcomes import NOISE_EPOCHS, Outcomes, between, clearly_above, clearly_better, mean_and_spread
 from experiments.page import write_page
 from experiments.pretraining import SIDE, crops
 from experiments.results import Results, Row
 from experiments.training import Laboratory, Stop, describe, prune
+from experiments.verdicts import KS, NOT_REPRODUCED, REPRODUCED, UNDECIDED, cgbn, frozen
 from horovod_megdet.config import load_config
 from horovod_megdet.data.synthetic import CLASSES
 from horovod_megdet.errors import EXIT_NON_FINITE_LOSS, UserError
@@ -74,13 +75,13 @@ def test_every_cell_can_be_run_and_every_finding_has_its_cells() -> None:
         if cell.config.batch_norm.bn_size != "world":
             assert cell.config.batch_norm.bn_size == cell.config.data.images_per_rank
     names = {cell.name for cell in cells}
-    shown = {name for found in FINDINGS for name in found.cells} | set(findings.OPTIONS.values())
+    shown = {name for found in FINDINGS for name in found.cells} | set(verdicts.OPTIONS.values())
     assert shown | {"k08_frozen_half_rate"} == names
 
 
 def test_bn_sizes_are_those_of_the_table() -> None:
     cells = {cell.name: cell.config for cell in load_cells()[0]}
-    for size, name in findings.BN_SIZES.items():
+    for size, name in verdicts.BN_SIZES.items():
         data, batch_norm = cells[name].data, cells[name].batch_norm
         together = RANKS * data.images_per_rank if batch_norm.bn_size == "world" else batch_norm.bn_size
         assert together == size
@@ -349,7 +350,7 @@ def test_warm_up() -> None:
 
 
 def test_bn_size() -> None:
-    ap: APs = dict.fromkeys(findings.BN_SIZES.values(), 0.7)
+    ap: APs = dict.fromkeys(verdicts.BN_SIZES.values(), 0.7)
     assert verdict("bn-size", lines(ap)) == NOT_REPRODUCED, "no size matters"
     assert verdict("bn-size", lines(ap | {"k08_bn02": 0.6})) == REPRODUCED
     assert verdict("bn-size", lines(ap | {"k08_bn02": None})) == REPRODUCED
@@ -407,11 +408,11 @@ def test_linear_rule() -> None:
     assert verdict("linear-rule", noisy(level, 2.0, ap) + lower) == NOT_REPRODUCED, "none behind, B = 2"
     assert verdict("linear-rule", noisy(level, -0.1, behind) + lower) == UNDECIDED, "no signal"
     mixed = Outcomes(noisy(level, -0.1, ap)[:9] + noisy(level, 0.1, ap)[9:])
-    assert findings.noise_scale(mixed) == float("inf"), "three of five have no signal"
+    assert verdicts.noise_scale(mixed) == float("inf"), "three of five have no signal"
 
 
 def test_beyond_the_linear_rule() -> None:
-    ap: APs = dict.fromkeys(findings.BEYOND.values(), 0.5)
+    ap: APs = dict.fromkeys(verdicts.BEYOND.values(), 0.5)
     assert verdict("beyond", lines(ap)) == NOT_REPRODUCED
     assert verdict("beyond", lines(ap | {"k16_agvm": 0.55})) == REPRODUCED
     assert verdict("beyond", lines(ap | {"k16_cgbn": None})) == REPRODUCED
