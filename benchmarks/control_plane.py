@@ -6,10 +6,12 @@
 The ranks are light: Python with mpi4py and numpy, without torch and Horovod, so that 128 of them fit on one machine.
 They make the calls of a training with messages of the same sizes. They share the cores of this machine, so a figure is
 the work of all ranks rather than what a cluster waits for; how it grows with their number is what to look at. A second
-table has real ranks, each with torch and Horovod, up to the first step of a training.
+table has real ranks, each with torch and Horovod, up to the first step of a training. Last, what an elastic job does
+after each step: a single rank with the R50-FPN detector keeps its state in memory.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -51,9 +53,7 @@ def timed(barrier: Callable[[], None], work: Callable[[], Any], repeats: int = R
     seconds = []
     for _ in range(repeats):
         barrier()
-        began = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(_seconds_of(work))
     return float(np.median(seconds))
 
 
@@ -120,6 +120,38 @@ def first_step(ranks: int, folder: Path) -> float:
     return seconds
 
 
+def keeping(folder: Path) -> tuple[float, float]:
+    """Seconds of a step with 2 images of R50-FPN, and of keeping the state after it as an elastic job does."""
+    from horovod_megdet.config import load_config
+    from horovod_megdet.engine.elastic import ElasticTrainer
+    from horovod_megdet.engine.startup import lay_foundation, start_horovod, start_trainer
+
+    class Timed(ElasticTrainer):
+        def train_step(self, batches: Any) -> None:
+            steps.append(_seconds_of(lambda: super(Timed, self).train_step(batches)))
+
+        def keep(self) -> None:
+            keeps.append(_seconds_of(super().keep))
+
+    steps: list[float] = []
+    keeps: list[float] = []
+    settings = {"data.synthetic_root": folder / "data", "output.run_dir": folder / "run-keeping", "output.pictures": 0}
+    settings |= {"model.backbone": "resnet50", "model.fpn_channels": 256, "model.box_head_channels": 1024}
+    settings |= {"data.shorter_side_train": [320], "data.longer_side_train": 480, "solver.epochs": 1}
+    settings |= {"solver.milestones": [], "solver.gammas": []}
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    config = start_horovod(lambda: load_config(PROJECT / "tests/parallel/tiny.yaml", overrides))
+    with contextlib.redirect_stdout(sys.stderr):
+        start_trainer(lay_foundation(config, None, None), False, None, Timed).train()
+    return float(np.median(steps)), float(np.median(keeps))
+
+
+def _seconds_of(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
 def on_ranks(ranks: int) -> dict[str, float]:
     """Starts light ranks and returns what they measured."""
     with tempfile.TemporaryDirectory() as folder:
@@ -129,22 +161,21 @@ def on_ranks(ranks: int) -> dict[str, float]:
         return found
 
 
-def section(results: dict[int, dict[str, float]], starts: dict[int, float]) -> str:
+def section(results: dict[int, dict[str, float]], starts: dict[int, float], kept: tuple[float, float]) -> str:
     """The section of docs/benchmarks.md."""
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                 if line.startswith("model name")), platform.processor())  # fmt: skip
     rows = [(text, *(f"{found[name]:.3g}" for found in results.values())) for name, text in FIGURES.items()]
+    first_steps = ("from launch to the first step, s", *(f"{seconds:.1f}" for seconds in starts.values()))
     return (
         "## What grows with the ranks\n\n"
         "Written by `python benchmarks/control_plane.py --write docs/benchmarks.md`, which says how it measures. "
         f"{os.cpu_count()} cores of {cpu}, shared by all ranks; the longest time of any rank.\n\n"
         f"{table(('figure', *(f'{ranks} ranks' for ranks in results)), rows)}\n\n"
-        f"{table(('real ranks', *map(str, starts)), [('from launch to the first step, s', *_seconds(starts))])}\n"
+        f"{table(('real ranks', *map(str, starts)), [first_steps])}\n\n"
+        f"An elastic job keeps its state in memory after each step: {1e3 * kept[1]:.2f} ms for R50-FPN on one rank, "
+        f"whose step takes {kept[0]:.2f} s.\n"
     )
-
-
-def _seconds(starts: dict[int, float]) -> list[str]:
-    return [f"{seconds:.1f}" for seconds in starts.values()]
 
 
 def main() -> None:
@@ -160,7 +191,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         first_step(2, Path(folder, "first"))  # reads files from the disk, which stay in memory then
         starts = {ranks: first_step(ranks, Path(folder)) for ranks in REAL_RANKS}
-    text = section(results, starts)
+        kept = keeping(Path(folder))
+    text = section(results, starts, kept)
     print(text)
     if arguments.write:
         write_section(arguments.write, text)
