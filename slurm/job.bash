@@ -6,7 +6,7 @@
 #   0       done
 #   85      stopped by a signal after a checkpoint: requeued, any number of times; not after scancel
 #   205     mpirun lost a node: requeued, at most MEGDET_MAX_REQUEUES times
-#           any code of an elastic job that has fewer nodes than it needs counts as this one
+#           any code but 0 and 85 of an elastic job with too few nodes left counts as this one
 #   5       no rank made progress, often because a node hangs: counts as a lost node
 #   others  a mistake or a crash, which would only happen again: the job ends with that code
 # Slurm itself requeues a job whose node fails. The next start then finds that the one before never ended, and counts
@@ -96,8 +96,8 @@ train() {
 # Whether an elastic job has fewer nodes than it needs.
 too_few_nodes() {
     local nodes
-    [[ ${MEGDET_MIN_NODES:-} ]] && nodes=$("$MEGDET_HOME/slurm/nodes_of_job") &&
-        (($(grep -c . <<<"$nodes") < MEGDET_MIN_NODES))
+    [[ ${MEGDET_MIN_NODES:-} ]] && ((MEGDET_MIN_NODES <= SLURM_NNODES)) &&
+        nodes=$("$MEGDET_HOME/slurm/nodes_of_job") && (($(grep -c . <<<"$nodes") < MEGDET_MIN_NODES))
 }
 
 # Waits for the launcher, passing on the signals that ask for a checkpoint, and returns its exit code.
@@ -141,7 +141,9 @@ end_job() {
             ;;
         "$EXIT_LOST_NODE" | "$EXIT_STALLED")
             # A job that was over the limit at its start has not trained, and ends here.
-            if [[ $over_limit ]] || ! count_lost_node; then
+            if [[ $stop_signal == TERM ]]; then
+                say "canceled"
+            elif [[ $over_limit ]] || ! count_lost_node; then
                 say "giving up after too many lost nodes; to continue, submit it with MEGDET_RUN_DIR=$MEGDET_RUN_DIR"
             else
                 requeue

@@ -23,6 +23,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 
 import horovod.torch as hvd
@@ -39,7 +40,7 @@ LONGEST_START = 120.0
 """Seconds that the ranks wait for new ones to start. Then they go on without those that have ended meanwhile."""
 
 LONGEST_SAVING = 60.0
-"""Seconds that the other ranks wait until one has written a checkpoint."""
+"""Seconds that ranks wait until one of them has written a checkpoint, and until it tries again if it cannot."""
 
 POLL_SECONDS = 0.2
 """Seconds between two looks at the store, and between two notes that this rank is still there."""
@@ -50,9 +51,6 @@ Other ranks may take 10 s to notice that one is lost."""
 
 REMOVED = -1
 """The rank that the driver gives a process that it has no place for."""
-
-Save = Callable[[], bool]
-"""Saves what a rank has in memory; False if that fails."""
 
 
 class HostsChanged(Exception):
@@ -74,6 +72,16 @@ class StoppedError(Exception):
         """Whether it has a place in the job, and the driver counts its end."""
 
 
+@dataclass(frozen=True)
+class Unsaved:
+    """What a rank has in memory."""
+
+    step: int
+    """Ranks with the same step have the same."""
+    save: Callable[[], bool]
+    """Saves it, unless it is saved already; False if that fails. Several ranks may do so at the same time."""
+
+
 class _News:
     """Hears from the driver that hosts came or went. The driver tells only rank 0."""
 
@@ -85,8 +93,8 @@ class _News:
         """Tells the driver where to send news; does so once."""
         if self._manager is None:
             self._manager = WorkerNotificationManager()
-            self._manager.init()
             self._manager.register_listener(self)
+            self._manager.init()
 
     def on_hosts_updated(self, timestamp: int, update: int) -> None:
         """Called by Horovod, in a thread."""
@@ -122,41 +130,39 @@ def join(deterministic: bool = False) -> None:
     if meeting == "complete":
         _connect()
     else:
-        _take_new_place(stopping=lambda: False, save=None)
+        _take_new_place(stopping=lambda: False, unsaved=None)
 
 
-def rejoin(lost: bool, stopping: Callable[[], object], save: Save | None) -> None:
+def rejoin(lost: bool, stopping: Callable[[], object], unsaved: Unsaved | None) -> None:
     """Starts Horovod anew after a change, with the ranks that are there then. Collective.
 
-    ``lost``: a rank does not answer. ``stopping()``: whether the job is to stop as soon as it can. ``save()``: saves
-    what this rank has in memory, if it has anything; one rank does so if they have to wait. Waits until the driver has
-    its minimum of ranks. Raises :class:`RemovedError` where this process is no longer needed, :class:`StoppedError` if
+    ``lost``: a rank does not answer. ``stopping()``: whether the job is to stop as soon as it can. ``unsaved``: what
+    this rank has in memory, if it has anything; it is saved if the ranks have to wait. Waits until the driver has its
+    minimum of ranks. Raises :class:`RemovedError` where this process is no longer needed, :class:`StoppedError` if
     others do not come while it is to stop, and :class:`UserError` if the driver gives up.
     """
     if lost:
         hang_up()
     hvd.shutdown()
-    _take_new_place(stopping, save)
+    _take_new_place(stopping, unsaved)
 
 
-def _take_new_place(stopping: Callable[[], object], save: Save | None) -> None:
-    _news.changed = False
+def _take_new_place(stopping: Callable[[], object], unsaved: Unsaved | None) -> None:
+    _news.changed = False  # what comes while it waits may be known by then: the ranks then meet once more than needed
     meeting: start.Meeting = "incomplete"
     while meeting != "complete":
         with waiting_for("place in the job"):
-            place = _wait_for_place(stopping, save)
+            place = _wait_for_place(stopping, unsaved)
         if place[0] == REMOVED:
             raise RemovedError
         launched.move(*place)
         meeting = start.meet(LONGEST_START, stopping)
         if meeting == "stopped":
-            if launched.rank() == 0:
-                start.Waiting().write("saved", save is not None and save())
-            raise StoppedError(_was_saved(), placed=True)
+            raise StoppedError(_Saving(unsaved).finish(), placed=True)
     _connect()
 
 
-def _wait_for_place(stopping: Callable[[], object], save: Save | None) -> list[int]:
+def _wait_for_place(stopping: Callable[[], object], unsaved: Unsaved | None) -> list[int]:
     """This process's new place. While too few ranks are left the driver gives none, for minutes."""
     answer: Future[list[int]] = Future()
 
@@ -169,32 +175,55 @@ def _wait_for_place(stopping: Callable[[], object], save: Save | None) -> list[i
     # A daemon, unlike the threads of an executor: it does not keep a process that ends.
     asking = threading.Thread(target=ask, name="place", daemon=True)
     asking.start()
-    waiting, quiet = start.Waiting(), True
+    waiting, saving, next_attempt = start.Waiting(), _Saving(unsaved), QUIET_SECONDS
     while not answer.done():
         asking.join(POLL_SECONDS)
         progress.advance()  # a rank that waits for hosts has not stalled
-        stops = waiting.seconds > start.TIMEOUT_TO_STOP and waiting.to_stop(stopping)
-        if quiet and (stops or waiting.seconds > QUIET_SECONDS):
-            quiet = False
-            say(
-                f"Rank {launched.rank()} on {launched.host()} waits for its new place: either another rank has not "
-                "noticed the change yet, or fewer ranks than the minimum are left and the launcher waits for hosts."
-            )
-            if save and waiting.is_first():
-                waiting.write("saved", save())
-        if stops:
-            raise StoppedError(_was_saved(), placed=False)
+        if waiting.seconds > next_attempt:
+            if next_attempt == QUIET_SECONDS:
+                say(
+                    f"Rank {launched.rank()} on {launched.host()} waits for its new place: either another rank has not "
+                    "noticed the change yet, or fewer ranks than the minimum are left and the launcher waits for hosts."
+                )
+            saving.attempt()
+            next_attempt = waiting.seconds + LONGEST_SAVING
+        if waiting.seconds > start.TIMEOUT_TO_STOP and waiting.to_stop(stopping):
+            saved = saving.finish()
+            if not answer.done():  # otherwise it stops where the others wait for it
+                raise StoppedError(saved, placed=False)
     return answer.result()
 
 
-def _was_saved() -> bool:
-    """Waits for what the rank that saves says; False if it says nothing."""
-    waiting = start.Waiting()
-    while waiting.seconds < LONGEST_SAVING:
-        if (saved := waiting.read("saved")) is not None:
-            return bool(saved)
-        time.sleep(POLL_SECONDS)
-    return False
+class _Saving:
+    """Sees to it that what ranks have in memory is saved while they wait: by one of those that have the same."""
+
+    def __init__(self, unsaved: Unsaved | None) -> None:
+        self._unsaved = unsaved
+        # With the step: what one rank still writes when all have got their places would count the next time.
+        self._key = f"saving.{unsaved.step}" if unsaved else ""
+
+    def attempt(self) -> bool | None:
+        """Whether what this rank has is saved now; None where another rank sees to it."""
+        waiting = start.Waiting()
+        if self._unsaved is None or waiting.read(f"{self._key}.done"):
+            return True
+        if not waiting.is_first(self._key):
+            return None
+        if self._unsaved.save():
+            waiting.write(f"{self._key}.done", True)
+            return True
+        waiting.give_up(self._key)
+        return False
+
+    def finish(self) -> bool:
+        """The same at the end of the job: if the other rank does not come to an end with it, this one saves."""
+        saved, waiting = self.attempt(), start.Waiting()
+        while saved is None and waiting.seconds < LONGEST_SAVING:
+            time.sleep(POLL_SECONDS)
+            saved = waiting.read(f"{self._key}.done")
+        if saved is None and self._unsaved:
+            return self._unsaved.save()
+        return bool(saved)
 
 
 def _connect() -> None:

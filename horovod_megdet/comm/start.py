@@ -156,15 +156,22 @@ class Waiting:
         self.write("stopping", True)
         return True
 
-    def is_first(self) -> bool:
-        """Whether this is the first of the ranks that call it, which are some of those that were there before."""
+    def is_first(self, key: str) -> bool:
+        """Whether this is the first of the ranks that ask for ``key``, which are some of those that were there before.
+
+        A rank that does not do what the first one is to do calls :meth:`give_up`.
+        """
         mine = launched.rank()
-        self.write(f"stops.{mine}", True)
+        self.write(f"{key}.{mine}", True)
         time.sleep(1.0)  # for others that come at the same time
-        if self.read("first") is not None or any(self.read(f"stops.{lower}") for lower in range(mine)):
+        if self.read(f"{key}.first") is not None or any(self.read(f"{key}.{lower}") for lower in range(mine)):
             return False
-        self.write("first", mine)
+        self.write(f"{key}.first", mine)
         return True
+
+    def give_up(self, key: str) -> None:
+        """Undoes :meth:`is_first`."""
+        self.write(f"{key}.first", None)
 
 
 def set_launch_defaults() -> None:

@@ -67,6 +67,8 @@ class TrainingState:
     agvm: AGVM = field(default_factory=AGVM)
     weights: dict[str, Tensor] | None = None
     """The weights that train, where those in :data:`MODEL_FILE` are their averages."""
+    unfinished: int | None = None
+    """Where the last step began, if what is due after it has yet to be done."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,14 @@ def read(path: str | Path) -> Checkpoint:
         raise UserError(
             f"{path}: not a whole checkpoint ({error}). A checkpoint is a folder step_* below a run's `checkpoints`."
         ) from None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether there is a whole checkpoint in a folder."""
+    try:
+        return bool(read(path))
+    except UserError:
+        return False
 
 
 def _recorded_digests(path: Path, description: dict[str, Any]) -> dict[str, str]:

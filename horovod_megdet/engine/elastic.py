@@ -47,8 +47,6 @@ class Snapshot:
     weights: dict[str, Tensor]
     """Those that are evaluated, as in a checkpoint."""
     state: TrainingState
-    unfinished: int | None
-    """As in :class:`Trainer`."""
     config: Config
     epoch: float
     hosts: tuple[str, ...]
@@ -59,7 +57,7 @@ class Snapshot:
     @property
     def progress(self) -> tuple[int, bool]:
         """How far it is: greater for a later one."""
-        return self.state.position.step, self.unfinished is None
+        return self.state.position.step, self.state.unfinished is None
 
 
 class ElasticTrainer(Trainer):
@@ -77,7 +75,6 @@ class ElasticTrainer(Trainer):
         """Takes over the state in which the session before has ended. ``hosts``: of the ranks of this one."""
         self.detector.load_state_dict(snapshot.weights)
         self.take_over(snapshot.state, self.run_folder.path)
-        self.unfinished = snapshot.unfinished
         lr = self.schedule.lr(self.position.images_seen)
         self.change = self._where() | {
             "ranks_before": len(snapshot.hosts),
@@ -122,8 +119,12 @@ class ElasticTrainer(Trainer):
         state = self.state(random_states=[])
         return Snapshot(
             weights=_on_cpu(self.evaluated_detector.state_dict()),
-            state=replace(state, optimizer=_on_cpu(state.optimizer), weights=_on_cpu(state.weights)),
-            unfinished=self.unfinished,
+            state=replace(
+                state,
+                optimizer=_on_cpu(state.optimizer),
+                weights=_on_cpu(state.weights),
+                unfinished=self.unfinished,
+            ),
             config=self.config,
             epoch=self._where()["epoch"],
             hosts=hosts,
@@ -163,7 +164,7 @@ class ElasticRun:
             gc.unfreeze()
             gc.collect()
             try:
-                comm.rejoin(lost, self._is_to_stop, self._save if self.snapshot else None)
+                comm.rejoin(lost, self._is_to_stop, self._unsaved())
             except comm.StoppedError as stop:
                 if stop.placed:
                     comm.end_last()
@@ -173,17 +174,28 @@ class ElasticRun:
         """Before its first session a rank has nothing to save, and ends later."""
         return self.snapshot is not None and bool(self.stop_request)
 
-    def _save(self) -> bool:
-        """Writes the state in memory as a checkpoint, without a trainer; False, and a sentence, if that fails."""
+    def _unsaved(self) -> comm.Unsaved | None:
+        """What this rank has in memory and can write."""
         if not self.snapshot or not self.foundation:
-            say("error: this rank has no state in memory that could be written.")
-            return False
+            return None
+        return comm.Unsaved(self.snapshot.state.position.step, self._save)
+
+    def _save(self) -> bool:
+        """Writes the state in memory as a checkpoint, without a trainer; False, and a sentence, if that fails.
+
+        A checkpoint of the same step that is there already stays: it may have been written by all ranks, with more.
+        """
+        assert self.snapshot
+        assert self.foundation
         snapshot, run_dir = self.snapshot, Path(self.foundation.config.output.run_dir)
+        path = checkpoint.folder(run_dir) / checkpoint.name(snapshot.state.position.step)
+        if checkpoint.is_whole(path):
+            return True
         try:
-            path = checkpoint.save(
-                run_dir, snapshot.weights, snapshot.state, self.foundation.description, snapshot.epoch
-            )
+            checkpoint.save(run_dir, snapshot.weights, snapshot.state, self.foundation.description, snapshot.epoch)
         except UserError as error:
+            if checkpoint.is_whole(path):  # by another rank, meanwhile
+                return True
             say(f"error: {error}")
             return False
         say(f"The state in memory is written: {path}")
@@ -245,7 +257,8 @@ class ElasticRun:
         except UserError:  # agreed on by all: these ranks cannot train together, or not share the mini-batch
             if comm.is_main():
                 say("These ranks cannot go on.")
-                self._save()
+                if unsaved := self._unsaved():
+                    unsaved.save()
             raise
         trainer.go_on(snapshot, hosts)
         begin_run(self.foundation)  # the disk of another rank 0 may be another one

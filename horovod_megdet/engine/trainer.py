@@ -331,7 +331,7 @@ class Trainer:
         load_optimizer(self.optimizer, state.optimizer, source)
         if state.scaler:  # empty where the run was not in float16 until now
             self.scaler.load_state_dict(state.scaler)
-        self.position, self.noise.averages = state.position, state.noise
+        self.position, self.noise.averages, self.unfinished = state.position, state.noise, state.unfinished
         if self.position.best_metric != self.config.output.best_metric:
             self.position.forget_best(self.config.output.best_metric)
         if self.config.solver.lr_modulation == "agvm":

@@ -1,6 +1,7 @@
 """Jobs whose ranks come and go, under Horovod's elastic driver: this machine stands for two hosts."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from horovod_megdet.errors import EXIT_STOPPED
 from horovod_megdet.report.rows import Rows, read_metrics
 
 SCRIPT = Path(__file__).with_name("elastic_train.py")
+NO_END = ("solver.epochs=100", "output.checkpoint_every_epochs=100", "output.log_every_images=2")
+"""A run that does not end by itself, and writes a checkpoint only when it is asked to stop."""
 
 
 def start(folder: Path, ranks: int, hosts: str, arguments: list[str], launcher: str = "elastic") -> launching.Job:
@@ -86,6 +89,23 @@ def test_what_was_due_when_a_rank_ended_is_done_once(run: Path) -> None:
     assert saved[-1].images_seen >= 3 * IMAGES
 
 
+def test_an_evaluation_that_was_due_is_done_after_a_resume(run: Path, data: Path, tmp_path: Path) -> None:
+    """Ranks that wait for others write their state as it was after the last step, before what was due then."""
+    copy = Path(shutil.copytree(run / "run", tmp_path / "run"))
+    (copy / "summary.json").unlink()
+    saved = checkpoint.newest(copy, report=pytest.fail)
+    state = saved.state()
+    state.unfinished = state.position.images_seen - 4
+    checkpoint.save(copy, saved.weights(), state, saved.run, saved.epoch)
+    code, output = launching.run(
+        "python", 1, [*launching.tiny(copy, "solver.epochs=3", data=data), "--resume"], tmp_path
+    )
+    assert code == 0, output
+    assert (copy / "summary.json").exists()
+    assert [int(row["epoch"]) for row in metrics(tmp_path, "evaluation")] == [1, 2, 3]
+    assert checkpoint.newest(copy, report=pytest.fail).state().unfinished is None
+
+
 def test_its_checkpoints_resume_elsewhere(run: Path, data: Path, tmp_path: Path) -> None:
     arguments = [*launching.tiny(run / "run", "solver.epochs=3.5", data=data), "--resume"]
     code, output = launching.run("python", 1, arguments, tmp_path)
@@ -110,7 +130,7 @@ def test_a_mini_batch_that_the_remaining_ranks_cannot_share(data: Path, tmp_path
 
 def test_a_job_that_waits_for_a_rank_stops_when_it_is_asked_to(data: Path, tmp_path: Path) -> None:
     """The new rank has ended before it has met the others, which would wait for it for two minutes."""
-    arguments = launching.tiny(tmp_path / "run", "solver.epochs=100", "output.log_every_images=2", data=data)
+    arguments = launching.tiny(tmp_path / "run", *NO_END, data=data)
     job = start(tmp_path, 2, "localhost:2", [*arguments, "--broken", "127.0.0.1"])
     job.wait_for_output("step 2 ", timeout=120)
     find_hosts(tmp_path, "localhost:2 127.0.0.1:1")
@@ -124,7 +144,7 @@ def test_a_job_that_waits_for_a_rank_stops_when_it_is_asked_to(data: Path, tmp_p
 
 def test_a_job_below_its_minimum_waits_for_hosts_and_stops_when_it_is_asked_to(data: Path, tmp_path: Path) -> None:
     """A host that is lost and comes back is what the job waits for; without it, it can only stop."""
-    arguments = launching.tiny(tmp_path / "run", "solver.epochs=100", "output.log_every_images=2", data=data)
+    arguments = launching.tiny(tmp_path / "run", *NO_END, data=data)
     job = start(tmp_path, 2, "localhost:1 127.0.0.1:1", arguments, "elastic_pair")
     job.wait_for_output("step 2 ", timeout=120)
     os.kill(rank_on(job, "127.0.0.1"), signal.SIGKILL)

@@ -3,7 +3,7 @@
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -11,8 +11,10 @@ import pytest
 from horovod.runner.elastic import driver
 from horovod.runner.elastic.discovery import FixedHosts
 from horovod.runner.elastic.driver import ElasticDriver
+from horovod.runner.http.http_server import RendezvousServer
 
-from horovod_megdet import launched
+from horovod_megdet import comm, launched
+from horovod_megdet.comm import elastic, start
 from horovod_megdet.config import Config
 from horovod_megdet.engine.elastic import check_elastic
 from horovod_megdet.engine.metrics import MetricsLog, describe_change
@@ -122,3 +124,44 @@ def test_rank_0_hears_of_hosts_that_came_before_it_had_started(monkeypatch: pyte
         running.wait_for_available_slots(2)
         running.connect_rank_0(monkeypatch, lambda *_: heard.set())
         assert heard.wait(10)
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Takes the place of a rank beside the launcher's store. Ranks do not wait for each other."""
+    store = RendezvousServer()
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "127.0.0.1")
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", str(store.start()))
+    monkeypatch.setattr(start.time, "sleep", lambda _: None)
+    yield lambda rank: monkeypatch.setenv("HOROVOD_RANK", str(rank))
+    store.stop()
+
+
+def test_one_of_the_ranks_with_the_same_state_saves_it(place: Callable[[int], None]) -> None:
+    saved: list[str] = []
+
+    def saving(step: int, name: str, works: bool = True) -> elastic._Saving:
+        return elastic._Saving(comm.Unsaved(step, lambda: works and not saved.append(name)))
+
+    place(1)
+    assert saving(5, "on a full disk", works=False).attempt() is False
+    assert saving(5, "rank 1").attempt() is True, "it tries again"
+    place(2)
+    assert saving(5, "rank 2").attempt() is True
+    assert saving(6, "rank 2, a step ahead").attempt() is True
+    assert elastic._Saving(None).finish() is True, "a new rank has nothing to save"
+    assert saved == ["rank 1", "rank 2, a step ahead"]
+
+
+def test_a_rank_saves_if_the_one_that_is_to_do_so_does_not(
+    place: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place(0)
+    assert start.Waiting().is_first("saving.7"), "and is lost"
+    place(1)
+    saves = [False, True]
+    saving = elastic._Saving(comm.Unsaved(7, saves.pop))
+    assert saving.attempt() is None
+    monkeypatch.setattr(elastic, "LONGEST_SAVING", 0.1)
+    assert saving.finish() is True
+    assert saving.finish() is False

@@ -20,7 +20,7 @@ STAND_IN = r"""#!/bin/bash
 { echo "<$(basename "$0")>"; printf '%s\n' "$@"; echo "</>"; } >> "$CALLS"
 for argument in "$@"; do [[ $argument != train.py ]] || training=1; done
 if [[ ${training:-} ]]; then
-    trap 'echo USR1 >> "$CALLS"; exit 85' USR1
+    trap 'echo USR1 >> "$CALLS"; exit "${STOP_EXIT:-85}"' USR1
     [[ ! ${TRAIN_SLEEP:-} ]] || { touch "$CALLS.started"; for _ in $(seq "$TRAIN_SLEEP"); do sleep 0.1; done; }
     exit "${TRAIN_EXIT:-0}"
 fi
@@ -193,6 +193,8 @@ def test_an_elastic_job_with_too_few_nodes_is_requeued(tmp_path: Path) -> None:
     code, output = slurm.run()
     assert (code, slurm.calls("scontrol>")) == (205, [["requeue", "42"]]), output
     assert "exit code 1, with fewer than 2 nodes left" in output
+    code, output = slurm.run(MEGDET_MIN_NODES="5")
+    assert (code, slurm.calls("scontrol>")) == (1, []), "a mistake of the user"
 
 
 def test_a_job_that_stopped_with_a_checkpoint_is_requeued(each_slurm: Slurm) -> None:
@@ -204,6 +206,7 @@ def test_a_job_that_stopped_with_a_checkpoint_is_requeued(each_slurm: Slurm) -> 
 
 @pytest.mark.parametrize("exit_code", [1, 2, 3, 4, 137])
 def test_a_crash_ends_the_job_with_its_code(each_slurm: Slurm, exit_code: int) -> None:
+    each_slurm.have_nodes_answer("node01", "node02")
     code, output = each_slurm.run(TRAIN_EXIT=str(exit_code))
     assert code == exit_code
     assert each_slurm.calls("scontrol>") == []
@@ -265,12 +268,14 @@ def test_usr1_before_the_time_limit_stops_and_requeues(each_slurm: Slurm) -> Non
     assert each_slurm.calls("scontrol>") == [["requeue", "42"]]
 
 
-def test_scancel_stops_and_does_not_requeue(slurm: Slurm) -> None:
-    process = slurm.start(TRAIN_SLEEP="200")
+@pytest.mark.parametrize("exit_code", [85, 205, EXIT_STALLED])
+def test_scancel_stops_and_does_not_requeue(slurm: Slurm, exit_code: int) -> None:
+    """Also not where a node is lost, or the ranks hang, at the same time."""
+    process = slurm.start(TRAIN_SLEEP="200", STOP_EXIT=str(exit_code))
     wait_for(slurm.folder / "calls.started")
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 85, output
+    assert process.returncode == exit_code, output
     assert slurm.calls("scontrol>") == []
     assert "canceled" in output
 
