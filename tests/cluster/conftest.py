@@ -22,10 +22,20 @@ from typing import Any
 import hosts as hosts_of_a_machine
 import pytest
 from hosts import Hosts, Unavailable
-from jobs import ONLY_WHEN_STOPPED, Training
+from jobs import ONLY_WHEN_STOPPED, Job, Training
 
 import slurm as slurm_of_hosts
 from slurm import Slurm
+
+
+@pytest.fixture(autouse=True)
+def no_job_is_left() -> Iterator[None]:
+    """A test that fails leaves no job on the hosts, where the next one would find it."""
+    yield
+    for job in Job.started_by_test:
+        if job.process.poll() is None:
+            job.end()
+    Job.started_by_test.clear()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hosts import PROJECT, VENV_BIN, Host, Hosts, wait_for
 
@@ -116,11 +116,15 @@ class Training:
 class Job:
     """A running job, started on the first host."""
 
+    started_by_test: ClassVar[list["Job"]] = []
+    """The jobs that the running test has started."""
+
     def __init__(self, hosts: Hosts, command: list[str], script: str, log: Path, environment: dict[str, str]) -> None:
         self.hosts, self.script, self.log = hosts, script, log
         log.unlink(missing_ok=True)
         log.touch()
         self.process = hosts[0].start(command, log, cwd=log.parent, env=environment)
+        self.started_by_test.append(self)
 
     @property
     def output(self) -> str:

@@ -1,6 +1,6 @@
 """Fixtures that tests of several ranks share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -8,6 +8,16 @@ import launching
 import pytest
 
 LAUNCHER = {"mpi": "mpirun", "gloo": "gloo"}
+
+
+@pytest.fixture(autouse=True)
+def no_job_is_left() -> Iterator[None]:
+    """A test that fails leaves no job behind, which would slow down all others."""
+    yield
+    for job in launching.Job.started_by_test:
+        if job.process.poll() is None:
+            job.kill()
+    launching.Job.started_by_test.clear()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -46,6 +46,9 @@ compare numbers with a reference, and test_training.py, run in :data:`ENVIRONMEN
 class Job:
     """A running training job with all its processes in one session, its output in a file."""
 
+    started_by_test: ClassVar[list["Job"]] = []
+    """The jobs that the running test has started."""
+
     def __init__(
         self,
         launcher: str,
@@ -69,6 +72,7 @@ class Job:
                 start_new_session=True,
             )
         self.started = time.monotonic()
+        self.started_by_test.append(self)
 
     @property
     def output(self) -> str:
