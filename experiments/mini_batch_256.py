@@ -61,7 +61,7 @@ def run(ranks: int, overrides: list[str], scratch: Path) -> Row:
         "ranks": ranks,
         "images_per_rank": config.data.images_per_rank,
         "bn_size": config.batch_norm.bn_size,
-        "steps": [{key: row[key] for key in ("step", "loss", "step_seconds", "memory_mb")} for row in rows],
+        "steps": [{key: row[key] for key in ("step", "lr", "loss", "step_seconds", "memory_mb")} for row in rows],
         **json.loads((folder / "compare_gradients/difference.json").read_text(encoding="utf-8")),
         **made_with(config),
     }

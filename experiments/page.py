@@ -85,16 +85,17 @@ def _mini_batch_256(path: Path) -> str:
     if not path.exists():
         return f"{head}Not run yet: `python -m experiments.mini_batch_256`.\n"
     result = json.loads(path.read_text(encoding="utf-8"))
-    steps = [["step", "loss", "time, s", "memory of the largest rank, MB"]]
+    steps = [["step", "rate", "loss", "time, s", "memory of the largest rank, MB"]]
     for step in result["steps"]:
-        loss, seconds, memory = step["loss"], step["step_seconds"], step["memory_mb"]
-        steps.append([str(step["step"]), f"{loss:.3f}", f"{seconds:.1f}", f"{memory:.0f}"])
+        lr, loss, seconds, memory = step["lr"], step["loss"], step["step_seconds"], step["memory_mb"]
+        steps.append([str(step["step"]), f"{lr:.2g}", f"{loss:.3f}", f"{seconds:.1f}", f"{memory:.0f}"])
     first, last = result["steps"][0]["loss"], result["steps"][-1]["loss"]
     difference = result["gradient_difference"]
     agree = "agree" if difference <= AGREES else "do not agree"
     return (
         f"{head}`python -m experiments.mini_batch_256` on {result['processor']}, {result['date']}: {result['ranks']} "
-        f"ranks x {result['images_per_rank']} images of 64 pixels in one pass, BN size {result['bn_size']}.\n\n"
+        f"ranks x {result['images_per_rank']} images of 64 pixels in one pass, BN size {result['bn_size']}, with "
+        "square-root scaling of the rate.\n\n"
         f"{markdown(steps)}\n"
         f"The loss {'falls' if last < first else 'does not fall'}: {first:.3f} to {last:.3f}. With frozen norms, in "
         "float32, the gradient of the first step and the one that a single process computes from the same images "

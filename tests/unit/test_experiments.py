@@ -446,7 +446,7 @@ def test_the_page_without_runs(tmp_path: Path) -> None:
 def test_the_page_with_some_runs(tmp_path: Path) -> None:
     rows = lines({frozen(1): 0.75, cgbn(1): 0.72, frozen(8): None}) + lines({cgbn(8): 0.5}, seeds=1)
     mini_batch = {"ranks": 16, "images_per_rank": 16, "bn_size": 32, "gradient_difference": 2e-7, "date": "2026-01-01"}
-    steps = [{"step": s, "loss": 2.75 - s / 4, "step_seconds": 9.0, "memory_mb": 800.0} for s in (1, 2)]
+    steps = [{"step": s, "loss": 2.75 - s / 4, "lr": 0.02, "step_seconds": 9.0, "memory_mb": 800.0} for s in (1, 2)]
     (tmp_path / "one.json").write_text(json.dumps(mini_batch | {"processor": "2 x A", "steps": steps}))
     for _ in range(2):
         write_page(rows, tmp_path / "one.json", tmp_path / "findings.md", tmp_path / "figures")
