@@ -73,7 +73,7 @@ test-gpu: setup ## Run the tests that need an NVIDIA GPU
 	$(IN_VENV) python -m pytest tests/gpu $(ARGS)
 
 test-cluster: setup ## Run the tests that need several hosts, on two sets of hosts at a time
-	$(IN_VENV) python -m pytest tests/cluster -n 2 --dist loadfile $(ARGS)
+	$(IN_VENV) python -m pytest tests/cluster -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: ruff mypy ## Check style, format and types
 

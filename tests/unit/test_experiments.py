@@ -455,7 +455,7 @@ def test_the_page_with_some_runs(tmp_path: Path) -> None:
     assert "they agree to 1e-05" in text
     assert "| 1 | 8 | 0.01 | 0.750 ± 0.002 (3) | 0.720 ± 0.002 (3) |" in text
     assert "| 8 | 64 | 0.08 | diverged at step 24, 24, 24 (3) | 0.500 (1) |" in text
-    assert "| 1 | 2.500 | 9.0 | 800 |" in text
+    assert "| 1 | 0.02 | 2.500 | 9.0 | 800 |" in text
     assert "2.0e-07" in text
     links = [part.split(")")[0] for part in text.split("](")[1:]]
     assert "figures/batch-norm.svg" in links
