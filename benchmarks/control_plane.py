@@ -135,10 +135,10 @@ def keeping(folder: Path) -> tuple[float, float]:
 
     steps: list[float] = []
     keeps: list[float] = []
-    settings = {"data.synthetic_root": folder / "data", "output.run_dir": folder / "run-keeping", "output.pictures": 0}
+    settings = {"data.synthetic_root": folder / "data-keeping", "output.run_dir": folder / "run-keeping"}
     settings |= {"model.backbone": "resnet50", "model.fpn_channels": 256, "model.box_head_channels": 1024}
     settings |= {"data.shorter_side_train": [320], "data.longer_side_train": 480, "solver.epochs": 1}
-    settings |= {"solver.milestones": [], "solver.gammas": []}
+    settings |= {"solver.milestones": [], "solver.gammas": [], "output.pictures": 0}
     overrides = [f"{key}={value}" for key, value in settings.items()]
     config = start_horovod(lambda: load_config(PROJECT / "tests/parallel/tiny.yaml", overrides))
     with contextlib.redirect_stdout(sys.stderr):
