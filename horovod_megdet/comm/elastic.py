@@ -199,7 +199,7 @@ class _Saving:
 
     def __init__(self, unsaved: Unsaved | None) -> None:
         self._unsaved = unsaved
-        # With the step: what one rank still writes when all have got their places would count the next time.
+        # The step is in the key: what a slow rank writes after all have their places must not count in the next wait.
         self._key = f"saving.{unsaved.step}" if unsaved else ""
 
     def attempt(self) -> bool | None:

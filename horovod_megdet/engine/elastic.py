@@ -183,7 +183,7 @@ class ElasticRun:
     def _save(self) -> bool:
         """Writes the state in memory as a checkpoint, without a trainer; False, and a sentence, if that fails.
 
-        A checkpoint of the same step that is there already stays: it may have been written by all ranks, with more.
+        An existing checkpoint of the same step is kept: all ranks may have written it, with more in it.
         """
         assert self.snapshot
         assert self.foundation

@@ -80,7 +80,7 @@ def test_a_process_moves_to_another_place(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 class Driver(ElasticDriver):  # type: ignore[misc]
-    """Horovod's driver, with ranks that only end when they are told to. Ends with the block."""
+    """Horovod's driver, with ranks that run until the ``with`` block ends."""
 
     def __init__(self, *hosts: str) -> None:
         self.ends = threading.Event()
