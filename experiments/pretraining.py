@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from horovod_megdet.data.synthetic import CATEGORY_IDS, draw_image
+from horovod_megdet.engine import hardware
 from horovod_megdet.errors import UserError
 from horovod_megdet.files import atomic_write
 from horovod_megdet.models.detector import IMAGE_MEAN, IMAGE_STD
@@ -53,6 +54,7 @@ def main() -> int:
 
 def pretrain(path: Path, train_crops: int = TRAIN_CROPS, epochs: int = EPOCHS) -> None:
     """Trains a ResNet-18 and writes its state dict. The same on every call, as far as the processor allows."""
+    hardware.prepare_cpu()
     torch.set_num_threads(1)  # sums then have one order, whatever the machine
     torch.manual_seed(SEED)
     started = time.monotonic()

@@ -11,7 +11,9 @@ import torch
 
 from horovod_megdet import comm, launched
 from horovod_megdet.config import RuntimeConfig
+from horovod_megdet.engine import precision
 from horovod_megdet.errors import UserError
+from horovod_megdet.layers.float32_products import use_float32_products
 
 _AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -28,7 +30,7 @@ def choose(runtime: RuntimeConfig) -> torch.device:
         bind_to_cores()
     torch.set_num_threads(runtime.threads_per_rank or threads_per_rank())
     if runtime.device == "cpu" or (runtime.device == "auto" and not torch.cuda.is_available()):
-        keep_freed_memory()
+        prepare_cpu()
         return torch.device("cpu")
     count = torch.cuda.device_count()
     number = comm.local_rank() % count if comm.gpu_is_shared() else comm.local_rank()
@@ -43,6 +45,13 @@ def choose(runtime: RuntimeConfig) -> torch.device:
     if runtime.deterministic:
         use_deterministic_kernels()
     return device
+
+
+def prepare_cpu() -> None:
+    """Sets this process up for training on a CPU."""
+    keep_freed_memory()
+    if not precision.has_amx():
+        use_float32_products()
 
 
 def use_deterministic_kernels() -> None:

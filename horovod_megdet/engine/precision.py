@@ -36,10 +36,15 @@ def probe(device: torch.device) -> Ability:
         major, minor = torch.cuda.get_device_capability(device)
         types: tuple[HalfType, ...] = ("bfloat16", "float16") if major >= 8 else ("float16",)
         return Ability(launched.host(), device.type, types, f"compute capability {major}.{minor}")
-    if "amx_bf16" in processor_flags():
+    if has_amx():
         return Ability(launched.host(), device.type, ("bfloat16",), "AMX-BF16")
     # With AVX512-BF16 alone, steps in bfloat16 were slower than in float32.
     return Ability(launched.host(), device.type, (), "no AMX-BF16")
+
+
+def has_amx() -> bool:
+    """Whether this host's processor multiplies matrices of bfloat16."""
+    return "amx_bf16" in processor_flags()
 
 
 def processor_flags() -> set[str]:
