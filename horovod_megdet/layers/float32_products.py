@@ -1,9 +1,9 @@
 """Autocast on processors that are slow with 16-bit types: the same values, multiplied and summed in float32.
 
 Without instructions for bfloat16, oneDNN takes many times as long for a convolution in it as for one in float32
-(docs/performance.md). A run that began on processors with AMX and goes on here keeps its precision nevertheless. So its
-products are computed as AMX computes them, which sums in float32 too, but for the order of the sums: inputs, weights and
-bias are rounded to 16 bits, multiplied and summed in float32, and the result is rounded. Gradients follow the same way.
+(docs/performance.md), and a run that began on processors with AMX keeps its precision on others. So its products are
+computed as AMX computes them, but for the order of the sums: inputs, weights and bias are rounded to 16 bits,
+multiplied and summed in float32, and the result is rounded. Autograd does the same with gradients.
 """
 
 import functools
@@ -39,13 +39,15 @@ def _conv2d(
 ) -> Tensor:
     dtype = torch.get_autocast_dtype("cpu")
     with torch.autocast("cpu", enabled=False):
-        return F.conv2d(*_rounded(dtype, x, weight, bias), stride, padding, dilation, groups).to(dtype)
+        x, weight, bias = _rounded(dtype, x, weight, bias)
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups).to(dtype)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dtype = torch.get_autocast_dtype("cpu")
     with torch.autocast("cpu", enabled=False):
-        return F.linear(*_rounded(dtype, x, weight, bias)).to(dtype)
+        x, weight, bias = _rounded(dtype, x, weight, bias)
+        return F.linear(x, weight, bias).to(dtype)
 
 
 def _rounded(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
