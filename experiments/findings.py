@@ -3,38 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from experiments import verdicts
 from experiments.outcomes import LEAST_DIFFERENCE, LEAST_FAILURES, NOISE_EPOCHS, TRAINS, Outcomes
-from experiments.verdicts import (
-    BEYOND,
-    BN_SIZES,
-    FACTOR,
-    KS,
-    LOWER_RATES,
-    NEAR,
-    PAPERS_BN_SIZE,
-    UNDECIDED,
-    WARMUP_KS,
-    Table,
-    Verdict,
-    cgbn,
-    frozen,
-    judge_accuracy,
-    judge_batch_norm,
-    judge_beyond,
-    judge_bn_size,
-    judge_break,
-    judge_first_epochs,
-    judge_variance,
-    judge_warmup,
-    table_accuracy,
-    table_batch_norm,
-    table_beyond,
-    table_bn_size,
-    table_break,
-    table_first_epochs,
-    table_variance,
-    table_warmup,
-)
+from experiments.verdicts import Table, Verdict, cgbn, frozen
 from horovod_megdet.wording import count
 
 SUMMARY = "a summary of the paper"
@@ -73,10 +44,10 @@ class Finding:
         if not short:
             return self.judge(outcomes)
         there = ", ".join(f"{cell} {runs}" for cell, runs in short.items())
-        return Verdict(UNDECIDED, f"Each cell needs {count(self.runs, 'run')}; so far there are: {there}.")
+        return Verdict(verdicts.UNDECIDED, f"Each cell needs {count(self.runs, 'run')}; so far there are: {there}.")
 
 
-ALL_CGBN = [cgbn(k) for k in KS]
+ALL_CGBN = [cgbn(k) for k in verdicts.KS]
 EPOCHS = f"epochs {' and '.join(map(str, NOISE_EPOCHS))}"
 
 FINDINGS = [
@@ -88,9 +59,9 @@ FINDINGS = [
         f"{SUMMARY}; the second sentence from {NOTES}",
         f"Reproduced if with frozen BN all runs at k = 16 fail, and with CGBN none at any k. A run fails if its loss "
         f"stops being finite or its final AP is below {TRAINS}.",
-        [name(k) for k in KS for name in (frozen, cgbn)],
-        judge_batch_norm,
-        table_batch_norm,
+        [name(k) for k in verdicts.KS for name in (frozen, cgbn)],
+        verdicts.judge_batch_norm,
+        verdicts.table_batch_norm,
     ),
     Finding(
         "warm-up",
@@ -99,20 +70,20 @@ FINDINGS = [
         "divergence.",
         SUMMARY,
         f"Reproduced if at k = 8 or k = 16 runs are clearly better with the warm-up than without. {CLEARLY}",
-        [name for k in WARMUP_KS for name in (cgbn(k), f"k{k:02}_no_warmup")],
-        judge_warmup,
-        table_warmup,
+        [name for k in verdicts.WARMUP_KS for name in (cgbn(k), f"k{k:02}_no_warmup")],
+        verdicts.judge_warmup,
+        verdicts.table_warmup,
     ),
     Finding(
         "bn-size",
         "The BN size matters, and more is not always better",
         "A larger BN size is not always better; 32 images were best.",
         SUMMARY,
-        f"At 64 images per step. Reproduced if BN size {PAPERS_BN_SIZE} is clearly better than the smallest, and the "
-        f"largest is not clearly better than {PAPERS_BN_SIZE}. {CLEARLY}",
-        list(BN_SIZES.values()),
-        judge_bn_size,
-        table_bn_size,
+        f"At 64 images per step. Reproduced if BN size {verdicts.PAPERS_BN_SIZE} is clearly better than the smallest, "
+        f"and the largest is not clearly better than {verdicts.PAPERS_BN_SIZE}. {CLEARLY}",
+        list(verdicts.BN_SIZES.values()),
+        verdicts.judge_bn_size,
+        verdicts.table_bn_size,
     ),
     Finding(
         "first-epochs",
@@ -122,8 +93,8 @@ FINDINGS = [
         "With CGBN. Reproduced if the mean AP of k = 1 is ahead of that of k = 2 by 2 standard errors of the "
         f"difference and by {LEAST_DIFFERENCE} after epoch 1 or 2, and not at the end.",
         [cgbn(1), cgbn(2)],
-        judge_first_epochs,
-        table_first_epochs,
+        verdicts.judge_first_epochs,
+        verdicts.table_first_epochs,
     ),
     Finding(
         "variance",
@@ -132,12 +103,12 @@ FINDINGS = [
         "of the update per image, rate² tr(Sigma) / n², whatever the mini-batch n.",
         SUMMARY,
         f"Averaged over {EPOCHS}, of runs that train. Reproduced if with CGBN the largest tr(Sigma) is at most "
-        f"{FACTOR:g} times the smallest; the product goes with it, because the rate over n is fixed. The estimate "
-        "takes images as independent. With CGBN they are not quite, because the images of a pass share their "
-        "statistics; their number differs between k = 1, 2 and 4, too.",
+        f"{verdicts.FACTOR:g} times the smallest; the product goes with it, because the rate over n is fixed. "
+        "The estimate takes images as independent. With CGBN they are not quite, because the images of a pass share "
+        "their statistics; their number differs between k = 1, 2 and 4, too.",
         ALL_CGBN,
-        judge_variance,
-        table_variance,
+        verdicts.judge_variance,
+        verdicts.table_variance,
         runs=1,
     ),
     Finding(
@@ -146,11 +117,11 @@ FINDINGS = [
         "While the mini-batch n is far below the noise scale B the best rate grows linearly; at n = B it is half of "
         "that. (8 + B) / (n + B) is the best rate over the linear one, starting from 8 images.",
         "McCandlish et al. 2018, An Empirical Model of Large-Batch Training; not a finding of MegDet",
-        f"Reproduced if the first n that is clearly worse than k = 1 lies within a factor of {NEAR:g} of B, or none is "
-        f"and B is at least a quarter of the largest n. B is the median over k, in {EPOCHS}. {CLEARLY}",
-        [*ALL_CGBN, *(BEYOND[name] for name in LOWER_RATES)],
-        judge_break,
-        table_break,
+        f"Reproduced if the first n that is clearly worse than k = 1 lies within a factor of {verdicts.NEAR:g} of B, "
+        f"or none is and B is at least a quarter of the largest n. B is the median over k, in {EPOCHS}. {CLEARLY}",
+        [*ALL_CGBN, *(verdicts.BEYOND[name] for name in verdicts.LOWER_RATES)],
+        verdicts.judge_break,
+        verdicts.table_break,
     ),
     Finding(
         "beyond",
@@ -159,9 +130,9 @@ FINDINGS = [
         "rule at large mini-batches (box AP 36.8 against 36.2 at 512 images).",
         "Xue et al., NeurIPS 2022; not a finding of MegDet",
         f"Reproduced if AGVM is clearly better than the linear rate at k = 16. {CLEARLY}",
-        list(BEYOND.values()),
-        judge_beyond,
-        table_beyond,
+        list(verdicts.BEYOND.values()),
+        verdicts.judge_beyond,
+        verdicts.table_beyond,
     ),
     Finding(
         "accuracy",
@@ -171,7 +142,7 @@ FINDINGS = [
         f"{SUMMARY}, and {ABSTRACT}",
         f"With CGBN. Reproduced if some k is clearly better than k = 1, and none clearly worse. {CLEARLY}",
         ALL_CGBN,
-        judge_accuracy,
-        table_accuracy,
+        verdicts.judge_accuracy,
+        verdicts.table_accuracy,
     ),
 ]

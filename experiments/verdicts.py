@@ -184,7 +184,7 @@ def noise_scale(outcomes: Outcomes) -> float | None:
 def judge_break(outcomes: Outcomes) -> Verdict:
     scale, k = noise_scale(outcomes), first_behind(outcomes)
     if scale is None or not math.isfinite(scale):
-        return Verdict(UNDECIDED, "The noise scale was not measured, or |g|² could not be told from the noise.")
+        return Verdict(UNDECIDED, "The noise scale was not measured, or the noise hides the gradient.")
     linear = outcomes[cgbn(KS[-1])]
     lower = [name for name in LOWER_RATES if clearly_better(outcomes[BEYOND[name]], linear)]
     reason = f"The noise scale is {scale:.3g} images. At {8 * KS[-1]} images, clearly better than the linear rate: "
