@@ -8,8 +8,8 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from horovod.runner.elastic import driver
-from horovod.runner.elastic.discovery import FixedHosts
+from horovod.runner.elastic import discovery, driver
+from horovod.runner.elastic.discovery import FixedHosts, HostDiscoveryScript
 from horovod.runner.elastic.driver import ElasticDriver
 from horovod.runner.http.http_server import RendezvousServer
 
@@ -79,12 +79,26 @@ def test_a_process_moves_to_another_place(monkeypatch: pytest.MonkeyPatch) -> No
     assert os.environ["HOROVOD_CROSS_SIZE"] == "4"
 
 
+class Listed(FixedHosts):  # type: ignore[misc]
+    """The answer of a discovery program, which may hang."""
+
+    def __init__(self, hosts: dict[str, int]) -> None:
+        super().__init__(hosts)
+        self.answers, self.asked = threading.Event(), threading.Event()
+        self.answers.set()
+
+    def find_available_hosts_and_slots(self) -> dict[str, int]:
+        self.asked.set()
+        self.answers.wait()
+        return super().find_available_hosts_and_slots()  # type: ignore[no-any-return]
+
+
 class Driver(ElasticDriver):  # type: ignore[misc]
     """Horovod's driver, with ranks that run until the ``with`` block ends."""
 
     def __init__(self, *hosts: str) -> None:
         self.ends = threading.Event()
-        self.listed = FixedHosts(dict.fromkeys(hosts, 1))
+        self.listed = Listed(dict.fromkeys(hosts, 1))
         super().__init__(Mock(), self.listed, 1, 2)
         self.wait_for_available_slots(len(hosts))
         self.start(len(hosts), lambda *_: (int(not self.ends.wait()), 0.0))
@@ -94,7 +108,15 @@ class Driver(ElasticDriver):  # type: ignore[misc]
 
     def __exit__(self, *_: object) -> None:
         self.ends.set()
+        self.listed.answers.set()
         self.stop()
+
+    def gives_places(self) -> bool:
+        """Whether somebody who asks for a place gets one within 10 s."""
+        asks = threading.Thread(target=self.wait_for_available_slots, args=(1,), daemon=True)
+        asks.start()
+        asks.join(10)
+        return not asks.is_alive()
 
     def connect_rank_0(self, monkeypatch: pytest.MonkeyPatch, hears: Callable[..., object]) -> str:
         """What happens when rank 0 has started; returns its host."""
@@ -111,10 +133,26 @@ def test_a_lost_rank_0_that_does_not_answer_holds_up_nobody(monkeypatch: pytest.
         lost = running.connect_rank_0(monkeypatch, lambda *_: (asked.set(), running.ends.wait()))
         running.listed.set({host: 1 for host in ("hostA", "hostB") if host != lost})
         assert asked.wait(10)
-        found = threading.Thread(target=running.wait_for_available_slots, args=(1,), daemon=True)
-        found.start()
-        found.join(10)
-        assert not found.is_alive()
+        assert running.gives_places()
+
+
+def test_a_discovery_program_that_hangs_holds_up_nobody() -> None:
+    with Driver("hostA", "hostB") as running:
+        running.listed.answers.clear()
+        running.listed.asked.clear()
+        assert running.listed.asked.wait(10)
+        assert running.gives_places()
+
+
+def test_a_discovery_program_that_hangs_is_ended_with_all_that_it_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "hosts"
+    program.write_text("#!/bin/sh\nsleep 600 &\nsleep 600\n")  # both hold the output, whose end is waited for
+    program.chmod(0o700)
+    monkeypatch.setattr(discovery, "DISCOVERY_TIMEOUT_SECS", 1)
+    with pytest.raises(RuntimeError, match=f"has not answered for 1 s: {program}"):
+        HostDiscoveryScript(str(program), 1).find_available_hosts_and_slots()
 
 
 def test_rank_0_hears_of_hosts_that_came_before_it_had_started(monkeypatch: pytest.MonkeyPatch) -> None:
