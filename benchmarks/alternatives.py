@@ -14,6 +14,11 @@ from horovod_megdet.layers.cross_gpu_bn import replace_layers
 class FiveMessageBatchNorm(nn.BatchNorm2d):
     """The scheme of ``hvd.SyncBatchNorm``, which refuses CPU tensors: three allgathers forward, two sums backward."""
 
+    running_mean: Tensor
+    running_var: Tensor
+    momentum: float
+    message_name: str
+
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) in and out."""
         return _FiveMessages.apply(input, self.weight, self.bias, self)
@@ -61,7 +66,8 @@ def convert(model: nn.Module, kind: type[_BatchNorm]) -> nn.Module:
 
     def make(layer: nn.BatchNorm2d, path: str) -> nn.Module:
         new = kind(layer.num_features, layer.eps, layer.momentum)
-        new.message_name = f"{kind.__name__}.{path}"
+        if isinstance(new, FiveMessageBatchNorm):
+            new.message_name = path
         new.load_state_dict(layer.state_dict())
         return new
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import coco_scale_data
 import numpy as np
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 from document import write_section
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -66,7 +66,7 @@ def own_memory(process: psutil.Process | None = None) -> int:
 
 def load(folder: Path, split: str) -> CocoDataset:
     """The training or validation set, by all ranks of the job together."""
-    ranks = {"ranks": comm} if comm.size() > 1 else {}
+    ranks: dict[str, Any] = {"ranks": comm} if comm.size() > 1 else {}
     return load_dataset(folder / f"{split}.json", folder / split, training=split == "train", **ranks)
 
 

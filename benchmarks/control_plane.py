@@ -135,7 +135,10 @@ def keeping(folder: Path) -> tuple[float, float]:
 
     steps: list[float] = []
     keeps: list[float] = []
-    settings = {"data.synthetic_root": folder / "data-keeping", "output.run_dir": folder / "run-keeping"}
+    settings: dict[str, Any] = {
+        "data.synthetic_root": folder / "data-keeping",
+        "output.run_dir": folder / "run-keeping",
+    }
     settings |= {"model.backbone": "resnet50", "model.fpn_channels": 256, "model.box_head_channels": 1024}
     settings |= {"data.shorter_side_train": [320], "data.longer_side_train": 480, "solver.epochs": 1}
     settings |= {"solver.milestones": [], "solver.gammas": [], "output.pictures": 0}

@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ FOLLOWS = ("nothing", "ReLU", "shortcut and ReLU")
 RATIOS = ("bfloat16 / float32", "ours / torch, float32", "ours / torch, bfloat16")
 
 Row = tuple[str, ...]
-Table = tuple[str, Row, list[Row]]
+Table = tuple[str, Row, Sequence[Row]]
 
 
 def measure(part: str, ranks: int = 2, settings: dict[str, str] | None = None) -> dict[str, Any]:
@@ -148,9 +148,13 @@ def overlap_table() -> Table:
         times = [f"{phase['median'] * 1e3:.2f}" for phase in phases]
         times += [f"{phase[figure] * 1e3:.1f}" for phase in phases for figure in ("waiting", "message")]
         rows.append((name, *times, _ms(result["step"])))
-    head = ("fusion threshold", "forward, median ms", "backward, median ms")
-    head += tuple(f"{phase}, ms of a step {what}" for phase in ("forward", "backward") for what in WAITS)
-    return "CGBN messages beside gradient messages: ResNet-50 at 128 px", (*head, "step, ms"), rows
+    medians = ("forward, median ms", "backward, median ms")
+    waits = tuple(f"{phase}, ms of a step {what}" for phase in ("forward", "backward") for what in WAITS)
+    return (
+        "CGBN messages beside gradient messages: ResNet-50 at 128 px",
+        ("fusion threshold", *medians, *waits, "step, ms"),
+        rows,
+    )
 
 
 def settings_table() -> Table:
@@ -238,7 +242,7 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {cpu}, no GPU, torch {torch.__version__}"
 
 
-def _markdown(title: str, head: Row, rows: list[Row]) -> str:
+def _markdown(title: str, head: Row, rows: Sequence[Row]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return f"## {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,10 @@ def make_data(folder: Path) -> Settings:
         pixels, objects = draw_image(np.random.default_rng(seed))
         if not objects or pixels.shape[0] > pixels.shape[1]:
             continue
-        entry = {"id": len(images) + 1, "file_name": f"{seed:06d}.jpg", "height": height, "width": width}
+        name = f"{seed:06d}.jpg"
+        entry = {"id": len(images) + 1, "file_name": name, "height": height, "width": width}
         Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(
-            folder / "images" / entry["file_name"], quality=92
+            folder / "images" / name, quality=92
         )
         y_scale, x_scale = height / pixels.shape[0], width / pixels.shape[1]
         for found in objects:
@@ -201,7 +202,8 @@ def _program(name: str) -> str:
 
 def in_rounds(launches: dict[str, Launch], rounds: int) -> dict[str, list[Measured]]:
     """Each launch once per round, beginning with another one every time."""
-    names, measured = list(launches), {name: [] for name in launches}
+    names = list(launches)
+    measured: dict[str, list[Measured]] = {name: [] for name in names}
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
@@ -228,14 +230,12 @@ def _memory(measured: Measured) -> float:
     return measured.peak_mb
 
 
-def _both(
-    ours: list[Measured], theirs: list[Measured], figure: Callable[[Measured], float], form: str
-) -> tuple[str, str, str]:
+def _both(ours: list[Measured], theirs: list[Measured], figure: Callable[[Measured], float], form: str) -> Row:
     medians = (statistics.median(map(figure, measured)) for measured in (ours, theirs))
     return *(format(median, form) for median in medians), f"{over_rounds(ours, theirs, figure):.2f}"
 
 
-def pairs(launcher: Launcher, rounds: int) -> list[Row]:
+def pairs(launcher: Launcher, rounds: int) -> Sequence[Row]:
     """Ours in both precisions, one process, and the peer."""
     found = in_rounds(
         {
@@ -255,7 +255,7 @@ def pairs(launcher: Launcher, rounds: int) -> list[Row]:
     ]
 
 
-def synchronization(launcher: Launcher, rounds: int) -> list[Row]:
+def synchronization(launcher: Launcher, rounds: int) -> Sequence[Row]:
     """CGBN against statistics of one rank."""
     rows = []
     for name, precision in (("float32", FLOAT32), ("bfloat16, channels last", BFLOAT16)):
@@ -264,7 +264,7 @@ def synchronization(launcher: Launcher, rounds: int) -> list[Row]:
     return rows
 
 
-def instructions(launcher: Launcher, rounds: int) -> list[Row]:
+def instructions(launcher: Launcher, rounds: int) -> Sequence[Row]:
     """Both precisions by the instructions that convolutions may use, on one rank."""
     rows = []
     for name, isa in (("all instructions", "DEFAULT"), ("no AMX", "AVX512_CORE_BF16")):
@@ -274,14 +274,14 @@ def instructions(launcher: Launcher, rounds: int) -> list[Row]:
     return rows
 
 
-def in_turns(of_rounds: list[dict[str, Measured]]) -> tuple[str, str, str]:
+def in_turns(of_rounds: list[dict[str, Measured]]) -> Row:
     """Seconds of two variants that took turns in each launch, and their ratio."""
     medians = (statistics.median(found[name].timing.median for found in of_rounds) for name in ("first", "second"))
     ratio = statistics.median(found["first"].timing.ratio(found["second"].timing) for found in of_rounds)
     return *(f"{seconds:.2f}" for seconds in medians), f"{ratio:.2f}"
 
 
-def large(launcher: Launcher, rounds: int) -> list[Row]:
+def large(launcher: Launcher, rounds: int) -> Sequence[Row]:
     """Images of COCO's size on one rank: time and memory."""
     shorter, longer = COCO_SIZE
     settings = dataclasses.replace(launcher.settings, shorter_side=shorter, longer_side=longer)
@@ -308,7 +308,7 @@ def large(launcher: Launcher, rounds: int) -> list[Row]:
 PARTS = {"pairs": pairs, "synchronization": synchronization, "instructions": instructions, "large": large}
 
 
-def section(rows: list[Row], settings: Settings) -> str:
+def section(rows: Sequence[Row], settings: Settings) -> str:
     """The section of docs/benchmarks.md."""
     return "\n".join(
         [

@@ -1,12 +1,13 @@
 """Sections of docs/benchmarks.md that a command of their own measures and writes."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 Row = tuple[str, ...]
 
 
-def table(head: Row, rows: list[Row]) -> str:
+def table(head: Row, rows: Sequence[Row]) -> str:
     """A Markdown table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, tuple("---" for _ in head), *rows))
 

@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from horovod_megdet import comm
-from horovod_megdet.config import BatchNormConfig, DataConfig, ModelConfig, RuntimeConfig, SolverConfig
+from horovod_megdet.config import BatchNormConfig, DataConfig, ModelConfig, Norm, RuntimeConfig, SolverConfig
 from horovod_megdet.data.coco import CocoDataset, load_dataset
 from horovod_megdet.data.loader import Batch, build_train_loader
 from horovod_megdet.engine import hardware
@@ -43,7 +44,8 @@ from horovod_megdet.solver.optimizer import build_optimizer
 HEADING = "## On one GPU"
 CLASSES = 80
 OBJECTS = 8
-PRECISIONS = {"float32 (TF32)": "none", "float16": "float16", "bfloat16": "bfloat16"}
+Amp = Literal["none", "float16", "bfloat16"]
+PRECISIONS: dict[str, Amp] = {"float32 (TF32)": "none", "float16": "float16", "bfloat16": "bfloat16"}
 LOADED_IMAGES = 640
 """Of 640 x 480 that the loader reads."""
 
@@ -85,10 +87,10 @@ def cycle(batches: list[Batch]) -> Iterator[Batch]:
 class Ours:
     """A training step as :class:`~horovod_megdet.engine.trainer.Trainer` takes it, on one rank."""
 
-    def __init__(self, batches: Iterator[Batch], amp: str, channels_last: bool, group: comm.Group | None = None):
+    def __init__(self, batches: Iterator[Batch], amp: Amp, channels_last: bool, group: comm.Group | None = None):
         self.device, self.batches = DEVICE, batches
         self.runtime = RuntimeConfig(amp=amp, channels_last=channels_last)
-        norm = "local" if group is None else "cgbn"
+        norm: Norm = "local" if group is None else "cgbn"
         model = ModelConfig(weights="none", backbone_norm=norm, fpn_norm="none", box_head_norm="none")
         torch.manual_seed(0)
         self.detector: Detector = build_detector(
@@ -119,7 +121,7 @@ class Ours:
 class Torchvision:
     """A training step of torchvision's detector in a plain loop."""
 
-    def __init__(self, batches: Iterator[Batch], amp: str) -> None:
+    def __init__(self, batches: Iterator[Batch], amp: Amp) -> None:
         self.batches = batches
         self.runtime = RuntimeConfig(amp=amp)
         torch.manual_seed(0)
@@ -212,8 +214,15 @@ def measure_steps(sizes: list[int], side: tuple[int, int], turns: int) -> list[s
             )
             print(rows[-1], flush=True)
             del variants
-    head = ("precision", "images", "ours, channels last: images/s", "ours, channels first: images/s")
-    head = (*head, "torchvision: images/s", "ours / torchvision", "peak memory of a step, MiB: ours / torchvision")
+    ours = ("ours, channels last: images/s", "ours, channels first: images/s")
+    head = (
+        "precision",
+        "images",
+        *ours,
+        "torchvision: images/s",
+        "ours / torchvision",
+        "peak memory of a step, MiB: ours / torchvision",
+    )
     return titled("Steps of the detector, images in memory", head, rows)
 
 
@@ -313,7 +322,8 @@ def measure_loader(sizes: list[int], side: tuple[int, int], turns: int) -> list[
 def photos(folder: Path) -> CocoDataset:
     """A data set of smooth random JPEG files of 640 x 480, with :data:`OBJECTS` boxes each."""
     random = np.random.default_rng(0)
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number in range(LOADED_IMAGES):
         coarse = Image.fromarray(random.integers(0, 256, (24, 32, 3), dtype=np.uint8))
         coarse.resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=90)

@@ -66,7 +66,7 @@ def copy_rate() -> float:
 
 def count(config: Path, settings: tuple[str, ...]) -> dict[str, float]:
     """Operations of a step, and the bytes that batch normalization and the optimizer move. Collective."""
-    trainer = build_trainer(load_config(config, settings), resume=False)
+    trainer = build_trainer(load_config(config, list(settings)), resume=False)
     batches = iter(trainer._train_loader())
     normalized = 0
 

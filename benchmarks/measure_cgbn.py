@@ -49,7 +49,7 @@ def classifier_step(model: nn.Module, side: int, ddp: bool = False, keep_gradien
     generator = torch.Generator().manual_seed(comm.rank())
     images = torch.randn(IMAGES_PER_RANK, 3, side, side, generator=generator)
     labels = torch.randint(0, CLASSES, (IMAGES_PER_RANK,), generator=generator)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
     if ddp:
         model = DistributedDataParallel(model)
     else:
@@ -88,7 +88,11 @@ def resnet_steps() -> dict[str, Any]:
 
 def detector_steps() -> dict[str, Any]:
     """The whole detector, R50-FPN at 320 px: Cross-GPU BN, the same layers by themselves, and PyTorch's layers."""
-    detectors = {"plain": revert_batch_norm(build("local")), "local": build("local"), "cgbn": build("cgbn")}
+    detectors: dict[str, Any] = {
+        "plain": revert_batch_norm(build("local")),
+        "local": build("local"),
+        "cgbn": build("cgbn"),
+    }
     return {"320": _seconds(take_turns({name: detector_step(model) for name, model in detectors.items()}, 8))}
 
 
@@ -193,7 +197,7 @@ def kernels() -> dict[str, Any]:
     result = {}
     for shape in KERNEL_SHAPES:
         for layout in LAYOUTS:
-            calls = {}
+            calls: dict[str, Callable[[], None]] = {}
             for dtype in (torch.float32, torch.bfloat16):
                 for follows in FOLLOWS:
                     calls |= _layer_calls(shape, LAYOUTS[layout], dtype, follows)

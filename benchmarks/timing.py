@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ class Timing:
         return statistics.median(mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True))
 
 
-def take_turns(variants: dict[str, Callable[[], object]], turns: int, warm_up: int = 2) -> dict[str, Timing]:
+def take_turns(variants: Mapping[str, Callable[[], object]], turns: int, warm_up: int = 2) -> dict[str, Timing]:
     """Runs each variant once per turn, on all ranks together; each turn starts with a different one. Collective."""
     names = list(variants)
     for _ in range(warm_up):

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Subset
@@ -65,13 +66,17 @@ class NaiveBatchNorm(nn.BatchNorm2d):
     Autograd derives the backward message. All ranks must hold the same number of values.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    momentum: float
+
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) in and out."""
         if not self.training:
             return super().forward(input)
         means = torch.cat([input.mean(dim=(0, 2, 3)), input.square().mean(dim=(0, 2, 3))])
         if dist.is_initialized():
-            means = dist.nn.all_reduce(means) / dist.get_world_size()
+            means = dist_nn.all_reduce(means) / dist.get_world_size()
         mean, mean_square = means.chunk(2)
         var = mean_square - mean.square()
         with torch.no_grad():
@@ -148,9 +153,10 @@ def _collate(samples: list[tuple[Tensor, dict[str, Any]]]) -> Batch:
 
 def batches(loader: "DataLoader[Batch]") -> Iterator[Batch]:
     """Batches of epoch after epoch, without end."""
-    epoch = 0
+    sampler, epoch = loader.sampler, 0
+    assert isinstance(sampler, DistributedSampler)
     while True:
-        loader.sampler.set_epoch(epoch)
+        sampler.set_epoch(epoch)
         yield from loader
         epoch += 1
 
@@ -201,7 +207,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     loader = build_loader(settings, ranks, rank)
-    step = training_step(settings, num_classes=max(loader.dataset.dataset.coco.cats))
+    wrapped: Any = loader.dataset
+    step = training_step(settings, num_classes=max(wrapped.dataset.coco.cats))
     stream, seconds = batches(loader), []
     for number in range(1, steps + 1):
         began = time.perf_counter()
