@@ -3,14 +3,10 @@
 import contextlib
 import functools
 import os
-import re
 import signal
 import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import BinaryIO
 
 import psutil  # type: ignore[import-untyped]
 
@@ -21,8 +17,6 @@ from horovod_megdet.printing import say
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The first of these asks the ranks to write a checkpoint and stop; the second ends them; the third kills them."""
-
-_TAIL_BYTES = 4096
 
 
 def run_mpirun(command: Command) -> int:
@@ -36,19 +30,8 @@ def run_mpirun(command: Command) -> int:
 
 
 def run_horovodrun(command: Command) -> int:
-    """Runs horovodrun to its end and returns the exit code of the job, which horovodrun itself only prints."""
-    reader, writer = os.pipe()
-    with open(reader, "rb") as pipe:  # noqa: PTH123 - a file descriptor
-        tail = bytearray()
-        copier = threading.Thread(target=_copy, args=(pipe, tail), daemon=True)
-        copier.start()
-        try:
-            exit_code = _run(command, _ask_local_ranks, stderr=writer)
-        finally:
-            os.close(writer)
-        copier.join(timeout=5)
-    printed = re.findall(rb"^Exit code: (\d+)$", bytes(tail), flags=re.MULTILINE)
-    return int(printed[-1]) if exit_code and printed else exit_code
+    """Runs horovodrun to its end and returns its exit code, which is that of the job."""
+    return _run(command, _ask_local_ranks)
 
 
 def _ask_local_ranks(process: subprocess.Popen[bytes]) -> bool:
@@ -68,15 +51,6 @@ def _is_rank(process: psutil.Process) -> bool:
         parent = process.parent()
         return "HOROVOD_RANK" in process.environ() and parent is not None and "HOROVOD_RANK" not in parent.environ()
     return False
-
-
-def _copy(pipe: BinaryIO, tail: bytearray) -> None:
-    """Copies what arrives to standard error and keeps the end of it."""
-    while chunk := os.read(pipe.fileno(), 65536):
-        sys.stderr.buffer.write(chunk)
-        sys.stderr.buffer.flush()
-        tail += chunk
-        del tail[:-_TAIL_BYTES]
 
 
 class _Relay:
@@ -124,7 +98,7 @@ class _Relay:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
 
-def _run(command: Command, ask_ranks: Callable[[subprocess.Popen[bytes]], bool], stderr: int | None = None) -> int:
+def _run(command: Command, ask_ranks: Callable[[subprocess.Popen[bytes]], bool]) -> int:
     relay = _Relay(ask_ranks)
     with relay.installed():
         try:
@@ -134,7 +108,6 @@ def _run(command: Command, ask_ranks: Callable[[subprocess.Popen[bytes]], bool],
                 command.argv,
                 env=os.environ | command.variables,
                 stdin=subprocess.DEVNULL,
-                stderr=stderr,
                 start_new_session=True,
                 preexec_fn=functools.partial(end_with_parent, signal.SIGTERM),
             )
