@@ -97,7 +97,7 @@ class Laboratory:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if weights.exists():
                 return
-            self.say(f"Pre-training the backbone, about two minutes: {weights}")
+            self.say(f"Pre-training the backbone, two minutes with AMX and eight without: {weights}")
             log = self.runs / "backbone.log"
             command = [sys.executable, "-m", "experiments.pretraining", str(weights), *arguments]
             if self.stop.run(command, log, lock) and not self.stop.requested:
