@@ -1,8 +1,13 @@
 """Sections of docs/benchmarks.md that a command of their own measures and writes."""
 
+import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import torch
+
+from horovod_megdet import comm
 
 Row = tuple[str, ...]
 
@@ -10,6 +15,21 @@ Row = tuple[str, ...]
 def table(head: Row, rows: Sequence[Row]) -> str:
     """A Markdown table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, tuple("---" for _ in head), *rows))
+
+
+def measure_section(description: str | None, section: Callable[[], str]) -> None:
+    """Measures a section with one thread per rank; rank 0 prints it and, with ``--write``, replaces it in the file."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="Markdown file whose section is replaced")
+    arguments = parser.parse_args()
+    comm.init()
+    torch.set_num_threads(1)
+    text = section()
+    if comm.is_main():
+        print(text)
+        if arguments.write:
+            write_section(arguments.write, text)
+    comm.shutdown()
 
 
 def write_section(path: Path, text: str) -> None:

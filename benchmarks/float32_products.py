@@ -3,23 +3,20 @@
     python benchmarks/float32_products.py                              # prints the section
     python benchmarks/float32_products.py --write docs/benchmarks.md   # and replaces it in the file
 
-Forward and backward passes of ResNet-50, channels last, on one thread. Where the processor has AMX, oneDNN is told not
-to use it (``ONEDNN_MAX_CPU_ISA``). The variants take turns; figures are medians over the turns.
+Forward and backward passes of ResNet-50, channels last, on one thread. Where the processor has AMX, it is not
+used (``ONEDNN_MAX_CPU_ISA``). The variants take turns; figures are medians over the turns.
 """
 
-import argparse
 import os
 from functools import partial
-from pathlib import Path
 
 import torch
 from cross_gpu_bn import machine
-from document import table, write_section
+from document import measure_section, table
 from timing import take_turns
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
-from horovod_megdet import comm
 from horovod_megdet.layers.float32_products import use_float32_products
 
 IMAGES, SIDE = 2, 224
@@ -63,19 +60,6 @@ def section() -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="Markdown file whose section is replaced")
-    arguments = parser.parse_args()
-    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # read at the first product
-    torch.set_num_threads(1)
-    comm.init()
-    text = section()
-    print(text)
-    if arguments.write:
-        write_section(arguments.write, text)
-    comm.shutdown()
-
-
 if __name__ == "__main__":
-    main()
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # read at the first product
+    measure_section(__doc__, section)

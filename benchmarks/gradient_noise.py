@@ -7,14 +7,13 @@ The hooks on the gradients, the norms of the averaged gradients and the message 
 compared with those whole steps. Figures are medians over the steps, in each of which the slowest rank counts.
 """
 
-import argparse
 import math
 import time
 from pathlib import Path
 
 import torch
 from cross_gpu_bn import NOISE_HEADING, machine
-from document import write_section
+from document import measure_section
 from torch import Tensor
 
 from horovod_megdet import comm
@@ -93,20 +92,5 @@ def section() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Measures, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="Markdown file whose section is replaced")
-    arguments = parser.parse_args()
-    comm.init()
-    torch.set_num_threads(1)
-    text = section()
-    if comm.is_main():
-        print(text)
-        if arguments.write:
-            write_section(arguments.write, text)
-    comm.shutdown()
-
-
 if __name__ == "__main__":
-    main()
+    measure_section(__doc__, section)
