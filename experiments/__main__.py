@@ -20,6 +20,7 @@ from experiments.cells import CELLS, Cell, Run, choose_runs, load_cells
 from experiments.page import write_page
 from experiments.results import Results, Row
 from experiments.training import PROJECT, Laboratory, RunFailed, Stop
+from horovod_megdet.arguments import positive
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_STOPPED, UserError
 
 SECONDS_PER_RUN = 420.0
@@ -48,7 +49,9 @@ QUICK = (
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="PATTERNS", help="cells such as k08_*,k16_cgbn, in this order")
-    parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 of each cell (default: 3, quick: 1)")
+    parser.add_argument(
+        "--seeds", type=positive, metavar="N", help="seeds 0 to N - 1 of each cell (default: 3, quick: 1)"
+    )
     parser.add_argument("--list", action="store_true", help="only say what is there and what is left")
     parser.add_argument("--quick", action="store_true", help="tiny versions of a few cells, in runs/experiments-quick")
     parser.add_argument("--cells", type=Path, default=CELLS, help="folder of the cells (default: experiments/cells)")
@@ -107,8 +110,8 @@ def run_all(arguments: argparse.Namespace) -> int:
 
 def update_page(cells: list[Cell], results: Results, docs: Path) -> None:
     """Writes findings.md from the lines that belong to the cells as they are now."""
-    current = {cell.hash for cell in cells}
-    rows = [row for row in results.rows() if row["hash"] in current]
+    names = {cell.hash: cell.name for cell in cells}  # a cell may have been renamed since
+    rows = [row | {"cell": names[row["hash"]]} for row in results.rows() if row["hash"] in names]
     write_page(rows, results.path.with_name("mini_batch_256.json"), docs / "findings.md", docs / "figures")
 
 

@@ -11,7 +11,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.outcomes import Noise, Outcome, Outcomes
-from experiments.verdicts import BEYOND, BN_SIZES, KS, WARMUP_KS, cgbn, frozen, noise_scale
+from experiments.verdicts import (
+    ABOVE,
+    BELOW,
+    BEYOND,
+    BN_SIZES,
+    KS,
+    SERIES,
+    WARMUP_KS,
+    cgbn,
+    frozen,
+    half_rate,
+    no_warmup,
+    noise_scale,
+)
 from horovod_megdet.files import atomic_write
 from horovod_megdet.report.curves import BLUE, GREEN, INK, ORANGE, PURPLE
 from horovod_megdet.wording import count
@@ -51,7 +64,7 @@ def draw_batch_norm(panel: Axes, outcomes: Outcomes) -> None:
 
 def draw_warmup(panel: Axes, outcomes: Outcomes) -> None:
     _series(panel, {8 * k: outcomes[cgbn(k)] for k in WARMUP_KS}, BLUE, "warm-up of 1 epoch")
-    _series(panel, {8 * k: outcomes[f"k{k:02}_no_warmup"] for k in WARMUP_KS}, PURPLE, "no warm-up")
+    _series(panel, {8 * k: outcomes[no_warmup(k)] for k in WARMUP_KS}, PURPLE, "no warm-up")
     _by_images(panel, [8 * k for k in WARMUP_KS])
 
 
@@ -81,7 +94,8 @@ def draw_product(panel: Axes, outcomes: Outcomes) -> None:
 
 
 def draw_break(panel: Axes, outcomes: Outcomes) -> None:
-    _series(panel, {8 * k: outcomes[cgbn(k)] for k in KS}, BLUE, "CGBN, linear rate")
+    _series(panel, {8 * k: outcomes[cgbn(k)] for k in KS}, BLUE, "linear rate")
+    _series(panel, {8 * k: outcomes[half_rate(k)] for k in (BELOW, ABOVE)}, PURPLE, "half of it")
     _by_images(panel)
     scale = noise_scale(outcomes)
     if scale is not None and math.isfinite(scale):
@@ -136,8 +150,8 @@ def _series(panel: Axes, outcomes: dict[int, Outcome], color: str, label: str) -
 
 
 def _draw_noise(panel: Axes, outcomes: Outcomes, value: Callable[[Noise], float]) -> None:
-    for label, cell, color in (("CGBN", cgbn, BLUE), ("BN frozen", frozen, ORANGE)):
-        points = {8 * k: value(noise) for k in KS if (noise := outcomes[cell(k)].noise)}
+    for (label, cells), color in zip(SERIES.items(), (BLUE, PURPLE, ORANGE), strict=True):
+        points = {8 * k: value(noise) for k, cell in cells.items() if (noise := outcomes[cell].noise)}
         if points:
             panel.plot(list(points), list(points.values()), "o-", color=color, markersize=4, label=label)
     _by_images(panel)

@@ -115,14 +115,16 @@ def _final_ap(row: Row) -> float:
 
 
 def between(earlier: Row, later: Row, key: str) -> float:
-    """The average of a measured value over the steps between two rows, each of which was measured.
+    """The average of a measured value over the measurements between two rows; later ones count more.
 
-    A row has the running average of all steps before it, in which those of the warm-up still count. The sums behind two
-    such averages differ by the steps between them.
+    A row has the running average of all measurements before it, of which older ones fade. The sums behind two such
+    averages differ by the measurements between them.
     """
     fade = 1 - 1 / MEMORY
-    weights = [1 - fade ** row["step"] for row in (earlier, later)]
-    kept = fade ** (later["step"] - earlier["step"])
+    # In lines of before the number was noted, every step since the first had been measured.
+    first, last = (row["noise_measurements" if "noise_measurements" in row else "step"] for row in (earlier, later))
+    weights = [1 - fade**number for number in (first, last)]
+    kept = fade ** (last - first)
     average: float = (weights[1] * later[key] - kept * weights[0] * earlier[key]) / (1 - kept)
     return average
 

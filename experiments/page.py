@@ -1,11 +1,10 @@
 """Writes docs/findings.md from the lines of results alone."""
 
 import json
-from collections import Counter
 from pathlib import Path
 
 from experiments.figures import write_figure
-from experiments.findings import FINDINGS, RUNS, Finding
+from experiments.findings import CLEARLY, FINDINGS, RUNS, Finding
 from experiments.outcomes import TRAINS, Outcomes
 from experiments.results import Row
 from experiments.verdicts import Table, table_options
@@ -30,7 +29,15 @@ best: there a step takes 2 or 4 passes of 32 images. Frozen BN has the statistic
 norm.
 
 A run fails if its loss stops being finite, or if it collapses to a final AP below {TRAINS}. Tables give mean ± standard
-deviation of the final AP of runs that did not fail, and in parentheses the number of runs.
+deviation of the final AP of runs that did not fail, and in parentheses the number of runs. Seeds of one cell may come
+from different machines, each of which made a backbone of its own (last table).
+
+{CLEARLY}
+
+AP is COCO's average precision. CGBN is Cross-GPU Batch Normalization: the BN size is the number of images that share
+their statistics. n is the mini-batch, tr(Sigma) the variance of the gradient of a single image, and the noise scale B
+the mini-batch at which noise and true gradient are equally large. [method.md](method.md) explains these, AGVM, LARS and
+EMA.
 """
 
 
@@ -75,7 +82,7 @@ def _options(outcomes: Outcomes) -> str:
     """The section about other schedules and optimizers: a table without a verdict."""
     return (
         "## Other schedules and optimizers\n\nWhat else the configuration offers, at k = 8 with CGBN and warm-up; "
-        f"nobody's claim.\n\n{markdown(table_options(outcomes))}"
+        f"no claim is tested.\n\n{markdown(table_options(outcomes))}"
     )
 
 
@@ -105,13 +112,21 @@ def _mini_batch_256(path: Path) -> str:
 
 def _made_with(rows: list[Row]) -> str:
     """Where the runs were made."""
-    table = [["processor", "versions", "pre-trained backbone", "dates", "runs"]]
-    kinds = Counter(_place(row) for row in rows)
-    for (processor, versions, weights), count in sorted(kinds.items()):
-        dates = sorted(row["date"] for row in rows if _place(row) == (processor, versions, weights))
+    table = [["processor", "versions", "pre-trained backbone", "dates", "runs", "cells: seeds"]]
+    for place in sorted({_place(row) for row in rows}):
+        here = [row for row in rows if _place(row) == place]
+        dates = sorted(row["date"] for row in here)
         days = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-        table.append([processor, versions, f"`{weights}`", days, str(count)])
+        processor, versions, weights = place
+        table.append([processor, versions, f"`{weights}`", days, str(len(here)), _cells(here)])
     return f"## Made with\n\n{markdown(table)}" if rows else f"## Made with\n\nNo run yet; each cell needs {RUNS}.\n"
+
+
+def _cells(rows: list[Row]) -> str:
+    seeds: dict[str, list[int]] = {}
+    for row in sorted(rows, key=lambda row: (row["cell"], row["seed"])):
+        seeds.setdefault(row["cell"], []).append(row["seed"])
+    return "; ".join(f"{cell}: {', '.join(map(str, found))}" for cell, found in seeds.items())
 
 
 def _place(row: Row) -> tuple[str, str, str]:

@@ -55,7 +55,8 @@ class Results:
     def _row(self, line: bytes, number: int) -> Row:
         try:
             row = json.loads(line)
-            if {"cell", "hash", "seed", "outcome"} <= row.keys():
+            whole = {"cell", "hash", "seed", "outcome", "evaluations"} <= row.keys()
+            if whole and (row["evaluations"] or row["outcome"] == "diverged"):
                 return row
         except (ValueError, AttributeError):
             pass

@@ -23,6 +23,7 @@ from experiments.cells import RANKS, Run
 from experiments.results import Results, Row
 from horovod_megdet.cluster.launch.launcher import find_program
 from horovod_megdet.config import Config
+from horovod_megdet.engine.precision import has_amx
 from horovod_megdet.errors import EXIT_NON_FINITE_LOSS, UserError
 from horovod_megdet.report.rows import METRICS_FILE, read_metrics
 from horovod_megdet.versions import versions
@@ -187,7 +188,7 @@ def describe(run: Run, run_dir: Path, exit_code: int, seconds: float | None) -> 
         "ranks": RANKS,
         "mini_batch": config.solver.mini_batch or RANKS * config.data.images_per_rank * config.solver.accumulation,
         "evaluations": [_some(row, EVALUATED) for row in evaluations],
-        "training": [_some(row, MEASURED) for row in _last_before(training, evaluations)],
+        "training": [_some(row, MEASURED, OF_MODULES) for row in _last_before(training, evaluations)],
         "images_per_second": statistics.median(row["images_per_second"] for row in training) if training else None,
         "memory_mb": max((row["memory_mb"] for row in training), default=None),
         "seconds": seconds,
@@ -202,19 +203,20 @@ def made_with(config: Config) -> Row:
     return {
         "weights": hashlib.sha256(Path(config.model.weights).read_bytes()).hexdigest()[:12],
         "versions": versions(("horovod", "torch", "torchvision")),
-        "processor": f"{os.cpu_count()} x {_processor()}",
+        "commit": _commit(),
+        "processor": f"{os.cpu_count()} x {_processor()}{', with AMX' if has_amx() else ''}",
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
 EVALUATED = ("epoch", "step", "AP", "AP50", "AP75", "AP_small", "AP_medium", "AR_100")
-MEASURED = ("epoch", "step", "lr", "loss", "gradient_variance", "squared_gradient", "noise_scale")
+MEASURED = ("epoch", "step", "lr", "loss", "gradient_variance", "squared_gradient", "noise_scale", "noise_measurements")
+OF_MODULES = ("noise_scale_", "lr_factor_")
+"""What the keys begin with that have a value for each module."""
 
 
-def _some(row: Row, keys: tuple[str, ...]) -> Row:
-    return {key: row[key] for key in keys if key in row} | {
-        key: value for key, value in row.items() if key.startswith(("noise_scale_", "lr_factor_")) and keys is MEASURED
-    }
+def _some(row: Row, keys: tuple[str, ...], prefixes: tuple[str, ...] = ()) -> Row:
+    return {key: value for key, value in row.items() if key in keys or key.startswith(prefixes)}
 
 
 def _last_before(training: list[Row], evaluations: list[Row]) -> list[Row]:
@@ -245,6 +247,15 @@ def _last_line(log: Path) -> str:
 def _processor() -> str:
     found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
     return found[1] if found else platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of this checkout; None without git. Results and the page change while runs are made."""
+    git = find_program("git")
+    if git is None:
+        return None
+    done = subprocess.run([git, "rev-parse", "--short", "HEAD"], cwd=PROJECT, capture_output=True, text=True)
+    return done.stdout.strip() or None
 
 
 def _without_nan(value: Any) -> Any:

@@ -108,7 +108,11 @@ def _add_plan(commands: Commands) -> None:
         help="noise scale of the gradient, to say what the mini-batch gains and loses (docs/method.md)",
     )
     noise.add_argument(
-        "--run", dest="noise_of", type=Path, metavar="DIR", help="take the noise scale that this run measured last"
+        "--run",
+        dest="noise_of",
+        type=Path,
+        metavar="DIR",
+        help="take the noise scale that this run measured at the full rate",
     )
     parser.set_defaults(run=_plan)
 
@@ -137,12 +141,12 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _noise_scale(run_dir: Path) -> float:
-    """The newest noise scale that a run has measured."""
-    from horovod_megdet.report.rows import METRICS_FILE, read_metrics
+    """The newest noise scale that a run has measured at its full learning rate."""
+    from horovod_megdet.report.rows import METRICS_FILE, noise_at_full_rate, read_metrics
 
-    rows = read_metrics(run_dir / METRICS_FILE)
-    measured = [row for row in rows if row.get("noise_scale")]
-    if not measured:
+    rows = [row for row in read_metrics(run_dir / METRICS_FILE) if row["kind"] == "train"]
+    newest = noise_at_full_rate(rows)
+    if newest is None:
         lost = any("noise_scale" in row for row in rows)
         why = (
             "so far the noise hides the gradient"
@@ -150,8 +154,10 @@ def _noise_scale(run_dir: Path) -> float:
             else "the run has one rank and one pass per step, solver.measure_noise: never, or so far too few steps"
         )
         raise UserError(f"{run_dir / METRICS_FILE}: no noise scale in it: {why}. Give --noise-scale, or another run.")
-    newest = measured[-1]
-    print(f"Noise scale of {run_dir}: {newest['noise_scale']:.3g} images, measured at epoch {newest['epoch']:.2f}")
+    print(
+        f"Noise scale of {run_dir}: {newest['noise_scale']:.3g} images, measured at epoch {newest['epoch']:.2f}, the "
+        "last time at the full learning rate"
+    )
     return float(newest["noise_scale"])
 
 

@@ -107,6 +107,8 @@ class Checkpoint:
         state = torch.load(self.path / STATE_FILE, map_location="cpu", weights_only=True)
         if "best_ap" in state["position"]:  # of version 0.1
             state["position"]["best_value"] = state["position"].pop("best_ap")
+        if "weight" in state.get("noise", {}):  # of version 0.1, which averaged over the end of the warm-up
+            del state["noise"]
         kinds = {"position": Position, "noise": NoiseAverages, "agvm": AGVM}
         return TrainingState(**(state | {key: kind(**state[key]) for key, kind in kinds.items() if key in state}))
 

@@ -146,9 +146,10 @@ class Trainer:
         images = sum(report.images_read for report in reports)
         self.noise.update(self.position.step, images, self.scaler.get_scale(), time.perf_counter() - started)
         self.apply_gradients()
+        before = self.position.images_seen
         self.position.step += 1
         self.position.images_seen += self.schedule.mini_batch
-        self.follow_step()
+        self.follow_step(before)
         seconds, in_collectives = time.perf_counter() - started, progress.waited_seconds - waited_before
         self.window.add_step(lr, self.schedule.mini_batch, seconds, in_collectives, waited)
 
@@ -177,8 +178,10 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad()
 
-    def follow_step(self) -> None:
-        """What follows a step: the factors of the learning rate, and the averaged weights."""
+    def follow_step(self, before: int) -> None:
+        """What follows a step that began at ``before``: factors of the learning rate, and the averaged weights."""
+        if self.schedule.warmup_ends(before, self.position.images_seen):
+            self.noise.averages.restart()  # the noise of lower rates and of the first weights says nothing about these
         if self.config.solver.lr_modulation == "agvm":
             epochs = self.schedule.epoch(self.position.images_seen) - self.config.solver.warmup_epochs
             self.agvm.update(self.noise.averages, self.schedule.mini_batch, epochs)
@@ -215,7 +218,8 @@ class Trainer:
             "ranks": comm.size(),
             "mini_batch": self.schedule.mini_batch,
         }
-        row |= self.noise.averages.row()
+        if self.noise.enabled:  # a run that measures no longer has averages from its checkpoint
+            row |= self.noise.averages.row()
         if self.config.solver.lr_modulation == "agvm":
             row |= {f"lr_factor_{module}": factor for module, factor in self.agvm.factors.items()}
         self.run_folder.log_training(self._where() | row)

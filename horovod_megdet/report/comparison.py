@@ -16,7 +16,7 @@ from horovod_megdet.files import atomic_write
 from horovod_megdet.report.charts import GEOMETRY, Chart, Line, chart, number
 from horovod_megdet.report.curves import CURVES_FILE
 from horovod_megdet.report.page import VALIDATION_PAGE, render
-from horovod_megdet.report.rows import column, smoothed
+from horovod_megdet.report.rows import column, noise_at_full_rate, smoothed
 from horovod_megdet.report.runs import Run, read_runs
 from horovod_megdet.wording import count
 
@@ -119,10 +119,10 @@ def overview_table(runs: Sequence[Run], base: Path) -> Table:
     """How far the runs came, and what to open next; links are relative to ``base``."""
     return [
         ("epochs", [Cell(_progress(run)) for run in runs]),
-        ("mini-batch, in images", [_last_value(run, "mini_batch") for run in runs]),
+        ("mini-batch, in images", [Cell(_mini_batch(run)) for run in runs]),
         ("time of training", [Cell(_duration(run)) for run in runs]),
         ("images per second, median", [Cell(_median(run, "images_per_second")) for run in runs]),
-        ("noise scale, in images, last", [_last_value(run, "noise_scale") for run in runs]),
+        ("noise scale at the full rate, in images", [Cell(_noise_scale(run)) for run in runs]),
         (f"best {MAIN_METRIC}", [_best(run) for run in runs]),
         (f"checkpoint of best {MAIN_METRIC}", [_best_checkpoint(run, base) for run in runs]),
         ("validation page", [_file(run.path / VALIDATION_PAGE, base) for run in runs]),
@@ -150,9 +150,14 @@ def _median(run: Run, key: str) -> str:
     return f"{np.nanmedian(values):.1f}" if np.isfinite(values).any() else NONE
 
 
-def _last_value(run: Run, key: str) -> Cell:
-    value = run.train[-1].get(key) if run.train else None
-    return Cell(NONE if value is None else number(value))
+def _mini_batch(run: Run) -> str:
+    value = run.train[-1].get("mini_batch") if run.train else None
+    return NONE if value is None else number(value)
+
+
+def _noise_scale(run: Run) -> str:
+    row = noise_at_full_rate(run.train)
+    return number(row["noise_scale"]) if row else NONE
 
 
 def _best(run: Run) -> Cell:

@@ -46,6 +46,18 @@ def column(rows: Rows, key: str) -> np.ndarray:
     return np.array([np.nan if row.get(key) is None else row[key] for row in rows], np.float64)
 
 
+def noise_at_full_rate(rows: Rows) -> dict[str, Any] | None:
+    """The last row that has a noise scale and a learning rate of at least half the largest; None without one.
+
+    The noise scale grows when the rate falls (McCandlish et al. 2018, appendix C), so that what is measured after a
+    milestone does not tell whether the full rate, or a larger mini-batch, would do.
+    """
+    rates = column(rows, "lr")
+    full = rates >= np.nanmax(rates, initial=0.0) / 2
+    measured = [row for row, at_full_rate in zip(rows, full, strict=True) if at_full_rate and row.get("noise_scale")]
+    return measured[-1] if measured else None
+
+
 def smoothed(values: np.ndarray) -> np.ndarray:
     """The running mean over about a twentieth of the values; same length."""
     return running_mean(values, max(1, len(values) // 40))

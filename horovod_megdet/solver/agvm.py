@@ -45,7 +45,7 @@ class AGVM:
 
     def update(self, averages: NoiseAverages, mini_batch: int, epochs_after_warmup: float) -> None:
         """Moves the factors, if it is time; by more after more epochs, so that epochs count and not steps."""
-        if epochs_after_warmup < START_EPOCHS or not averages.weight:
+        if epochs_after_warmup < START_EPOCHS or not averages.measurements:
             return
         since = EVERY_EPOCHS if self.updated_at is None else epochs_after_warmup - self.updated_at
         if since < EVERY_EPOCHS:

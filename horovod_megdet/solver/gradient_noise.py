@@ -60,19 +60,30 @@ def estimates(of_units: float, of_mean: float, images: int, units: int) -> tuple
 class NoiseAverages:
     """The estimates, averaged over time; the same on every rank, and saved in checkpoints."""
 
-    weight: float = 0.0
-    """Of all measurements together; approaches 1 (the averages start at 0, and are divided by it)."""
+    measurements: int = 0
+    """How many were taken in."""
     variance: dict[str, float] = field(default_factory=dict)
-    """weight x tr(Sigma), by module and for :data:`ALL`."""
+    """:attr:`weight` x tr(Sigma), by module and for :data:`ALL`."""
     signal: dict[str, float] = field(default_factory=dict)
-    """weight x |g|^2."""
+    """:attr:`weight` x |g|^2."""
     next_step: int = 0
     """The first step that is measured again."""
+
+    @property
+    def weight(self) -> float:
+        """Of all measurements together; approaches 1 (the averages start at 0, and are divided by it)."""
+        return 1 - (1 - 1 / MEMORY) ** self.measurements
+
+    def restart(self) -> None:
+        """Forgets all measurements."""
+        self.measurements = 0
+        self.variance.clear()
+        self.signal.clear()
 
     def add(self, variance: dict[str, float], signal: dict[str, float]) -> None:
         """Takes in the estimates of one step, by module."""
         new = 1 / MEMORY
-        self.weight += new * (1 - self.weight)
+        self.measurements += 1
         for averages, values in ((self.variance, variance), (self.signal, signal)):
             for name, value in (values | {ALL: math.fsum(values.values())}).items():
                 averages[name] = averages.get(name, 0.0) * (1 - new) + value * new
@@ -87,18 +98,19 @@ class NoiseAverages:
 
     def noise_scale(self, name: str = ALL) -> float | None:
         """B in images; None before the first measurement, and where |g|^2 cannot be told from the noise."""
-        if not self.weight or self.signal_of(name) <= 0:
+        if not self.measurements or self.signal_of(name) <= 0:
             return None
         return max(self.variance_of(name), 0.0) / self.signal_of(name)
 
     def row(self) -> dict[str, float | None]:
         """The averages for a row of metrics; empty before the first measurement."""
-        if not self.weight:
+        if not self.measurements:
             return {}
         row: dict[str, float | None] = {
             "noise_scale": self.noise_scale(),
             "gradient_variance": self.variance_of(),
             "squared_gradient": self.signal_of(),
+            "noise_measurements": self.measurements,
         }
         return row | {f"noise_scale_{module}": self.noise_scale(module) for module in MODULES}
 
@@ -203,7 +215,8 @@ def gain_table(noise_scale: float, mini_batch: int, reference: int) -> list[tupl
     """What a mini-batch gains and loses by its size, as rows for people to read (McCandlish et al., section 2).
 
     To reach the same loss, n images per step take 1 + B / n times the fewest possible steps and 1 + n / B times the
-    fewest possible images; the best learning rate is 1 / (1 + n / B) of what the linear rule extrapolates from small n.
+    fewest possible images. The best learning rate goes with 1 / (1 + B / n), so that at n images it is
+    (R + B) / (n + B) of what the linear rule makes of the best one at ``reference`` = R images.
     """
     ratio, reference_ratio = mini_batch / noise_scale, reference / noise_scale
     steps, images = 1 + 1 / ratio, 1 + ratio
@@ -216,7 +229,11 @@ def gain_table(noise_scale: float, mini_batch: int, reference: int) -> list[tupl
             f"{steps / (1 + 1 / reference_ratio):.3g} times the steps, {images / (1 + reference_ratio):.3g} times the "
             "images",
         ),
-        ("learning rate", f"the best one is {1 / images:.3g} times what the linear rule extrapolates"),
+        (
+            "learning rate",
+            f"the best one is {(1 + reference_ratio) / images:.3g} times that of the linear rule, if base_lr is the "
+            f"best one at {reference} images",
+        ),
     ]
 
 

@@ -77,6 +77,10 @@ class Schedule:
         progress = images_seen / warmup_images
         return decay * (self.warmup_lr + progress * (self.peak_lr - self.warmup_lr))
 
+    def warmup_ends(self, before: int, after: int) -> bool:
+        """True when the warm-up ends between two positions."""
+        return before < self.images(self.solver.warmup_epochs) <= after
+
     def _decay(self, images_seen: int) -> float:
         if self.solver.schedule == "cosine":
             warmup_images = self.images(self.solver.warmup_epochs)

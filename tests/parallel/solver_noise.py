@@ -47,7 +47,7 @@ class Measured:
         self.noise.update(0, images_read or self.images * self.passes, self.loss_scale, step_seconds=1.0)
         self.optimizer.zero_grad()
         found, self.noise.averages = self.noise.averages, averages
-        if not found.weight:
+        if not found.measurements:
             return {}
         return {name: (found.variance_of(name), found.signal_of(name)) for name in (*MODULES, ALL)}
 

@@ -1,7 +1,6 @@
 """What trainers of two ranks do: measure gradient noise, and take the steps of other optimizers than SGD."""
 
 import copy
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from horovod_megdet import comm
 from horovod_megdet.config import load_config, override
 from horovod_megdet.engine.startup import build_trainer
 from horovod_megdet.engine.trainer import Trainer
-from horovod_megdet.solver.gradient_noise import MEMORY
 from horovod_megdet.solver.optimizer import build_optimizer, set_lr
 
 FOLDER = Path(sys.argv[1]).parent
@@ -46,15 +44,22 @@ def after_a_step(name: str, *settings: str) -> dict[str, Any]:
     return vars(trainer.noise.averages)
 
 
-def steps_that_count() -> float:
+def steps_that_count() -> int:
     """How many steps of an epoch count, in one of which an image cannot be read."""
-    trainer = start("unreadable", "data.bad_annotations=skip")
+    trainer = start("unreadable", "data.bad_annotations=skip", "solver.warmup_epochs=0")
     if comm.is_main():
         image = trainer.train_set.path(3)
         image.write_bytes(image.read_bytes()[:-2000])
     comm.barrier()
     messages(trainer)
-    return math.log1p(-trainer.noise.averages.weight) / math.log1p(-1 / MEMORY)
+    return trainer.noise.averages.measurements
+
+
+def steps_after_the_warm_up() -> int:
+    """How many steps of an epoch count, in the middle of which the warm-up ends."""
+    trainer = start("warm-up", "solver.warmup_epochs=0.5")
+    messages(trainer)
+    return trainer.noise.averages.measurements
 
 
 def averaged_gradients(name: str, *settings: str) -> dict[str, torch.Tensor]:
@@ -115,6 +120,7 @@ def measure() -> dict[str, Any]:
             "float16 messages": largest_difference("float16", "solver.compression=fp16"),
         },
         "steps that count": steps_that_count(),
+        "steps after the warm-up": steps_after_the_warm_up(),
     }
 
 

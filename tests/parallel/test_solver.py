@@ -91,4 +91,8 @@ def test_gradients_with_channels_last_are_averaged_as_others(trained: Measured, 
 
 
 def test_a_step_with_an_image_that_cannot_be_read_does_not_count(trained: Measured) -> None:
-    assert trained["steps that count"] == pytest.approx(5)
+    assert trained["steps that count"] == 5
+
+
+def test_steps_of_the_warm_up_count_until_it_ends(trained: Measured) -> None:
+    assert trained["steps after the warm-up"] == 3

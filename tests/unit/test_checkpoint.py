@@ -18,6 +18,7 @@ from horovod_megdet.engine import checkpoint, random_state, run_folder, startup
 from horovod_megdet.engine.checkpoint import Position, RunDescription, TrainingState
 from horovod_megdet.errors import EXIT_NOT_SAVED, NotSavedError, UserError
 from horovod_megdet.models.detector import build_detector
+from horovod_megdet.solver.gradient_noise import NoiseAverages
 from horovod_megdet.solver.optimizer import build_optimizer
 
 WEIGHTS = {"layer.weight": torch.arange(6.0).reshape(2, 3), "layer.count": torch.tensor(3)}
@@ -35,6 +36,14 @@ def test_the_position_of_version_0_1_is_read(tmp_path: Path) -> None:
     state["position"] = {"step": 5, "images_seen": 40, "best_ap": 0.25, "best_checkpoint": "step_00000004"}
     torch.save(state, saved.path / checkpoint.STATE_FILE)
     assert saved.state().position == Position(5, 40, "AP", 0.25, "step_00000004", 0)
+
+
+def test_the_noise_of_version_0_1_is_measured_anew(tmp_path: Path) -> None:
+    saved = checkpoint.read(write(tmp_path, 5))
+    state = torch.load(saved.path / checkpoint.STATE_FILE, weights_only=True)
+    state["noise"] = {"weight": 0.02, "variance": {"all": 1.0}, "signal": {"all": 2.0}, "next_step": 7}
+    torch.save(state, saved.path / checkpoint.STATE_FILE)
+    assert saved.state().noise == NoiseAverages()
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:

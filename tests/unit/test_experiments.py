@@ -1,6 +1,7 @@
 """The experiments: cells and their hashes, lines of results, the rules of the verdicts, and the page."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from experiments import verdicts
+from experiments.__main__ import update_page
 from experiments.cells import CELLS, RANKS, Cell, Run, choose_runs, load_cells
 from experiments.findings import FINDINGS, Finding
 from experiments.outcomes import NOISE_EPOCHS, Outcomes, between, clearly_above, clearly_better, mean_and_spread
@@ -17,7 +19,7 @@ from experiments.page import write_page
 from experiments.pretraining import SIDE, crops
 from experiments.results import Results, Row
 from experiments.training import Laboratory, Stop, describe, prune
-from experiments.verdicts import KS, NOT_REPRODUCED, REPRODUCED, UNDECIDED, cgbn, frozen
+from experiments.verdicts import KS, NOT_REPRODUCED, REPRODUCED, UNDECIDED, cgbn, frozen, half_rate, no_warmup
 from horovod_megdet.config import load_config
 from horovod_megdet.data.synthetic import CLASSES
 from horovod_megdet.errors import EXIT_NON_FINITE_LOSS, UserError
@@ -90,7 +92,13 @@ def test_bn_sizes_are_those_of_the_table() -> None:
 @pytest.mark.parametrize(
     ("cell", "rate"),
     [(cgbn(k), 0.01 * k) for k in KS]
-    + [("k16_half_rate", 0.08), ("k16_square_root", 0.04), ("k16_lars", 1.6), ("k08_adamw", 0.0008)],
+    + [
+        (half_rate(2), 0.01),
+        (half_rate(16), 0.08),
+        ("k16_square_root", 0.04),
+        ("k16_lars", 1.6),
+        ("k08_adamw", 0.0008),
+    ],
 )
 def test_rates(cell: str, rate: float) -> None:
     config = load_config(CELLS / f"{cell}.yaml")
@@ -155,7 +163,10 @@ def test_a_line_after_an_incomplete_one_is_whole(tmp_path: Path) -> None:
     assert [(row["cell"], row["outcome"]) for row in results.rows()] == [("k02_cgbn", "diverged")]
 
 
-@pytest.mark.parametrize("bad", ["{", "[]", '{"cell": "k01_cgbn"}'])
+NO_EVALUATION = '{"cell": "k01_cgbn", "seed": 0, "hash": "0", "outcome": "finished", "evaluations": []}'
+
+
+@pytest.mark.parametrize("bad", ["{", "[]", '{"cell": "k01_cgbn"}', NO_EVALUATION])
 def test_a_damaged_line_is_named(tmp_path: Path, bad: str) -> None:
     path = tmp_path / "runs.jsonl"
     path.write_text(f"{json.dumps(line('k01_cgbn', 0, 0.7))}\n{bad}\n{json.dumps(line('k01_cgbn', 1, 0.7))}\n")
@@ -313,10 +324,15 @@ def test_a_cell_in_words_has_the_number_of_each_kind_of_run() -> None:
 def test_between_two_rows_there_are_the_steps_between_them() -> None:
     averages, rows = NoiseAverages(), []
     for step, value in enumerate([100.0] * 5 + [3.0] * 4, start=1):
-        averages.add({"a": value}, {"a": value})
-        rows.append({"step": step, "gradient_variance": averages.variance_of()})
+        averages.add(dict.fromkeys(MODULES, value / 4), dict.fromkeys(MODULES, value / 4))
+        rows.append({"step": step, **averages.row()})
     assert rows[-1]["gradient_variance"] > 40
     assert between(rows[4], rows[8], "gradient_variance") == pytest.approx(3.0)
+    later = [row | {"step": 10 * row["step"]} for row in rows]
+    assert between(later[4], later[8], "gradient_variance") == pytest.approx(3.0), "not every step was measured"
+    for row in rows:
+        del row["noise_measurements"]
+    assert between(rows[4], rows[8], "gradient_variance") == pytest.approx(3.0), "a line of before"
 
 
 @pytest.mark.parametrize("found", FINDINGS, ids=lambda found: found.key)
@@ -345,8 +361,15 @@ def test_warm_up() -> None:
     assert verdict("warm-up", lines(TRAINED | without | {"k16_no_warmup": 0.7})) == NOT_REPRODUCED
     one = finding("warm-up").verdict(Outcomes(lines(TRAINED | without | {cgbn(16): 0.01})))
     assert one.word == NOT_REPRODUCED
-    assert "At k = 16 none trains with the warm-up either" in one.reason
-    assert verdict("warm-up", lines(TRAINED | without | {cgbn(8): 0.01, cgbn(16): None})) == UNDECIDED
+    assert "At k = 16 none trains with or without it" in one.reason
+    fails = {cgbn(8): 0.01, cgbn(16): None}
+    neither: APs = {"k08_no_warmup": None, "k16_no_warmup": 0.02}
+    assert verdict("warm-up", lines(TRAINED | neither | fails)) == UNDECIDED
+    reason = finding("warm-up").verdict(Outcomes(lines(TRAINED | without | fails)))
+    assert reason.word == NOT_REPRODUCED
+    assert "clearly worse at k = 8." in reason.reason, "the runs without the warm-up train"
+    mixed: APs = {"k08_no_warmup": 0.6, "k16_no_warmup": 0.3, cgbn(16): None}
+    assert verdict("warm-up", lines(TRAINED | mixed)) == NOT_REPRODUCED, "better at one, worse at the other"
 
 
 def test_bn_size() -> None:
@@ -357,7 +380,7 @@ def test_bn_size() -> None:
     assert verdict("bn-size", lines(ap | {"k08_bn08": 0.6})) == NOT_REPRODUCED, "only one in between is worse"
     growing = dict(zip(ap, (0.5, 0.55, 0.6, 0.65, 0.7, 0.75), strict=True))
     assert verdict("bn-size", lines({**growing})) == NOT_REPRODUCED, "more is always better"
-    assert verdict("bn-size", lines(dict.fromkeys(ap))) == NOT_REPRODUCED, "none trains"
+    assert verdict("bn-size", lines(dict.fromkeys(ap))) == UNDECIDED, "none trains"
 
 
 def test_first_epochs() -> None:
@@ -377,7 +400,10 @@ def noisy(variance: dict[int, float], signal: float, ap: dict[int, float | list[
             chosen = epoch in NOISE_EPOCHS
             averages.add(dict.fromkeys(MODULES, variance[k] / 4 if chosen else 1e6), dict.fromkeys(MODULES, signal / 4))
             training.append({"step": epoch, "epoch": float(epoch), "lr": 0.01 * k, **averages.row()})
-        rows += lines({cgbn(k): ap[k]}, training=[*training, {"step": 6, "epoch": 6.0, "lr": 0.01 * k}])
+        training.append({"step": 6, "epoch": 6.0, "lr": 0.01 * k})
+        rows += lines({cgbn(k): ap[k]}, training=training)
+        if k in verdicts.WARMUP_KS:
+            rows += lines({no_warmup(k): 0.6}, training=training)
     return rows
 
 
@@ -386,9 +412,12 @@ def test_variance() -> None:
     level = dict.fromkeys(KS, 4.0)
     assert verdict("variance", noisy(level, 0.1, ap)) == REPRODUCED
     assert verdict("variance", noisy(level | {16: 9.0}, 0.1, ap)) == NOT_REPRODUCED
-    assert verdict("variance", noisy(level | {16: 9.0}, 0.1, ap | {16: 0.01})) == REPRODUCED, "it collapsed"
-    assert verdict("variance", noisy(level, 0.1, ap | {4: None, 8: None, 16: None})) == UNDECIDED, "two trained"
-    assert verdict("variance", lines({cgbn(k): 0.7 for k in KS})) == UNDECIDED, "nothing was measured"
+    assert verdict("variance", noisy(level | {16: 9.0}, 0.1, ap | {16: 0.01})) == NOT_REPRODUCED, "without warm-up"
+    assert verdict("variance", noisy(level, 0.1, ap | {16: 0.01})) == REPRODUCED, "without warm-up"
+    assert verdict("variance", noisy(level, 0.1, ap | {4: None})) == UNDECIDED, "nothing trains at k = 4"
+    assert verdict("variance", noisy(level | {1: 9.0}, 0.1, ap | {4: None})) == NOT_REPRODUCED, "the others differ"
+    cells = [*(cgbn(k) for k in KS), *(no_warmup(k) for k in verdicts.WARMUP_KS)]
+    assert verdict("variance", lines(dict.fromkeys(cells, 0.7))) == UNDECIDED, "nothing was measured"
     noise = Outcomes(noisy(level, 0.1, ap))[cgbn(4)].noise
     assert noise is not None
     assert noise.scale == pytest.approx(40)
@@ -397,16 +426,20 @@ def test_variance() -> None:
 
 def test_linear_rule() -> None:
     ap: dict[int, float | list[float] | None] = dict.fromkeys(KS, 0.7)
-    behind = ap | {8: 0.5, 16: None}
     level = dict.fromkeys(KS, 4.0)
-    lower = lines({"k16_half_rate": 0.6, "k16_square_root": 0.6})
-    near = finding("linear-rule").verdict(Outcomes(noisy(level, 0.1, behind) + lower))
-    assert near.word == REPRODUCED, "64 images, B = 40"
-    assert "clearly better than the linear rate: half the linear rate" in near.reason
-    assert verdict("linear-rule", noisy(level, 0.001, behind) + lower) == NOT_REPRODUCED, "B = 4000"
-    assert verdict("linear-rule", noisy(level, 0.001, ap) + lower) == REPRODUCED, "none behind, B = 4000"
-    assert verdict("linear-rule", noisy(level, 2.0, ap) + lower) == NOT_REPRODUCED, "none behind, B = 2"
-    assert verdict("linear-rule", noisy(level, -0.1, behind) + lower) == UNDECIDED, "no signal"
+
+    def word(signal: float, half_of_128: float | None, half_of_16: float | None = 0.7) -> str:
+        halves: APs = {half_rate(16): half_of_128, half_rate(2): half_of_16}
+        return verdict("linear-rule", noisy(level, signal, ap | {16: 0.4}) + lines(halves))
+
+    assert word(0.1, half_of_128=0.5) == REPRODUCED, "B = 40"
+    assert word(0.1, half_of_128=0.4) == NOT_REPRODUCED, "half the rate does not help at 128 images"
+    assert word(0.1, half_of_128=None) == NOT_REPRODUCED
+    assert word(0.1, half_of_128=0.5, half_of_16=0.75) == NOT_REPRODUCED, "it helps at 16 images, too"
+    assert word(0.1, half_of_128=0.5, half_of_16=0.6) == REPRODUCED
+    assert word(0.001, half_of_128=0.5) == UNDECIDED, "B = 4000: above both mini-batches"
+    assert word(2.0, half_of_128=0.5) == UNDECIDED, "B = 2: below both"
+    assert word(-0.1, half_of_128=0.5) == UNDECIDED, "no signal"
     mixed = Outcomes(noisy(level, -0.1, ap)[:9] + noisy(level, 0.1, ap)[9:])
     assert verdicts.noise_scale(mixed) == float("inf"), "three of five have no signal"
 
@@ -417,10 +450,12 @@ def test_beyond_the_linear_rule() -> None:
     assert verdict("beyond", lines(ap | {"k16_agvm": 0.55})) == REPRODUCED
     assert verdict("beyond", lines(ap | {"k16_cgbn": None})) == REPRODUCED
     assert verdict("beyond", lines(ap | {"k16_half_rate": 0.55})) == NOT_REPRODUCED
+    assert verdict("beyond", lines(ap | {"k16_cgbn": None, "k16_agvm": 0.01})) == UNDECIDED, "neither trains"
+    assert verdict("beyond", lines(ap | {"k16_agvm": None})) == NOT_REPRODUCED
     factors = [{"step": 9, "lr_factor_backbone": 1.0, "lr_factor_fpn": 1.5}]
     rows = [line("k16_agvm", seed, 0.5, training=factors) for seed in range(3)]
     reason = finding("beyond").verdict(Outcomes(lines(ap) + rows)).reason
-    assert "AGVM's last factors of the rate: backbone 1.00, fpn 1.50." in reason
+    assert "factors of the rate when its runs ended, whether they trained or not: backbone 1.00, fpn 1.50." in reason
 
 
 def test_accuracy() -> None:
@@ -457,9 +492,17 @@ def test_the_page_with_some_runs(tmp_path: Path) -> None:
     assert "| 8 | 64 | 0.08 | diverged at step 24, 24, 24 (3) | 0.500 (1) |" in text
     assert "| 1 | 0.02 | 2.500 | 9.0 | 800 |" in text
     assert "2.0e-07" in text
-    links = [part.split(")")[0] for part in text.split("](")[1:]]
+    links = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert "figures/batch-norm.svg" in links
     assert all((tmp_path / link).read_text().lstrip().startswith("<?xml") for link in links)
+
+
+def test_a_renamed_cell_keeps_its_runs_and_a_changed_one_loses_them(tmp_path: Path, run: Run) -> None:
+    results = Results(tmp_path / "runs.jsonl")
+    results.append(line("k08_old_name", 0, 0.7) | {"hash": run.cell.hash})
+    results.append(line("k08_frozen", 1, 0.6) | {"hash": "of a cell that was changed"})
+    update_page([run.cell], results, tmp_path)
+    assert "| 8 | 64 | 0.08 | 0.700 (1) | not run yet |" in (tmp_path / "findings.md").read_text()
 
 
 def test_figures_do_not_change_when_results_do_not(tmp_path: Path) -> None:

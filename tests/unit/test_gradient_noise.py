@@ -82,6 +82,16 @@ def test_numerator_and_denominator_are_averaged_apart_and_fade() -> None:
     assert averages.noise_scale("backbone") is None, "without any gradient there is no scale"
 
 
+def test_after_a_restart_only_new_measurements_count() -> None:
+    averages, new = NoiseAverages(), NoiseAverages()
+    averages.add(dict.fromkeys(MODULES, 90.0), dict.fromkeys(MODULES, 9.0))
+    averages.restart()
+    assert averages == new
+    for each in (averages, new):
+        each.add(dict.fromkeys(MODULES, 2.0), dict.fromkeys(MODULES, 1.0))
+    assert averages == new
+
+
 def test_passes_of_one_rank_are_compared() -> None:
     """Four passes of two images on one process, a frozen module among them, against the gradients themselves."""
     torch.manual_seed(0)
@@ -111,7 +121,7 @@ def test_a_pass_that_is_not_due_is_left_alone() -> None:
             for _ in range(2):
                 module.loss(torch.randn(2, 3)).backward()
         noise.update(step, images=2, loss_scale=1.0, step_seconds=1.0)
-        counted.append(noise.averages.weight)
+        counted.append(noise.averages.measurements)
         module.zero_grad()
     assert [after > before for before, after in zip([0, *counted], counted, strict=False)] == [
         True, False, False, True, False, False, True,
@@ -170,7 +180,8 @@ def test_what_a_mini_batch_gains_and_loses() -> None:
     assert table["noise scale"] == "256 images; the mini-batch is 1 times as large"
     assert numbers(table["steps"]) == [2, 1.5], "at n = B twice the fewest steps, and twice the fewest images"
     assert numbers(table["images"]) == [2, 3]
-    assert numbers(table["learning rate"]) == [0.5]
+    # at 16 images 1/17 of the largest rate, at 256 a half: 8.5 times, where the linear rule has 16 times
+    assert numbers(table["learning rate"]) == pytest.approx([8.5 / 16, 16], rel=1e-3)
     # 17 times the fewest steps at 16 images, and 17/16 of the fewest images
     assert numbers(table["instead of 16 images"]) == pytest.approx([2 / 17, 2 / (17 / 16)], rel=1e-2)
 

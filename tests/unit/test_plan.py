@@ -17,8 +17,12 @@ def plan(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 def write_metrics(run_dir: Path, *noise_scales: float | None) -> None:
     measured = enumerate(noise_scales)
-    rows = [{"kind": "train", "step": step, "epoch": step / 4, "noise_scale": scale} for step, scale in measured]
-    rows.append({"kind": "train", "step": len(rows), "epoch": len(rows) / 4})
+    rows = [
+        {"kind": "train", "step": step, "epoch": step / 4, "lr": 0.02, "noise_scale": scale} for step, scale in measured
+    ]
+    rows.append({"kind": "train", "step": len(rows), "epoch": len(rows) / 4, "lr": 0.02})
+    low = {"kind": "train", "step": len(rows), "epoch": len(rows) / 4, "lr": 0.002}
+    rows += [low | {"noise_scale": 900.0}] if any(noise_scales) else []
     rows.append({"kind": "evaluation", "step": len(rows), "AP": 0.1})
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -48,13 +52,13 @@ def test_a_noise_scale_may_be_below_one_image(
     assert "the mini-batch is 32 times as large" in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_newest_noise_scale_of_a_run_counts(
+def test_the_newest_noise_scale_at_the_full_rate_counts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     write_metrics(tmp_path, None, 99.0, 32.0, None)
     assert plan(monkeypatch, "--run", str(tmp_path)) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert f"Noise scale of {tmp_path}: 32 images, measured at epoch 0.50" in printed
+    assert f"Noise scale of {tmp_path}: 32 images, measured at epoch 0.50, the last time at the full" in printed
     assert "32 images; the mini-batch is 0.5 times as large" in printed
 
 
