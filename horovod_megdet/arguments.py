@@ -8,8 +8,9 @@ from horovod_megdet.config import DEMO, Config, load_config
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 crashed, 2 bad input, 3 loss not finite, 4 checkpoint not written, 5 no rank made "
-    "progress for runtime.stall_timeout seconds, 85 stopped by SIGUSR1, SIGTERM or Ctrl-C after writing a checkpoint. "
-    "After any of these but 2, start again with --resume."
+    "progress for runtime.stall_timeout seconds, 85 stopped by SIGUSR1, SIGTERM or Ctrl-C after writing a checkpoint, "
+    "130 stopped at once by a second Ctrl-C. --resume goes on from the newest checkpoint; after 3, lower the learning "
+    "rate first."
 )
 """The end of the help about training."""
 
@@ -44,20 +45,21 @@ def fractions(text: str) -> tuple[float, ...]:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--config``, ``--set`` and ``--run-dir``; :func:`config_of` reads them."""
+    """Adds ``--config`` and ``--set``; :func:`config_of` reads them."""
     parser.add_argument(
         "--config", metavar="FILE", default=str(DEMO), help="YAML configuration (default: that of the demo)"
     )
     add_set_argument(parser)
-    _add_run_dir_argument(parser)
+    parser.set_defaults(run_dir=None)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what ``train.py`` and ``megdet train`` take."""
     add_config_arguments(parser)
+    add_run_dir_argument(parser)
     _add_resume_argument(parser)
     parser.add_argument(
-        "--eval-only", action="store_true", help="only evaluate; needs --checkpoint, or takes the newest"
+        "--eval-only", action="store_true", help="only evaluate --checkpoint, or the newest one of the run directory"
     )
     parser.add_argument("--checkpoint", metavar="PATH", help="checkpoint folder for --eval-only")
 
@@ -65,12 +67,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what ``megdet demo`` takes: it trains with the configuration of the demo."""
     add_set_argument(parser)
-    _add_run_dir_argument(parser)
+    add_run_dir_argument(parser)
     _add_resume_argument(parser)
     parser.set_defaults(config=str(DEMO), eval_only=False)
 
 
-def _add_run_dir_argument(parser: argparse.ArgumentParser) -> None:
+def add_run_dir_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--run-dir``, which :func:`config_of` reads."""
     parser.add_argument("--run-dir", metavar="DIR", help="short for --set output.run_dir=DIR")
 
 

@@ -9,6 +9,7 @@ from horovod_megdet.arguments import (
     EXIT_CODES,
     add_config_arguments,
     add_demo_arguments,
+    add_run_dir_argument,
     add_set_argument,
     add_training_arguments,
     config_of,
@@ -19,6 +20,7 @@ from horovod_megdet.arguments import (
 from horovod_megdet.cluster.launch import command as launch
 from horovod_megdet.config import Config
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
+from horovod_megdet.wording import count
 
 Commands = argparse._SubParsersAction  # argparse has no public name for it
 
@@ -88,18 +90,25 @@ def _add_plan(commands: Commands) -> None:
     parser.add_argument("--images", type=positive, help="images of an epoch, where the data is not at hand")
     parser.add_argument(
         "--latency-us",
-        type=float,
+        type=positive_number,
+        metavar="US",
         default=100.0,
         help="microseconds of a small allreduce between two ranks, as `megdet doctor` measures it (default: "
         "%(default)g, between two processes of one machine)",
     )
     parser.add_argument(
         "--bandwidth-gbs",
-        type=float,
+        type=positive_number,
+        metavar="GB/S",
         default=1.0,
         help="gigabytes per second of a large allreduce (default: %(default)g, one 10 Gbit/s link)",
     )
-    parser.add_argument("--step-seconds", type=float, help="time of a step on one rank, to predict the whole step")
+    parser.add_argument(
+        "--step-seconds",
+        type=positive_number,
+        metavar="S",
+        help="time of a step on one rank, to predict the whole step",
+    )
     noise = parser.add_mutually_exclusive_group()
     noise.add_argument(
         "--noise-scale",
@@ -162,13 +171,14 @@ def _noise_scale(run_dir: Path) -> float:
 
 
 def _training_images(config: Config) -> int:
-    from horovod_megdet.data.configured import load_split
+    from horovod_megdet.data.configured import load_split, make_synthetic
     from horovod_megdet.data.loader import image_stream
 
     try:
+        make_synthetic(config.data)
         return len(image_stream(load_split(config.data, training=True), config.data, config.runtime.seed))
     except UserError as error:
-        raise UserError(f"{error}\nTo plan without the data, give the number of its images: --images 117266.") from None
+        raise UserError(f"{error}\nTo plan without the data, give the number of its images: --images N.") from None
 
 
 def _add_import_data(commands: Commands) -> None:
@@ -181,7 +191,7 @@ def _add_import_data(commands: Commands) -> None:
         "--images",
         type=Path,
         metavar="DIR",
-        help="folder of the images (default: JPEGImages or images in SOURCE, or it)",
+        help="folder of the images (default: JPEGImages or images in SOURCE, else SOURCE)",
     )
     parser.add_argument(
         "--format",
@@ -228,9 +238,10 @@ def _add_check_data(commands: Commands) -> None:
 
 def _check_data(arguments: argparse.Namespace) -> int:
     from horovod_megdet.data.coco import check_dataset
-    from horovod_megdet.data.configured import cache_folder, split_paths
+    from horovod_megdet.data.configured import cache_folder, make_synthetic, split_paths
 
     config = config_of(arguments)
+    make_synthetic(config.data)
     check_images = "decode" if arguments.decode else config.data.check_images
     found = 0
     for training in (True, False):
@@ -238,7 +249,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
         problems = check_dataset(annotations, images, check_images, cache_folder(config.data))
         for problem in problems:
             print(problem)
-        print(f"{annotations}: {len(problems)} problems")
+        print(f"{annotations}: {count(len(problems), 'problem')}")
         found += len(problems)
     return EXIT_USER_ERROR if found else 0
 
@@ -259,11 +270,12 @@ def _add_anchors(commands: Commands) -> None:
 
 
 def _anchors(arguments: argparse.Namespace) -> int:
-    from horovod_megdet.data.configured import load_split
+    from horovod_megdet.data.configured import load_split, make_synthetic
     from horovod_megdet.report.anchors import fit_anchors
     from horovod_megdet.report.tables import console
 
     config = config_of(arguments)
+    make_synthetic(config.data)
     report = fit_anchors(config, load_split(config.data, training=True))
     report.write_plot(arguments.plot)
     console().print(report.table())
@@ -272,8 +284,8 @@ def _anchors(arguments: argparse.Namespace) -> int:
 
 
 def _add_synth(commands: Commands) -> None:
-    parser = commands.add_parser("synth", help="generate the embedded data set (training does it by itself)")
-    parser.add_argument("folder", type=Path)
+    parser = commands.add_parser("synth", help="generate the data set of the demo (training does it by itself)")
+    parser.add_argument("folder", type=Path, help="folder to write")
     parser.add_argument("--train", type=positive, default=600, help="training images (default: %(default)s)")
     parser.add_argument("--val", type=positive, default=100, help="validation images (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="other seeds give other images (default: %(default)s)")
@@ -293,6 +305,7 @@ def _add_doctor(commands: Commands) -> None:
         "doctor", help="say what would make training fail or slow on these machines; under the launcher of the training"
     )
     add_config_arguments(parser)
+    add_run_dir_argument(parser)
     parser.add_argument(
         "--json",
         nargs="?",
@@ -407,7 +420,7 @@ def _add_launch(commands: Commands) -> None:
 
 def _add_report(commands: Commands) -> None:
     parser = commands.add_parser(
-        "report", help="compare runs on one HTML page, or look at one and draw its curves again"
+        "report", help="compare runs on one HTML page, or look at one and draw its curves (curves.png) again"
     )
     parser.add_argument(
         "run_dirs", metavar="RUN", nargs="+", type=Path, help="a run directory, also of a run in progress"
@@ -424,9 +437,9 @@ def _report(arguments: argparse.Namespace) -> int:
     from horovod_megdet.report.comparison import REPORT_FILE, write_comparison
     from horovod_megdet.report.curves import write_curves
 
-    folder = Path()
-    if len(arguments.run_dirs) == 1:
-        folder = arguments.run_dirs[0]
-        print(write_curves(folder))
-    print(write_comparison(arguments.run_dirs, arguments.output or folder / REPORT_FILE))
+    runs, output = arguments.run_dirs, arguments.output
+    alone = len(runs) == 1
+    print(write_comparison(runs, output or (runs[0] if alone else Path()) / REPORT_FILE))
+    if alone and output is None:  # else the run's folder may be another user's
+        print(write_curves(runs[0]))
     return 0

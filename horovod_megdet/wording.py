@@ -14,8 +14,9 @@ def some(names: Iterable[str]) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """`1 rank`, `2 ranks`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    """`1 rank`, `2 ranks`, `3 passes`."""
+    plural = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number} {noun}{plural}"
 
 
 def size(number: float) -> str:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes docs/configuration.md from the types, defaults and docstrings in horovod_megdet/config.py.
+"""Writes docs/configuration.md from the types, defaults and docstrings in horovod_megdet/config/schema.py.
 
 ``--check`` writes nothing and fails when the page is not what would be written.
 """
@@ -20,7 +20,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 INTRODUCTION = """\
 # Configuration
 
-<!-- Written by scripts/write_configuration_docs.py from horovod_megdet/config.py. Change it there. -->
+<!-- Written by scripts/write_configuration_docs.py from horovod_megdet/config/schema.py. Change it there. -->
 
 A configuration is a YAML file with the sections below; what it leaves out has the default. Every amount is in images or
 epochs, never in iterations, so that one file is right for any number of ranks.

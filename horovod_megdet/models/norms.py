@@ -11,6 +11,7 @@ from horovod_megdet import comm
 from horovod_megdet.config import BatchNormConfig, Norm
 from horovod_megdet.errors import UserError
 from horovod_megdet.layers.cross_gpu_bn import convert_batch_norm, replace_layers
+from horovod_megdet.wording import count
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,25 @@ def freeze_norms(part: nn.Module) -> None:
 
 
 def bn_group(batch_norm: BatchNormConfig, images_per_rank: int) -> comm.Group:
-    """The ranks that share statistics with this one: those that hold ``bn_size`` images together. Collective.
+    """The ranks that share statistics with this one. Collective. Raises as :func:`bn_group_size` does."""
+    size = bn_group_size(batch_norm, images_per_rank, comm.size())
+    return comm.world() if batch_norm.bn_size == "world" else comm.split_world(size)
+
+
+def bn_group_size(batch_norm: BatchNormConfig, images_per_rank: int, ranks: int) -> int:
+    """How many of so many ranks share statistics: those that hold ``bn_size`` images together.
 
     Raises :class:`UserError` with the possible sizes if ``bn_size`` images are not a whole group of ranks, or the ranks
     are not a whole number of groups.
     """
-    if batch_norm.bn_size == "world":
-        return comm.world()
-    possible = [images_per_rank * ranks for ranks in range(1, comm.size() + 1) if comm.size() % ranks == 0]
-    if batch_norm.bn_size not in possible:
+    bn_size = batch_norm.bn_size
+    if bn_size == "world":
+        return ranks
+    possible = [images_per_rank * group for group in range(1, ranks + 1) if ranks % group == 0]
+    if bn_size not in possible:
+        others = f", or a multiple of {bn_size // images_per_rank} ranks" if bn_size % images_per_rank == 0 else ""
         raise UserError(
-            f"batch_norm.bn_size: {batch_norm.bn_size} does not work with {comm.size()} ranks of {images_per_rank} "
-            f"images; possible are {', '.join(map(str, possible))}."
+            f"batch_norm.bn_size: {bn_size} does not work with {count(ranks, 'rank')} of "
+            f"{count(images_per_rank, 'image')}; possible are {', '.join(map(str, possible))}{others}."
         )
-    return comm.split_world(batch_norm.bn_size // images_per_rank)
+    return bn_size // images_per_rank

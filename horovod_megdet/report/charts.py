@@ -111,7 +111,8 @@ def chart(
     return Chart(
         title,
         x_title,
-        f"{title} over {x_title}, last: " + ", ".join(f"{names[line.run]} {number(_last(line.y))}" for line in main),
+        f"{title}{'' if title.endswith(x_title) else f' over {x_title}'}, last: "
+        + ", ".join(f"{names[line.run]} {number(_last(line.y))}" for line in main),
         x_axis.ticks(),
         y_axis.ticks(),
         [(line, _path(x_axis.places(line.x), y_axis.places(line.y))) for line in order],
@@ -160,17 +161,28 @@ def _end(line: Line, x_axis: Axis, y_axis: Axis) -> tuple[float, float]:
 
 
 def _spread(labels: list[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
-    """Moves labels up or down, as little as it takes, so that none covers another one."""
+    """Moves labels up or down, as little as it takes, so that none covers another one; closer where there are many."""
+    height = LABEL_HEIGHT
+    while (placed := _placed(labels, height)) is None:
+        height *= 0.8
+    return placed
+
+
+def _placed(labels: list[tuple[int, float, float]], height: float) -> list[tuple[int, float, float]] | None:
+    """The labels where they are at least ``height`` apart; None if that takes more room than there is."""
     placed: list[tuple[int, float, float]] = []
     for run, x, y in sorted(labels, key=lambda label: label[2]):
         taken = [other_y for _, other_x, other_y in placed if abs(other_x - x) < LABEL_HEIGHT]
-        steps = [0.0, *(sign * LABEL_HEIGHT / 4 * step for step in range(1, 80) for sign in (1, -1))]
+        quarters = range(1, round(4 * (BOTTOM - TOP) / height))
+        steps = [0.0, *(sign * height / 4 * step for step in quarters for sign in (1, -1))]
         free = (
             y + step
             for step in steps
-            if TOP <= y + step <= BOTTOM and all(abs(y + step - other) >= LABEL_HEIGHT for other in taken)
+            if TOP <= y + step <= BOTTOM and all(abs(y + step - other) >= height for other in taken)
         )
-        placed.append((run, round(x, 1), round(next(free, y), 1)))
+        if (place := next(free, None)) is None:
+            return None
+        placed.append((run, round(x, 1), round(place, 1)))
     return placed
 
 

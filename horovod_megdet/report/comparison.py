@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -14,9 +14,9 @@ import numpy as np
 from horovod_megdet.evaluation.metrics import MAIN_METRIC, METRICS, percent
 from horovod_megdet.files import atomic_write
 from horovod_megdet.report.charts import GEOMETRY, Chart, Line, chart, number
-from horovod_megdet.report.curves import CURVES_FILE
+from horovod_megdet.report.curves import CURVES_FILE, LOSSES
 from horovod_megdet.report.page import VALIDATION_PAGE, render
-from horovod_megdet.report.rows import column, noise_at_full_rate, smoothed
+from horovod_megdet.report.rows import column, finite, noise_at_full_rate, smoothed
 from horovod_megdet.report.runs import Run, read_runs
 from horovod_megdet.wording import count
 
@@ -29,6 +29,9 @@ dashes. In simulations of color blindness (Machado et al. 2009) they stay at lea
 
 LIGHT_PAGE, DARK_PAGE = "#ffffff", "#161b22"
 """What the charts are drawn on."""
+
+STYLES = 16
+"""Kinds of lines: eight colors, each with two kinds of dashes."""
 
 NONE = "–"
 
@@ -54,6 +57,10 @@ def write_comparison(run_dirs: Sequence[Path], output: Path) -> Path:
     runs = read_runs(list(run_dirs))
     names = [run.name for run in runs]
     settings = settings_table(runs)
+
+    def differs(cells: list[Cell]) -> bool:
+        return len({cell.text for cell, run in zip(cells, runs, strict=True) if run.settings is not None}) > 1
+
     html = render(
         "comparison.html",
         title=names[0] if len(runs) == 1 else count(len(runs), "run"),
@@ -64,8 +71,8 @@ def write_comparison(run_dirs: Sequence[Path], output: Path) -> Path:
         metric_charts=metric_charts(runs),
         training_charts=training_charts(runs),
         metrics=metrics_table(runs),
-        differing=[row for row in settings if len({cell.text for cell in row[1]}) > 1],
-        common=[row for row in settings if len({cell.text for cell in row[1]}) == 1],
+        differing=[row for row in settings if differs(row[1])],
+        common=[row for row in settings if not differs(row[1])],
         colors={"light": LIGHT, "dark": DARK},
         pages={"light": LIGHT_PAGE, "dark": DARK_PAGE},
         **GEOMETRY,
@@ -79,10 +86,12 @@ def notes(runs: Sequence[Run]) -> list[str]:
     """What a reader has to know before comparing the runs."""
     found = [f"{run.name} has no metrics yet." for run in runs if not run.rows]
     found += [f"{run.name} has no config.yaml: its settings are unknown." for run in runs if run.settings is None]
-    if groups := _groups(runs, [_training_set(run, runs) for run in runs]):
-        found.append(f"These runs train on different images, so their losses and epochs do not compare: {groups}.")
+    if groups := _groups(runs, _training_sets(runs)):
+        found.append(f"These runs train on different images, so their losses and epochs cannot be compared: {groups}.")
     if groups := _validation_sets(runs):
-        found.append(f"These runs are evaluated on different images, so their metrics do not compare: {groups}.")
+        found.append(f"These runs are evaluated on different images, so their metrics cannot be compared: {groups}.")
+    if len(runs) > STYLES:
+        found.append(f"There are {STYLES} kinds of lines: run {STYLES + 1} looks like run 1, and so on.")
     return found
 
 
@@ -95,40 +104,56 @@ def _groups(runs: Sequence[Run], keys: Sequence[str | None]) -> str:
     return " / ".join(", ".join(names) for names in groups.values()) if len(groups) > 1 else ""
 
 
-def _training_set(run: Run, runs: Sequence[Run]) -> str | None:
-    """What tells training sets apart: the fingerprint, or the settings if some run has no checkpoint yet."""
-    if all(other.training_data for other in runs):
-        return run.training_data
-    return _values(run, ("train_annotations", "train_images", "synthetic_train_images", "keep_empty_images"))
+def _training_sets(runs: Sequence[Run]) -> list[str | None]:
+    """What tells training sets apart: the fingerprint, or the files if some run has no checkpoint yet."""
+    if all(run.training_data for run in runs):
+        return [run.training_data for run in runs]
+    empty = [run.settings and run.settings["data.keep_empty_images"] for run in runs]
+    return [files and f"{files} {kept}" for files, kept in zip(_files(runs, "train"), empty, strict=True)]
 
 
 def _validation_sets(runs: Sequence[Run]) -> str:
-    """The runs by validation set, as :func:`_groups` names them: by files and, as far as known, by classes.
+    """The runs by validation set, as :func:`_groups` names them: by files and, as far as known, by classes."""
+    return _groups(runs, _files(runs, "val")) or _groups(
+        runs, [str(run.classes) if run.classes else None for run in runs]
+    )
 
-    Their root does not count: on another machine the same files are in another place.
+
+def _files(runs: Sequence[Run], split: str) -> list[str | None]:
+    """What tells the annotations of the runs apart: their path below the root, since another machine has another root.
+
+    Absolute paths are those of other runs if they lead to the same place.
     """
-    files = [_values(run, ("val_annotations", "val_images", "synthetic_val_images")) for run in runs]
-    return _groups(runs, files) or _groups(runs, [str(run.classes) if run.classes else None for run in runs])
-
-
-def _values(run: Run, keys: Iterable[str]) -> str | None:
-    return json.dumps([run.settings.get(f"data.{key}") for key in keys]) if run.settings is not None else None
+    found: list[str | None] = [None] * len(runs)
+    names: dict[Path, str] = {}
+    known = [(place, run.settings) for place, run in enumerate(runs) if run.settings is not None]
+    for place, settings in sorted(known, key=lambda pair: Path(pair[1][f"data.{split}_annotations"]).is_absolute()):
+        name = str(settings[f"data.{split}_annotations"])
+        if name.startswith("synthetic:"):
+            found[place] = f"{name} {settings[f'data.synthetic_{split}_images']}"
+        else:
+            found[place] = names.setdefault(Path(str(settings["data.root"]), name), name)
+    return found
 
 
 def overview_table(runs: Sequence[Run], base: Path) -> Table:
     """How far the runs came, and what to open next; links are relative to ``base``."""
-    return [
+    decided = [_best(run, run.best_metric) for run in runs]
+    rows = [
         ("epochs", [Cell(_progress(run)) for run in runs]),
         ("mini-batch, in images", [Cell(_mini_batch(run)) for run in runs]),
         ("time of training", [Cell(_duration(run)) for run in runs]),
         ("images per second, median", [Cell(_median(run, "images_per_second")) for run in runs]),
         ("noise scale at the full rate, in images", [Cell(_noise_scale(run)) for run in runs]),
-        (f"best {MAIN_METRIC}", [_best(run) for run in runs]),
-        (f"checkpoint of best {MAIN_METRIC}", [_best_checkpoint(run, base) for run in runs]),
+        (f"best {MAIN_METRIC}", [_best(run, MAIN_METRIC) for run in runs]),
+        *([("best by output.best_metric", decided)] if any(run.best_metric != MAIN_METRIC for run in runs) else []),
+        ("best checkpoint", [_best_checkpoint(run, base) for run in runs]),
+        (f"{MAIN_METRIC} of the multi-scale test", [Cell(_multi_scale(run)) for run in runs]),
         ("validation page", [_file(run.path / VALIDATION_PAGE, base) for run in runs]),
         ("curves", [_file(run.path / CURVES_FILE, base) for run in runs]),
         ("folder", [_file(run.path, base) for run in runs]),
     ]
+    return [(title, cells) for title, cells in rows if any(cell.text != NONE for cell in cells)]
 
 
 def _progress(run: Run) -> str:
@@ -160,15 +185,26 @@ def _noise_scale(run: Run) -> str:
     return number(row["noise_scale"]) if row else NONE
 
 
-def _best(run: Run) -> Cell:
-    return Cell(f"{percent(run.best[MAIN_METRIC])} (epoch {run.best['epoch']:.1f})" if run.best else NONE)
+def _best(run: Run, metric: str) -> Cell:
+    best = run.best_by(metric)
+    if best is None:
+        return Cell(NONE)
+    value, row = best
+    text = number(value) if metric in LOSSES else percent(value)
+    return Cell(f"{'' if metric == MAIN_METRIC else f'{metric} '}{text} (epoch {row['epoch']:.1f})")
 
 
 def _best_checkpoint(run: Run, base: Path) -> Cell:
-    if run.best is None:
+    best = run.best_by(run.best_metric)
+    if best is None:
         return Cell(NONE)
-    path = run.checkpoint_of(run.best)
-    return _file(path, base) if path else Cell(f"step {run.best['step']}, not kept")
+    path = run.checkpoint_of(best[1])
+    return _file(path, base) if path else Cell(f"step {best[1]['step']}, not kept")
+
+
+def _multi_scale(run: Run) -> str:
+    rows = [row for row in run.rows if row["kind"] == "multi_scale"]
+    return percent(finite(rows[-1].get(MAIN_METRIC))) if rows else NONE
 
 
 def _file(path: Path, base: Path) -> Cell:
@@ -264,9 +300,9 @@ def metrics_table(runs: Sequence[Run]) -> Table:
 
 
 def _percents(values: Sequence[float | None], comparable: bool) -> list[Cell]:
-    texts = [percent(np.nan if value is None else value) for value in values]
-    known = [value for value in values if value is not None]
-    best = percent(max(known)) if comparable and len(values) > 1 and known else ""
+    texts = [percent(finite(value)) for value in values]
+    known = [text for text in texts if text != NONE]
+    best = max(known, key=float) if comparable and len(values) > 1 and known else ""
     return [Cell(text, emphasis=text == best) for text in texts]
 
 
@@ -280,4 +316,4 @@ def _setting(run: Run, key: str) -> str:
     if run.settings is None or key not in run.settings:
         return NONE
     value = run.settings[key]
-    return value if isinstance(value, str) and value else json.dumps(value)
+    return value if isinstance(value, str) and value else json.dumps(value, default=str)

@@ -1,6 +1,7 @@
 """The rows of ``metrics.jsonl``."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,19 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(row, dict) or row.get("kind") not in KINDS:
         kinds = ", ".join(f'"{kind}"' for kind in KINDS)
         raise UserError(f'{where}: not a row of metrics: it lacks a "kind", one of {kinds}.')
+    if math.isnan(finite(row.get("step")) + finite(row.get("epoch"))):
+        raise UserError(f'{where}: not a row of metrics: its "step" or "epoch" is not a number.')
     return row
 
 
+def finite(value: Any) -> float:
+    """A number as it is, NaN for anything else: what is missing, null, infinite or no number."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
+
+
 def column(rows: Rows, key: str) -> np.ndarray:
-    """The values of a key as float64 (rows,), NaN if a row has none."""
-    return np.array([np.nan if row.get(key) is None else row[key] for row in rows], np.float64)
+    """The values of a key as float64 (rows,), NaN if a row has none or it is not finite."""
+    return np.array([finite(row.get(key)) for row in rows], np.float64)
 
 
 def noise_at_full_rate(rows: Rows) -> dict[str, Any] | None:
@@ -54,7 +62,9 @@ def noise_at_full_rate(rows: Rows) -> dict[str, Any] | None:
     """
     rates = column(rows, "lr")
     full = rates >= np.nanmax(rates, initial=0.0) / 2
-    measured = [row for row, at_full_rate in zip(rows, full, strict=True) if at_full_rate and row.get("noise_scale")]
+    measured = [
+        row for row, at_full_rate in zip(rows, full, strict=True) if at_full_rate and finite(row.get("noise_scale")) > 0
+    ]
     return measured[-1] if measured else None
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from horovod_megdet.config import Config
 from horovod_megdet.errors import UserError
 from horovod_megdet.evaluation.metrics import MAIN_METRIC
+from horovod_megdet.report.curves import LOSSES
 from horovod_megdet.report.rows import METRICS_FILE, Rows, column, read_metrics
 
 
@@ -24,7 +26,8 @@ class Run:
     rows: Rows
     """All rows of metrics.jsonl."""
     settings: dict[str, Any] | None
-    """Values by dotted key, such as ``solver.base_lr``; None without a configuration."""
+    """Values by dotted key, such as ``solver.base_lr``, with defaults for keys newer than the run; None without a
+    configuration."""
     training_data: str | None
     """Fingerprint of the training set, from a checkpoint; None before the first one."""
 
@@ -41,13 +44,24 @@ class Run:
     @property
     def classes(self) -> list[str]:
         """Names of the classes that were evaluated; empty before the first evaluation."""
-        return list(self.evaluations[-1]["per_class"]) if self.evaluations else []
+        return list(self.evaluations[-1].get("per_class", {})) if self.evaluations else []
 
-    @functools.cached_property
-    def best(self) -> dict[str, Any] | None:
-        """The row of the best evaluation, the first one of equals."""
-        values = column(self.evaluations, MAIN_METRIC)
-        return self.evaluations[int(np.nanargmax(values))] if np.isfinite(values).any() else None
+    @property
+    def best_metric(self) -> str:
+        """What decides which of its checkpoints is the best."""
+        return str((self.settings or {}).get("output.best_metric", MAIN_METRIC))
+
+    def best_by(self, metric: str) -> tuple[float, dict[str, Any]] | None:
+        """The best value of a metric that ``output.best_metric`` can name, and its evaluation, the first of equals."""
+        class_name = metric.removeprefix("AP of ")
+        if class_name == metric:
+            values = column(self.evaluations, metric)
+        else:
+            values = column([row.get("per_class", {}) for row in self.evaluations], class_name)
+        if not np.isfinite(values).any():
+            return None
+        best = int(np.nanargmin(values) if metric in LOSSES else np.nanargmax(values))
+        return float(values[best]), self.evaluations[best]
 
     def checkpoint_of(self, row: dict[str, Any]) -> Path | None:
         """The checkpoint of the row's step; None if it is not kept."""
@@ -73,7 +87,7 @@ class Run:
 def read_runs(paths: list[Path]) -> list[Run]:
     """The runs of these folders, each one once, with names that differ.
 
-    Raises :class:`UserError` for a folder without metrics.jsonl, and if no run has a row yet.
+    Raises :class:`UserError` for a folder that is not a run's, and if no run has a row yet.
     """
     folders = dict.fromkeys(path.resolve() for path in paths)
     runs = [_read(folder, name) for folder, name in zip(folders, _names(list(folders)), strict=True)]
@@ -92,19 +106,29 @@ def _names(folders: list[Path]) -> list[str]:
 
 
 def _read(folder: Path, name: str) -> Run:
-    return Run(folder, name, read_metrics(folder / METRICS_FILE), _settings(folder), _training_data(folder))
+    settings, path = _settings(folder), folder / METRICS_FILE
+    rows = read_metrics(path) if path.exists() or settings is None else []
+    return Run(folder, name, rows, settings, _training_data(folder))
 
 
 def _settings(folder: Path) -> dict[str, Any] | None:
-    """The values of config.yaml. They are not validated, so that runs of other versions can be compared, too."""
+    """The values of config.yaml. They are not validated, so that runs of other versions can be compared, too.
+
+    A key that a run does not know has its default: it stands for what runs did before there was the key.
+    """
     path = folder / "config.yaml"
     if not path.exists():
         return None
     try:
-        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+        return _by_dotted_key(Config().model_dump(mode="json")) | _by_dotted_key(
+            yaml.safe_load(path.read_text(encoding="utf-8"))
+        )
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
         raise UserError(f"{path}: not the configuration of a run ({' '.join(str(error).split())}).") from None
+
+
+def _by_dotted_key(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
 def _training_data(folder: Path) -> str | None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from horovod_megdet.config import Config
 from horovod_megdet.layers.cross_gpu_bn import CrossGPUBatchNorm
+from horovod_megdet.models.norms import bn_group_size
 from horovod_megdet.solver.schedule import Schedule
 
 Rows = list[tuple[str, str]]
@@ -42,18 +43,17 @@ class Traffic:
 
     @classmethod
     def of(cls, detector: nn.Module, config: Config, schedule: Schedule) -> "Traffic":
-        """That of a detector which ``config`` describes."""
+        """That of a detector which ``config`` describes. Raises :class:`UserError` where its BN size does not fit."""
         shared = [part for part, key in _NORM_KEYS.items() if getattr(config.model, key) == "cgbn"]
         modules = [module for name, module in detector.named_modules() if name.startswith(tuple(shared))]
         layers = [module for module in modules if isinstance(module, CrossGPUBatchNorm)]
         trained = [parameter for parameter in detector.parameters() if parameter.requires_grad]
         bytes_each = 2 if config.solver.compression == "fp16" else 4
-        bn_size = config.batch_norm.bn_size
         return cls(
             layers=len(layers),
             channels=sum(layer.num_features for layer in layers),
             gradient_bytes=bytes_each * sum(parameter.numel() for parameter in trained),
-            group=schedule.ranks if bn_size == "world" else bn_size // config.data.images_per_rank,
+            group=bn_group_size(config.batch_norm, config.data.images_per_rank, schedule.ranks),
             passes=schedule.accumulation,
         )
 

@@ -10,6 +10,7 @@ from math import ceil, cos, pi, prod
 
 from horovod_megdet.config import SolverConfig
 from horovod_megdet.errors import UserError
+from horovod_megdet.wording import count
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,15 @@ class Schedule:
         rows = [
             (
                 "mini-batch",
-                f"{step} images = {self.ranks} ranks x {self.images_per_rank} images x {self.accumulation} passes",
+                f"{count(step, 'image')} = {count(self.ranks, 'rank')} x {count(self.images_per_rank, 'image')} x "
+                f"{count(self.accumulation, 'pass')}",
             ),
             ("linear rule", f"k = {step} / {solver.reference_batch_size} = {self.k:g}"),
             ("learning rate", f"{self.peak_lr:g} = {self.k:g} x {solver.base_lr:g}"),
             (
                 "warm-up",
-                f"{self.warmup_lr:g} to {self.peak_lr:g} in {ceil(self.images(solver.warmup_epochs) / step)} steps "
-                f"({solver.warmup_epochs:g} epochs)",
+                f"{self.warmup_lr:g} to {self.peak_lr:g} in "
+                f"{count(ceil(self.images(solver.warmup_epochs) / step), 'step')} ({solver.warmup_epochs:g} epochs)",
             ),
         ]
         rows += [("then", "half a cosine to 0")] if solver.schedule == "cosine" else self._milestone_rows()

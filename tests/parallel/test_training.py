@@ -29,7 +29,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, Path
         code, output = launching.run(launcher, ranks, arguments, folder / launcher, environment=launching.ENVIRONMENT)
         assert code == 0, output
         assert "Traceback" not in output
-        assert f"4 images = {ranks} ranks x 2 images x {2 // ranks} passes" in output
+        assert f"4 images = {ranks} ranks x 2 images x {2 // ranks} pass" in output
     return found
 
 
@@ -92,7 +92,7 @@ def test_a_checkpoint_folder_says_what_it_is(runs: dict[str, Path], data: Path, 
             boxes = sum(each["category_id"] == category["id"] for each in coco["annotations"])
             assert f"| {category['name']} | {category['id']} | {boxes} | " in card
         assert f"| training | `synthetic:train` | 24 | {len(coco['annotations'])} |" in card
-        assert "4 images = 2 ranks x 2 images x 1 passes" in card
+        assert "4 images = 2 ranks x 2 images x 1 pass" in card
         assert f"| so far | {row['step']} steps, {row['images_seen']} images |" in card
         assert f"torch {saved.run.versions['torch']}," in card
         assert saved.run.training_data in card

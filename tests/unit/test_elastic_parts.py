@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,12 +16,15 @@ from horovod.runner.http.http_server import RendezvousServer
 
 from horovod_megdet import comm, launched
 from horovod_megdet.comm import elastic, start
-from horovod_megdet.config import Config
+from horovod_megdet.config import Config, load_config
 from horovod_megdet.engine.elastic import check_elastic
 from horovod_megdet.engine.metrics import MetricsLog, describe_change
 from horovod_megdet.errors import UserError
 from horovod_megdet.report.curves import write_curves
 from horovod_megdet.report.rows import read_metrics
+from horovod_megdet.solver.schedule import make_schedule
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 CHANGE = {
     "step": 7,
@@ -56,7 +60,7 @@ def test_a_change_of_ranks_is_a_row(tmp_path: Path) -> None:
 
 def test_an_evaluation_that_is_done_again_leaves_one_row(tmp_path: Path) -> None:
     """The rows of training at the same step stay: they are not written again."""
-    rows = [{"kind": kind, "step": step} for step in (6, 7) for kind in ("train", "evaluation")]
+    rows = [{"kind": kind, "step": step, "epoch": step / 10} for step in (6, 7) for kind in ("train", "evaluation")]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     MetricsLog(tmp_path, total_images=200, images_seen=160, step=7).close()
     assert read_metrics(tmp_path / "metrics.jsonl") == rows
@@ -69,6 +73,15 @@ def test_bn_groups_that_horovod_would_not_survive_are_refused() -> None:
         check_elastic(Config.model_validate({"batch_norm": {"bn_size": size}, "data": {"images_per_rank": 2}}))
     with pytest.raises(UserError, match="bn_size: 4 does not work in an elastic job"):
         check_elastic(Config.model_validate({"batch_norm": {"bn_size": 4}, "data": {"images_per_rank": 2}}))
+
+
+def test_the_batch_script_starts_with_a_configuration_for_any_number_of_ranks() -> None:
+    (path,) = re.findall(r"MEGDET_CONFIG:-(\S+)}", (PROJECT / "slurm/megdet_elastic.sbatch").read_text())
+    config = load_config(PROJECT / path)
+    check_elastic(config)
+    for ranks in (128, 120, 7):
+        schedule = make_schedule(config.solver, 117266, ranks, config.data.images_per_rank)
+        assert schedule.mini_batch == 2 * ranks
 
 
 def test_a_process_moves_to_another_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ import pytest
 
 from horovod_megdet import cli
 
+PROJECT = Path(__file__).resolve().parents[2]
+
 
 def plan(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     fixed = ["megdet", "plan", "--ranks", "8", "--images", "1000", "--set", "data.images_per_rank=2"]
@@ -23,7 +25,7 @@ def write_metrics(run_dir: Path, *noise_scales: float | None) -> None:
     rows.append({"kind": "train", "step": len(rows), "epoch": len(rows) / 4, "lr": 0.02})
     low = {"kind": "train", "step": len(rows), "epoch": len(rows) / 4, "lr": 0.002}
     rows += [low | {"noise_scale": 900.0}] if any(noise_scales) else []
-    rows.append({"kind": "evaluation", "step": len(rows), "AP": 0.1})
+    rows.append({"kind": "evaluation", "step": len(rows), "epoch": len(rows) / 4, "AP": 0.1})
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -32,7 +34,7 @@ def test_nothing_is_said_of_the_noise_unless_it_is_known(
 ) -> None:
     assert plan(monkeypatch) == 0
     printed = capsys.readouterr().out
-    assert "16 images = 8 ranks x 2 images x 1 passes" in printed
+    assert "16 images = 8 ranks x 2 images x 1 pass" in printed
     assert "noise scale" not in printed
 
 
@@ -43,6 +45,42 @@ def test_a_noise_scale_says_what_the_mini_batch_gains_and_loses(
     printed = " ".join(capsys.readouterr().out.split())
     assert "48 images; the mini-batch is 1 times as large" in printed
     assert "instead of 16 images 0.5 times the steps, 1.5 times the images" in printed
+
+
+def test_the_plan_of_the_guide_is_what_the_command_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = (PROJECT / "docs/clusters.md").read_text()
+    command, table = guide.split("    megdet plan ", 1)[1].split("\n\n", 2)[:2]
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setattr(sys, "argv", ["megdet", "plan", *command.split()])
+    assert cli.main() == 0
+    assert [line.strip() for line in capsys.readouterr().out.split("\n") if line] == [
+        line.strip() for line in table.split("\n")
+    ]
+
+
+def test_a_bn_size_that_does_not_fit_the_ranks_is_no_plan(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(monkeypatch, "--set", "batch_norm.bn_size=32") == 2
+    error = capsys.readouterr().err
+    assert "batch_norm.bn_size: 32 does not work with 8 ranks of 2 images; possible are 2, 4, 8, 16, or a" in error
+    assert "or a multiple of 16 ranks" in error
+    assert plan(monkeypatch, "--set", "batch_norm.bn_size=1") == 2
+    assert "possible are 2, 4, 8, 16.\n" in capsys.readouterr().err
+
+
+def test_the_data_set_of_the_demo_is_made_where_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    sizes = ["--set", "data.synthetic_train_images=3", "--set", "data.synthetic_val_images=2"]
+    for command in (["plan", "--ranks", "1"], ["check-data"], ["anchors", "--plot", str(tmp_path / "anchors.png")]):
+        root = tmp_path / command[0]
+        monkeypatch.setattr(sys, "argv", ["megdet", *command, *sizes, "--set", f"data.synthetic_root={root}"])
+        assert cli.main() == 0
+        assert (root / "annotations" / "train.json").exists()
+    assert "0 problems" in capsys.readouterr().out
 
 
 def test_a_noise_scale_may_be_below_one_image(
@@ -73,12 +111,16 @@ def test_a_run_without_a_noise_scale_is_an_error(
     assert "Is " in capsys.readouterr().err
 
 
-def test_a_noise_scale_is_a_positive_number_of_images(
+def test_wrong_numbers_and_arguments_without_effect_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     for arguments in (
         ["--noise-scale", "0"],
         ["--noise-scale", "nan"],
+        ["--bandwidth-gbs", "0"],
+        ["--latency-us", "-5"],
+        ["--step-seconds", "0"],
+        ["--run-dir", "runs/a"],
         ["--noise-scale", "10", "--run", str(tmp_path)],
     ):
         with pytest.raises(SystemExit, match="2"):

@@ -33,6 +33,7 @@ from horovod_megdet.report.comparison import (
     training_charts,
     write_comparison,
 )
+from horovod_megdet.report.curves import write_curves
 from horovod_megdet.report.runs import read_runs
 
 SETTINGS = {
@@ -86,7 +87,7 @@ def make_run(
     (checkpoint / "checkpoint.json").write_text(json.dumps({"training_data": training_data}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + end)
     sections = {section: values | changes.get(section, {}) for section, values in SETTINGS.items()}
-    sections["output"] = {"run_dir": str(folder)}
+    sections["output"] = {"run_dir": str(folder)} | changes.get("output", {})
     (folder / "config.yaml").write_text(yaml.safe_dump(sections))
     return folder
 
@@ -102,7 +103,7 @@ def test_a_run_in_progress_with_a_broken_last_line_is_read(tmp_path: Path) -> No
     make_run(tmp_path / "run", rows_until(9), end='{"kind": "train", "st')
     (run,) = read_runs([tmp_path / "run"])
     assert run.rows == rows_until(9)
-    assert run.best is None
+    assert run.best_by("AP") is None
     assert texts(overview_table([run], tmp_path))["epochs"] == ["0.9 of 3"]
     assert metrics_table([run]) == []
 
@@ -136,11 +137,11 @@ def test_the_best_evaluation_is_the_first_of_equals_and_names_its_checkpoint_if_
     aps = {10: 0.2, 20: None, 30: 0.5, 40: 0.5}
     rows = [evaluation_row(step, AP=value) for step, value in aps.items()]
     (run,) = read_runs([make_run(tmp_path / "run", rows)])
-    assert run.best == rows[2]
+    assert run.best_by("AP") == (0.5, rows[2])
     assert run.checkpoint_of(rows[2]) == tmp_path / "run" / "checkpoints" / "step_00000030"
     assert run.checkpoint_of(rows[0]) is None
     (run,) = read_runs([make_run(tmp_path / "earlier", rows[:1])])
-    assert texts(overview_table([run], tmp_path))["checkpoint of best AP"] == ["step 10, not kept"]
+    assert texts(overview_table([run], tmp_path))["best checkpoint"] == ["step 10, not kept"]
 
 
 def test_bad_folders_are_sentences(tmp_path: Path) -> None:
@@ -260,7 +261,7 @@ def test_the_tables_show_what_differs_and_mark_the_best(tmp_path: Path) -> None:
     keys = texts(settings_table(runs))
     assert keys["solver.base_lr"] == ["0.02", "0.04"]
     assert keys["solver.milestones"] == ["[2.0]", "[2.5]"]
-    assert keys["solver.ema"] == ["–", "null"]
+    assert keys["solver.ema"] == ["null", "null"], "a run that does not know a key did what its default does"
     assert keys["model.backbone_norm"] == ["cgbn", "cgbn"]
     assert "output.run_dir" not in keys
     table = dict(metrics_table(runs))
@@ -276,15 +277,92 @@ def test_runs_of_different_data_sets_get_a_note(tmp_path: Path) -> None:
 
     other = make_run(tmp_path / "other", training_data="c3d4")
     assert notes(read_runs([same, moved, other])) == [
-        "These runs train on different images, so their losses and epochs do not compare: same, moved / other."
+        "These runs train on different images, so their losses and epochs cannot be compared: same, moved / other."
     ]
     other_classes = make_run(tmp_path / "classes", [evaluation_row(30, AP=0.9, per_class={"cat": 0.3})])
     runs = read_runs([same, other_classes])
     assert notes(runs) == [
-        "These runs are evaluated on different images, so their metrics do not compare: same / classes."
+        "These runs are evaluated on different images, so their metrics cannot be compared: same / classes."
     ]
     assert not any(cell.emphasis for _, cells in metrics_table(runs) for cell in cells)
     assert texts(metrics_table(runs))["AP of cat"] == ["–", "30.0"]
+
+
+def test_the_same_files_at_other_places_are_one_data_set(tmp_path: Path) -> None:
+    below_root, absolute = (
+        {"root": "/d", "val_annotations": "val.json"},
+        {"root": "/e", "val_annotations": "/d/val.json"},
+    )
+    elsewhere = {"root": "/scratch", "val_annotations": "val.json", "synthetic_val_images": 7}
+    other = {"root": "/d", "val_annotations": "test.json"}
+    same = [make_run(tmp_path / f"{k}", data=data) for k, data in enumerate((absolute, below_root, elsewhere))]
+    assert notes(read_runs(same)) == []
+    assert "evaluated on different images" in notes(read_runs([*same, make_run(tmp_path / "3", data=other)]))[0]
+    generated = [
+        make_run(tmp_path / f"of {n}", data={"val_annotations": "synthetic:val", "synthetic_val_images": n})
+        for n in (5, 6)
+    ]
+    assert "evaluated on different images" in notes(read_runs(generated))[0]
+
+
+def test_what_decides_which_checkpoint_is_the_best_is_shown(tmp_path: Path) -> None:
+    rows = [evaluation_row(10, AP=0.3, AP50=0.5, loss=2.0), evaluation_row(30, AP=0.2, AP50=0.6, loss=1.5)]
+    rows.append(evaluation_row(30) | {"kind": "multi_scale", "AP": 0.25})
+    decided = {"AP": "30.0 (epoch 1.0)", "AP50": "AP50 60.0 (epoch 3.0)", "loss": "loss 1.5 (epoch 3.0)"}
+    decided["AP of cell"] = "AP of cell 33.3 (epoch 3.0)"
+    for metric, text in decided.items():
+        (run,) = read_runs([make_run(tmp_path / metric, rows, output={"best_metric": metric})])
+        table = texts(overview_table([run], tmp_path))
+        assert table["best AP"] == ["30.0 (epoch 1.0)"]
+        assert table["AP of the multi-scale test"] == ["25.0"]
+        assert table.get("best by output.best_metric", [text]) == [text]
+        assert table["best checkpoint"] == ["step 10, not kept" if metric == "AP" else "step_00000030"]
+
+
+def test_what_is_no_number_is_shown_as_none(tmp_path: Path) -> None:
+    bad = [math.inf, math.nan, "high", None]
+    rows = [train_row(step, loss=value, images_per_second=value) for step, value in enumerate(bad, start=1)]
+    rows += [evaluation_row(5, AP=math.nan, AP50=math.inf, AP75=0.25)]
+    runs = [make_run(tmp_path / "bad", rows), make_run(tmp_path / "good", [evaluation_row(10, AP50=0.5)])]
+    write_comparison(runs, tmp_path / "report.html")
+    write_curves(runs[0])
+    table = dict(metrics_table(read_runs(runs)))
+    assert [(cell.text, cell.emphasis) for cell in table["AP, IoU 0.50:0.95"]] == [("–", False), ("10.0", True)]
+    assert [(cell.text, cell.emphasis) for cell in table["AP50, IoU 0.50"]] == [("–", False), ("50.0", True)]
+
+
+def test_a_row_that_does_not_say_where_it_is_from_is_named(tmp_path: Path) -> None:
+    for value in (None, "3", math.nan):
+        (tmp_path / f"{value}").mkdir()
+        path = tmp_path / f"{value}" / "metrics.jsonl"
+        path.write_text(json.dumps(train_row(1)) + "\n" + json.dumps(train_row(2, epoch=value)) + "\n")
+        with pytest.raises(UserError, match=r'metrics.jsonl, line 2: .* its "step" or "epoch" is not a number'):
+            read_runs([path.parent])
+
+
+def test_a_run_that_is_still_starting_is_shown_beside_others(tmp_path: Path) -> None:
+    starting = make_run(tmp_path / "starting")
+    (starting / "metrics.jsonl").unlink()
+    assert notes(read_runs([make_run(tmp_path / "other"), starting])) == ["starting has no metrics yet."]
+
+
+def test_many_runs_are_told_apart_as_far_as_it_goes(tmp_path: Path) -> None:
+    runs = read_runs([make_run(tmp_path / f"{number}", ROWS[:2]) for number in range(20)])
+    assert notes(runs) == ["There are 16 kinds of lines: run 17 looks like run 1, and so on."]
+    for drawn in training_charts(runs):
+        heights = sorted(y for _, _, y in drawn.labels)
+        assert min(np.diff(heights)) > 5, "labels stand apart even where there is no room for whole ones"
+
+
+def test_a_run_of_another_user_can_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run")
+    before = sorted(run.iterdir())
+    monkeypatch.setattr(sys, "argv", ["megdet", "report", str(run), "--output", str(tmp_path / "page.html")])
+    assert cli.main() == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'page.html'}\n"
+    assert sorted(run.iterdir()) == before
 
 
 def test_without_a_checkpoint_the_configuration_tells_training_sets_apart(tmp_path: Path) -> None:
@@ -315,7 +393,7 @@ def test_the_command_writes_the_page_of_one_run_beside_its_curves(
     run = make_run(tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["megdet", "report", str(run)])
     assert cli.main() == 0
-    assert capsys.readouterr().out.splitlines() == [str(run / "curves.png"), str(run / "report.html")]
+    assert capsys.readouterr().out.splitlines() == [str(run / "report.html"), str(run / "curves.png")]
     html = (run / "report.html").read_text(encoding="utf-8")
     assert "<title>run</title>" in html
     assert "All settings" in html

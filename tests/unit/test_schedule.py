@@ -91,7 +91,7 @@ def test_a_mini_batch_that_does_not_fit_lists_the_ranks_that_do() -> None:
 
 def test_the_table_says_what_will_happen() -> None:
     table = dict(schedule_of(ranks=128).table())
-    assert table["mini-batch"] == "256 images = 128 ranks x 2 images x 1 passes"
+    assert table["mini-batch"] == "256 images = 128 ranks x 2 images x 1 pass"
     assert table["learning rate"] == "0.32 = 16 x 0.02"
     assert table["epoch 8"] == "step 3665: x0.1 = 0.032"
     assert (
