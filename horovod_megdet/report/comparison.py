@@ -127,7 +127,9 @@ def _files(runs: Sequence[Run], split: str) -> list[str | None]:
     found: list[str | None] = [None] * len(runs)
     names: dict[Path, str] = {}
     known = [(place, run.settings) for place, run in enumerate(runs) if run.settings is not None]
-    for place, settings in sorted(known, key=lambda pair: Path(pair[1][f"data.{split}_annotations"]).is_absolute()):
+    for place, settings in sorted(
+        known, key=lambda pair: Path(str(pair[1][f"data.{split}_annotations"])).is_absolute()
+    ):
         name = str(settings[f"data.{split}_annotations"])
         if name.startswith("synthetic:"):
             found[place] = f"{name} {settings[f'data.synthetic_{split}_images']}"
