@@ -22,6 +22,9 @@ from horovod_megdet.config import Config
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
 from horovod_megdet.wording import count
 
+DRAWN_SCORE = 0.5
+"""Lowest score of what ``megdet predict`` finds and draws."""
+
 Commands = argparse._SubParsersAction  # argparse has no public name for it
 
 
@@ -361,7 +364,9 @@ def _add_predict(commands: Commands) -> None:
         "--output", type=Path, default=Path("predictions"), help="folder to write (default: %(default)s)"
     )
     parser.add_argument(
-        "--score", type=float, default=0.5, help="leave out detections with a lower score (default: %(default)s)"
+        "--score",
+        type=float,
+        help=f"leave out detections with a lower score (default: {DRAWN_SCORE}, or model.score_threshold of --set)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     add_set_argument(parser)
@@ -373,11 +378,14 @@ def _predict(arguments: argparse.Namespace) -> int:
 
     from horovod_megdet.predict import predict_images
 
+    score = arguments.score
+    if score is None and not any(setting.startswith("model.score_threshold") for setting in arguments.overrides):
+        score = DRAWN_SCORE
     results = predict_images(
         arguments.checkpoint,
         arguments.images,
         arguments.output,
-        arguments.score,
+        score,
         torch.device(arguments.device),
         arguments.overrides,
     )

@@ -112,16 +112,16 @@ class TrainedDetector:
         views = Views.of(self.config.evaluation, self.config.model)
         found: dict[int, list[Arrays]] = {}
         sizes: list[tuple[Source, Size]] = []
-        batches: dict[Size, list[_View]] = defaultdict(list)
+        batches: dict[tuple[Size, torch.dtype], list[_View]] = defaultdict(list)
         for number, source in enumerate(images):
             size, of_image = self._views_of(number, source, views)
             sizes.append((source, size))
             found[number] = [_NOTHING] * len(of_image)
             for view in of_image:
-                batch = batches[view.padded_size]
-                batch.append(view)
-                if len(batch) >= batch_size:
-                    self._detect(batches.pop(view.padded_size), found, suppress=views is None)
+                alike = view.padded_size, view.pixels.dtype
+                batches[alike].append(view)
+                if len(batches[alike]) >= batch_size:
+                    self._detect(batches.pop(alike), found, suppress=views is None)
         for batch in batches.values():
             self._detect(batch, found, suppress=views is None)
         return [
@@ -142,7 +142,7 @@ class TrainedDetector:
         else:
             try:
                 pixels = _pixels(source)
-            except ValueError as error:
+            except (OSError, ValueError) as error:  # OSError: Pillow decodes its images when they are first used
                 raise UserError(f"Image {number} of the list, from 0, cannot be used: {error}.") from None
             size = _size(pixels)
         resized = []
@@ -205,6 +205,8 @@ def load(
         raise UserError(f"The lowest score must be between 0 and 1, not {score_threshold:g}.")
     saved = checkpoints.read(checkpoint)
     if score_threshold is not None:
+        if any(setting.startswith("model.score_threshold") for setting in settings):
+            raise UserError("Give the lowest score once: as score_threshold (--score), or as model.score_threshold.")
         settings = [*settings, f"model.score_threshold={score_threshold}"]
     config, run = override(saved.config, list(settings)), saved.run
     model = config.model.model_copy(update={"weights": "none"})

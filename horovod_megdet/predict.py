@@ -22,7 +22,7 @@ def predict_images(
     checkpoint: str | Path,
     images: list[Path],
     output: Path,
-    score_threshold: float,
+    score_threshold: float | None,
     device: str | torch.device,
     settings: Sequence[str] = (),
 ) -> Path:
@@ -33,18 +33,21 @@ def predict_images(
         images: image files, and folders of images (subfolders are ignored).
         output: folder for ``detections.json`` and one PNG per image. The JSON has ``images``, ``categories`` and
             ``annotations`` with ``score``: a complete COCO file whose ``annotations`` alone are COCO's results format.
-        score_threshold: detections with a lower score are left out.
+        score_threshold: detections with a lower score are left out; None leaves it to ``settings``.
         device: where the detector runs: ``cpu``, ``cuda`` or ``cuda:1``.
         settings: other values of the checkpoint's configuration, such as ``evaluation.flip=true``.
 
-    Returns the path of the JSON. Raises :class:`UserError` immediately for a bad checkpoint, score, device or setting;
-    for missing or unreadable images, with a sentence for each, after all other images are done and written.
+    Returns the path of the JSON. Raises :class:`UserError` immediately for a bad checkpoint, score, device or setting,
+    and where a picture would replace one of the images; for missing or unreadable images, with a sentence for each,
+    after all other images are done and written.
     """
     detector = load(checkpoint, device, score_threshold, settings)
     files, problems = _find_images(images)
+    named = _with_picture_names(files)
+    _check_nothing_is_replaced(files, [output / name for _, name in named])
     entries: list[dict[str, Any]] = []
     detections: list[tuple[int, Arrays]] = []
-    for path, name in track(_with_picture_names(files), "predicting", console=Console(stderr=True)):
+    for path, name in track(named, "predicting", console=Console(stderr=True)):
         try:
             [found] = detector.detect([path])
             picture = found.draw()
@@ -78,6 +81,15 @@ def _find_images(paths: list[Path]) -> tuple[list[Path], list[str]]:
         else:
             files.append(path)
     return files, problems
+
+
+def _check_nothing_is_replaced(files: list[Path], pictures: list[Path]) -> None:
+    images = {path.resolve() for path in files}
+    for picture in pictures:
+        if picture.resolve() in images:
+            raise UserError(
+                f"{picture}: this image would be replaced by a picture of its detections. Give --output another folder."
+            )
 
 
 def _with_picture_names(files: list[Path]) -> list[tuple[Path, str]]:

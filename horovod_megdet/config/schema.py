@@ -155,7 +155,7 @@ class DataConfig(Section):
 
     check_images: Literal["open", "decode", "trust"] = "open"
     """How the start checks image files that are new, or have changed since the last start: `open` reads their headers,
-    `decode` all of them; `trust` does not look at image files, and takes their sizes from the JSON."""
+    `decode` all of them; `trust` does not look at image files, and takes their sizes, as displayed, from the JSON."""
 
     cache_dir: str = ""
     """Folder for what a start finds out about annotations and images, which later starts map in a second; left out, it

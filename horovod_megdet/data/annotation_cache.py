@@ -9,7 +9,7 @@ replaced by the next one that is written.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -141,8 +141,13 @@ class Cache:
         return from_mapping(self.mapping)
 
 
-def find(source: Source, digest: str | None = None) -> Cache | None:
-    """The first cache that is whole, or the one with this digest, which is then known to be."""
+def find(source: Source, digest: str) -> Cache | None:
+    """The cache with this digest, which is known to be whole."""
+    return next(caches(source, digest), None)
+
+
+def caches(source: Source, digest: str | None = None) -> Iterator[Cache]:
+    """The caches that are whole, or those with this digest; the preferred place first."""
     for path in source.places():
         try:
             mapping = MappedArrays.open(path)
@@ -152,8 +157,7 @@ def find(source: Source, digest: str | None = None) -> Cache | None:
         if mapping.metadata.get("format") != FORMAT or mapping.owner not in trusted:
             continue
         if mapping.digest == digest if digest is not None else mapping.intact():
-            return Cache(mapping, path)
-    return None
+            yield Cache(mapping, path)
 
 
 def save(source: Source, found: Annotations, listed: Listed, state: JsonState) -> tuple[str, Path | None, str]:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from horovod_megdet.data.annotation_cache import Source
 from horovod_megdet.data.annotations import Annotations, Problem
 from horovod_megdet.data.image_files import CheckImages
-from horovod_megdet.data.images import read_image
+from horovod_megdet.data.images import FRACTIONS, ImageFileError, read_image
 from horovod_megdet.data.reading import ALONE, Ranks, read_annotations
 from horovod_megdet.errors import UserError
 from horovod_megdet.wording import some
@@ -71,10 +71,16 @@ class CocoDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         clipped to it, and labels as int64 (k,). With ``at_least`` = (height, width) the image may come at a fraction
         of its size, see :func:`~horovod_megdet.data.images.read_image`; the boxes do not change.
 
-        Raises :class:`~horovod_megdet.data.images.ImageFileError` naming the file.
+        Raises :class:`~horovod_megdet.data.images.ImageFileError` naming the file, also if it has another size by now.
         """
         image = read_image(self.path(index), at_least)
-        height, width = self.sizes[index]
+        height, width = self.sizes[index].tolist()
+        if image.shape[1:] not in [(-(-height // part), -(-width // part)) for part in FRACTIONS]:
+            found_height, found_width = image.shape[1:]
+            raise ImageFileError(
+                f"{self.path(index)}: the image has {found_width} x {found_height} pixels, and not {width} x {height} "
+                "as at the start"
+            )
         found, place = self._found, self._place(index)
         rows = slice(found.first_box[place], found.first_box[place + 1])
         boxes, labels = found.boxes[rows], found.labels[rows]

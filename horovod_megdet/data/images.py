@@ -1,5 +1,6 @@
 """Image files: size and orientation from the header, pixels always as uint8 RGB."""
 
+import contextlib
 import io
 import warnings
 from pathlib import Path
@@ -23,6 +24,9 @@ JPEG_START = b"\xff\xd8"
 
 JPEG_APP1 = b"\xff\xe1"
 """Begins the segments of a JPEG that hold EXIF and XMP, and with them the orientation."""
+
+FRACTIONS = (1, 2, 4, 8)
+"""A JPEG may be decoded at one over these of its size, rounded up."""
 
 HEAD_BYTES = 4096
 """Of a file that are read first; the header of most JPEGs takes less."""
@@ -52,6 +56,7 @@ def read_header(path: Path) -> ImageHeader:
                 return ImageHeader(size, size)
             file.seek(0)
             with Image.open(file) as image:
+                _check_mode(image)
                 width, height = image.size
                 transposed = _orientation(image) in TRANSPOSED_ORIENTATIONS
     except Exception as error:  # On damaged bytes, Pillow's plugins may raise anything.
@@ -71,7 +76,8 @@ def _size_of_plain_jpeg(head: bytes) -> tuple[int, int] | None:
         height, width, color_space, _ = simplejpeg.decode_jpeg_header(head)
     except (ValueError, KeyError):  # KeyError: combinations that it has no name for
         return None
-    return (height, width) if color_space in ("YCbCr", "Gray") and height * width < Image.MAX_IMAGE_PIXELS else None
+    large = Image.MAX_IMAGE_PIXELS is not None and height * width >= Image.MAX_IMAGE_PIXELS
+    return (height, width) if color_space in ("YCbCr", "Gray") and not large else None
 
 
 def read_image(path: Path, at_least: tuple[int, int] | None = None) -> Tensor:
@@ -104,8 +110,10 @@ def _decode(content: bytes, at_least: tuple[int, int] | None) -> Tensor:
             reduced = at_least is not None and _reduce(image, at_least)
             oriented = _orientation(image) != 1
             if image.format == "JPEG" and image.mode in ("RGB", "L") and not oriented and not reduced:
-                # The same pixels as Pillow's in less time; the array is already in the order that resizing wants.
-                return torch.from_numpy(simplejpeg.decode_jpeg(content, "RGB")).permute(2, 0, 1)
+                # The same pixels as Pillow's in less time; the array is already in the order that resizing wants. What
+                # is odd and harmless, such as bytes before the end marker, is an error here and none for Pillow.
+                with contextlib.suppress(ValueError):
+                    return torch.from_numpy(simplejpeg.decode_jpeg(content, "RGB")).permute(2, 0, 1)
             return to_tensor(ImageOps.exif_transpose(image) if oriented else image)
 
 
@@ -133,9 +141,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # 16-bit gray: Pillow's own conversion would clip at 255 instead of scaling.
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    _check_mode(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _check_mode(image: Image.Image) -> None:
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range")
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _unreadable(path: Path, error: Exception) -> ImageFileError:

@@ -203,7 +203,8 @@ class ViewsReader(Dataset[Batch]):
     def __getitem__(self, planned: list[PlannedImage]) -> Batch:
         views = [reader[planned] for reader in self.readers]
         images = [image for view in views for image in view.images]
-        return Batch(images, [target for view in views for target in view.targets], views[0].error)
+        error = next((view.error for view in views if view.error), None)
+        return Batch(images, [target for view in views for target in view.targets], error)
 
 
 def _black_image() -> tuple[Tensor, dict[str, Any]]:

@@ -116,9 +116,11 @@ class _Leader:
     def begin(self) -> _Plan:
         """Finds a cache that is up to date, or else parses the JSON and finds out which image files to check."""
         source = self.source
-        cache = annotation_cache.find(source)
-        if cache is not None and self._is_up_to_date(cache):
-            return _Plan(cache.mapping.digest, [])
+        stale = None
+        for cache in annotation_cache.caches(source):
+            if self._is_up_to_date(cache):
+                return _Plan(cache.mapping.digest, [])
+            stale = stale or cache
         self.state = JsonState.of(source.annotations)  # before reading, so that a later change will be noticed
         self.file = read_annotation_file(source.annotations)
         names = [image.file for image in self.file.images]
@@ -126,8 +128,8 @@ class _Leader:
             self.listed = Listed(names, np.zeros((len(names), 2), np.int64), self.file.sizes_as_written())
         else:
             self.listed = Listed(names, list_files(source.images, names), CheckedFiles.unknown(len(names)))
-            if cache is not None:
-                self.listed.take_over(cache.listed())
+            if stale:
+                self.listed.take_over(stale.listed())
         self.unchecked = self.listed.checked.unchecked()
         return _Plan(None, [names[index] for index in self.unchecked])
 

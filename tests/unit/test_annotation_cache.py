@@ -307,7 +307,7 @@ def test_an_annotation_file_with_another_time_and_the_same_content_is_recognized
     assert folder.load().fingerprint == before
     folder.annotations.read_bytes()
     assert work == []
-    cache = annotation_cache.find(Source(folder.annotations, folder.images))
+    cache = next(annotation_cache.caches(Source(folder.annotations, folder.images)), None)
     assert cache is not None
     assert cache.json.time_ns == (LONG_AGO + 1) * 10**9, "its content need not be compared next time"
 
@@ -411,6 +411,23 @@ def test_a_cache_that_cannot_be_replaced_is_no_error(folder: Folder, capfd: pyte
     a_folder(path)
     assert folder.load(cache_dir=folder.annotations.parent).fingerprint == expected
     assert "and at every start, because the result cannot be kept" in capfd.readouterr().err
+
+
+def test_a_stale_cache_in_the_preferred_place_does_not_hide_another(folder: Folder, work: list[str]) -> None:
+    load_dataset(folder.annotations, folder.images, training=True)
+    source = Source(folder.annotations, folder.images)
+    preferred, other = list(source.places())[:2]
+    stale = preferred.read_bytes()
+    content = content_of(3)
+    content["annotations"] = content["annotations"][1:]
+    folder.write(content)
+    load_dataset(folder.annotations, folder.images, training=True)
+    other.parent.mkdir(parents=True, exist_ok=True)
+    preferred.rename(other)
+    preferred.write_bytes(stale)
+    work.clear()
+    load_dataset(folder.annotations, folder.images, training=True)
+    assert work == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")

@@ -20,7 +20,7 @@ def _two_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "_place_of_core", lambda core: (core % 2, core % 8, core))
 
 
-def test_unbound_ranks_get_neighbouring_cores() -> None:
+def test_unbound_ranks_get_neighboring_cores() -> None:
     masks = [("node01", list(range(16)))] * 4 + [("node02", list(range(16)))] * 2
     assert [hardware.own_cores(masks, rank) for rank in range(4)] == [
         {0, 8, 2, 10},

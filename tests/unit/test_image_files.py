@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 
 from horovod_megdet.data import image_files
 from horovod_megdet.data.image_files import FILES_PER_TASK, check_files
-from horovod_megdet.data.images import ImageHeader, _size_of_plain_jpeg
+from horovod_megdet.data.images import ImageFileError, ImageHeader, _size_of_plain_jpeg, read_header, read_image
 
 
 @pytest.mark.parametrize("waits", [0, FILES_PER_TASK])
@@ -43,6 +43,31 @@ def test_files_are_read_in_threads_where_reading_means_waiting(
     assert counts == list(range(1, len(names) + 1))
     here = readers.count(threading.current_thread())
     assert here == (FILES_PER_TASK if waits else len(names))
+
+
+def test_a_jpeg_with_something_odd_is_read_at_every_size_or_at_none(tmp_path: Path) -> None:
+    whole = io.BytesIO()
+    Image.effect_noise((400, 300), 50).convert("RGB").save(whole, "JPEG", quality=90)
+    content, odd, cut = whole.getvalue(), tmp_path / "odd.jpg", tmp_path / "cut.jpg"
+    odd.write_bytes(content[:-2] + b"\0\1\2\3" + content[-2:])
+    cut.write_bytes(content[: len(content) // 2])
+    assert read_image(odd).shape == (3, 300, 400)
+    assert read_image(odd, at_least=(75, 100)).shape == (3, 75, 100)
+    for at_least in (None, (75, 100)):
+        with pytest.raises(ImageFileError, match=r"cut\.jpg"):
+            read_image(cut, at_least)
+
+
+def test_programs_may_lift_pillows_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg")
+    assert read_header(tmp_path / "a.jpg").size == (30, 40)
+
+
+def test_pixels_of_unknown_range_are_noticed_from_the_header(tmp_path: Path) -> None:
+    Image.new("F", (40, 30)).save(tmp_path / "a.tif")
+    with pytest.raises(ImageFileError, match="floating-point numbers of unknown range"):
+        read_header(tmp_path / "a.tif")
 
 
 def test_waiting_is_noticed() -> None:

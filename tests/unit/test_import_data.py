@@ -16,6 +16,7 @@ from PIL import Image
 from horovod_megdet.arguments import fractions
 from horovod_megdet.cli import main
 from horovod_megdet.data.coco import check_dataset, load_dataset
+from horovod_megdet.data.importing.formats import AnnotationReader, _parse_xml
 from horovod_megdet.data.importing.splitting import split_images
 from horovod_megdet.errors import EXIT_USER_ERROR, UserError
 
@@ -46,6 +47,23 @@ def write_images(content: Content, root: Path) -> None:
     (root / "images").mkdir(parents=True)
     for entry in content["images"]:
         Image.new("RGB", (entry["width"], entry["height"]), (90, 120, 40)).save(root / "images" / entry["file_name"])
+
+
+@pytest.mark.parametrize("encoding", ["gb2312", "shift_jis", "utf-16", "iso-8859-1"])
+def test_xml_in_other_encodings_is_read(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "a.xml"
+    name = "café" if encoding == "iso-8859-1" else "山"
+    path.write_bytes(f'<?xml version="1.0" encoding="{encoding}"?>\n<a>\n<name>{name}</name></a>'.encode(encoding))
+    root, lines = _parse_xml(path)
+    assert root.findtext("name") == name
+    assert list(lines.values()) == [2, 3]
+
+
+def test_xml_in_an_unknown_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.xml").write_bytes(b'<?xml version="1.0" encoding="klingon"?><annotation/>')
+    reader = AnnotationReader()
+    assert list(reader.read(tmp_path / "a.xml")) == []
+    assert "the encoding klingon is not known" in reader.bad[0].message
 
 
 class Import:
@@ -109,6 +127,18 @@ def test_every_format_gives_the_same_data(importing: Import, format: str) -> Non
     assert importing.found() == wanted
     assert not check_dataset(importing.output / "train.json", importing.root / "images")
     assert (importing.output / "classes.txt").read_text() == "cat\ndog\n"
+
+
+@pytest.mark.parametrize("folder", [".", "images", "labels"])
+def test_the_output_may_not_be_a_folder_of_the_data_set(
+    importing: "Import", capsys: pytest.CaptureFixture[str], folder: str
+) -> None:
+    importing.write(write_yolo)
+    importing.output = importing.root / folder
+    before = sorted(importing.root.rglob("*"))
+    assert importing.run() == EXIT_USER_ERROR
+    assert "Give --output a folder of its own" in capsys.readouterr().err
+    assert sorted(importing.root.rglob("*")) == before
 
 
 def test_the_printed_lines_are_a_configuration_that_check_data_accepts(

@@ -1,5 +1,6 @@
 """Batches: equal for any number of workers and ranks; damaged files; signals to workers."""
 
+import json
 import os
 import pickle
 import re
@@ -9,16 +10,25 @@ import sys
 import textwrap
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from horovod_megdet.config import DataConfig
 from horovod_megdet.data.coco import CocoDataset, load_dataset
-from horovod_megdet.data.loader import WORKER_SIGNALS, Batch, build_eval_loader, build_train_loader, image_seed
+from horovod_megdet.data.images import ImageFileError
+from horovod_megdet.data.loader import (
+    WORKER_SIGNALS,
+    Batch,
+    ViewsReader,
+    build_eval_loader,
+    build_train_loader,
+    image_seed,
+)
 from horovod_megdet.data.sampler import PlannedImage
 from horovod_megdet.data.synthetic import ensure_synthetic
 
@@ -164,6 +174,30 @@ def test_a_file_that_became_unreadable_is_named_and_left_out(tmp_path: Path, wor
         else:
             assert len(spoiled) == 2
         assert 2 not in [target["index"] for batch in batches for target in batch.targets]
+
+
+def test_an_image_of_another_size_than_at_the_start_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (100, 60)).save(path, exif=exif)
+    entry = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 30, 15, 30]}
+    images = [{"id": 1, "file_name": "photo.jpg", "width": 100, "height": 60}]  # as stored, and not as displayed
+    listed = {"images": images, "annotations": [entry], "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "a.json").write_text(json.dumps(listed))
+    checked = load_dataset(tmp_path / "a.json", tmp_path, training=True, check_images="open")
+    assert checked[0][0].shape == (3, 100, 60)
+    trusted = load_dataset(tmp_path / "a.json", tmp_path, training=True, check_images="trust")
+    with pytest.raises(ImageFileError, match=r"photo.jpg: the image has 60 x 100 pixels, and not 100 x 60"):
+        trusted.read(0)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_in_any_view_is_an_error_of_the_image(train_set: CocoDataset, failing: int) -> None:
+    readers = [MagicMock() for _ in range(2)]
+    for number, reader in enumerate(readers):
+        reader.__getitem__.return_value = Batch([], error="cannot be read" if number == failing else None)
+    assert ViewsReader(readers)[[]].error == "cannot be read"
 
 
 def test_large_photos_are_decoded_at_a_fraction_of_their_size_and_look_the_same(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Detections of a checkpoint in any images."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from PIL import Image
 from pycocotools.coco import COCO
 
+from horovod_megdet import cli
 from horovod_megdet.config import Config
 from horovod_megdet.data.coco import load_dataset
 from horovod_megdet.data.loader import build_eval_loader
@@ -145,6 +147,37 @@ def test_mistakes_are_reported_before_anything_is_written(
     with pytest.raises(UserError, match=sentence):
         predict_images(run_dir, [images], tmp_path / "out", score, device)
     assert not (tmp_path / "out").exists()
+
+
+def test_no_picture_replaces_an_image(run_dir: Path, images: Path, tmp_path: Path) -> None:
+    photo = sorted(images.iterdir())[0]
+    copy = tmp_path / f"{photo.stem}.png"
+    Image.open(photo).save(copy)
+    before = copy.read_bytes()
+    for given in ([copy], [tmp_path], [photo, copy]):
+        with pytest.raises(UserError, match=r"would be replaced .* Give --output another folder"):
+            predict_images(run_dir, given, tmp_path / "." / "sub" / "..", 0.5, "cpu")
+    assert copy.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [copy]
+
+
+def test_the_lowest_score_is_that_of_the_option_or_of_a_setting(
+    run_dir: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lowest(*arguments: str) -> float:
+        output = tmp_path / str(len(list(tmp_path.iterdir())))
+        command = ["megdet", "predict", str(run_dir), str(images), "--output", str(output), *arguments]
+        monkeypatch.setattr(sys, "argv", command)
+        assert cli.main() == 0
+        return min((float(str(entry["score"])) for entry in content(output)["annotations"]), default=1.0)
+
+    assert lowest() >= 0.5
+    assert 0.1 <= lowest("--score", "0.1") < 0.5
+    assert 0.1 <= lowest("--set", "model.score_threshold=0.1") < 0.5
+    both = ["--score", "0.1", "--set", "model.score_threshold=0.2"]
+    monkeypatch.setattr(sys, "argv", ["megdet", "predict", str(run_dir), str(images), *both])
+    assert cli.main() == EXIT_USER_ERROR
+    assert "Give the lowest score once" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_checkpoint_is_a_user_error(images: Path, tmp_path: Path) -> None:

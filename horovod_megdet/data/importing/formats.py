@@ -6,6 +6,7 @@ it stopped at; what it passes over in silence (polygons, rotations) is noticed h
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +101,7 @@ class AnnotationReader:
             self._note(UNREADABLE, f"{path}:{error.lineno}", f"not valid XML: {expat.ErrorString(error.code)}")
         except json.JSONDecodeError as error:
             self._note(UNREADABLE, f"{path}:{error.lineno}", f"not valid JSON: {error.msg}")
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
+        except (OSError, UnicodeError, csv.Error) as error:
             self._note(UNREADABLE, str(path), f"it cannot be read: {error}")
 
     def _note(self, kind: str, where: str, message: str) -> None:
@@ -219,6 +220,23 @@ class AnnotationReader:
 
 def _parse_xml(path: Path) -> tuple[Element, dict[Element, int]]:
     """The outermost element, and the line of each: ElementTree's own parser does not tell."""
+    content = path.read_bytes()
+    try:
+        return _parsed(content)
+    except (ValueError, LookupError):  # expat knows Unicode's encodings, and those of one byte per character
+        return _parsed(_decoded(content))
+
+
+def _decoded(content: bytes) -> str:
+    declared = re.match(rb"\s*<\?xml[^>]*?encoding\s*=\s*[\"']([\w.:-]+)", content)
+    encoding = declared[1].decode() if declared else "utf-8"
+    try:
+        return content.decode(encoding)
+    except LookupError:
+        raise UnicodeError(f"the encoding {encoding} is not known") from None
+
+
+def _parsed(content: bytes | str) -> tuple[Element, dict[Element, int]]:
     parser, builder, lines = expat.ParserCreate(), TreeBuilder(), {}
 
     def start(tag: str, attributes: dict[str, str]) -> None:
@@ -227,8 +245,7 @@ def _parse_xml(path: Path) -> tuple[Element, dict[Element, int]]:
     parser.StartElementHandler = start
     parser.EndElementHandler = builder.end
     parser.CharacterDataHandler = builder.data
-    with path.open("rb") as file:
-        parser.ParseFile(file)
+    parser.Parse(content, True)
     return builder.close(), lines
 
 

@@ -37,7 +37,7 @@ class Source:
     def find(cls, path: Path, images: Path | None, format: str | None, classes: Path | None, output: Path) -> "Source":
         """From the folder of a data set, with the usual names of the folders in it.
 
-        Raises :class:`UserError` if there is no such file or folder.
+        Raises :class:`UserError` if there is no such file or folder, or ``output`` is one of them.
         """
         if not path.exists():
             raise UserError(f"{path}: no such file or folder.")
@@ -49,6 +49,8 @@ class Source:
             images = next((folder / name for name in ("JPEGImages", "images") if (folder / name).is_dir()), folder)
         if not images.is_dir():
             raise UserError(f"{images}: no such folder of images.")
+        if output.resolve() in {folder.resolve(), annotations.resolve(), images.resolve()}:
+            raise UserError(f"{output}: the data set is in this folder. Give --output a folder of its own.")
         if classes is None:
             classes = next((folder / name for name in CLASS_FILES if (folder / name).is_file()), None)
         return cls(annotations, images, format, classes, output)
