@@ -20,7 +20,7 @@ from horovod_megdet.engine.elastic import ElasticRun
 from horovod_megdet.engine.signals import StopRequest
 from horovod_megdet.engine.startup import build_for_evaluation, build_trainer, start_horovod
 from horovod_megdet.engine.validation import evaluate_detector
-from horovod_megdet.errors import EXIT_CRASHED, EXIT_STOPPED, UserError
+from horovod_megdet.errors import EXIT_CRASHED, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from horovod_megdet.evaluation.table import loss_in_words, render
 from horovod_megdet.printing import say
 from horovod_megdet.progress import progress
@@ -30,18 +30,23 @@ from horovod_megdet.report.tables import console
 def train(arguments: argparse.Namespace) -> int:
     """What ``train.py`` and ``megdet train`` do; returns the exit code."""
 
+    if arguments.eval_only:
+        return run_ranks(
+            lambda: config_of(arguments),
+            lambda config: evaluate(config, Path(arguments.checkpoint or config.output.run_dir)),
+        )
+    stop_request = StopRequest()
+
     def program(config: Config) -> int:
-        if arguments.eval_only:
-            return evaluate(config, Path(arguments.checkpoint or config.output.run_dir))
         if launched.elastic():
-            exit_code = ElasticRun(config, arguments.resume).train()
+            exit_code = ElasticRun(config, arguments.resume, stop_request).train()
         else:
-            exit_code = build_trainer(config, arguments.resume, StopRequest()).train()
+            exit_code = build_trainer(config, arguments.resume, stop_request).train()
         if exit_code == EXIT_STOPPED and launched.rank() == 0:  # Horovod may have ended
             say("Stopped by a signal; the checkpoint is written. Start again with --resume.")
         return exit_code
 
-    return run_ranks(lambda: config_of(arguments), program, heartbeats=not arguments.eval_only)
+    return run_ranks(lambda: config_of(arguments), program, stop_request)
 
 
 def evaluate_checkpoint(path: str, overrides: list[str]) -> int:
@@ -65,16 +70,19 @@ def evaluate(config: Config, path: Path) -> int:
     return 0
 
 
-def run_ranks(get_config: Callable[[], Config], program: Callable[[Config], int], heartbeats: bool = False) -> int:
+def run_ranks(
+    get_config: Callable[[], Config], program: Callable[[Config], int], stop_request: StopRequest | None = None
+) -> int:
     """Runs ``program`` with the configuration on every rank and returns the exit code.
 
-    A watchdog ends a job in which no rank makes progress. With ``heartbeats`` every rank notes what it is doing in a
-    file of the run directory, so that the watchdog knows who is stuck.
+    A watchdog ends a job in which no rank makes progress. In a training, which has a ``stop_request``, every rank notes
+    what it is doing in a file of the run directory, so that the watchdog knows who is stuck; otherwise a rank that
+    waits for others goes on waiting.
 
     A :class:`UserError` that all ranks agreed on is printed once, by rank 0, and all end with its exit code. Any other
     exception ends this rank, and with it the job, at once.
     """
-    job = _Job(heartbeats)
+    job = _Job(stop_request)
     threading.excepthook = _report_thread
     try:
         launched.check_srun()
@@ -98,8 +106,8 @@ def _report_thread(failure: threading.ExceptHookArgs) -> None:
 class _Job:
     """This rank's part of a job: how it starts, and how an error ends it."""
 
-    def __init__(self, heartbeats: bool) -> None:
-        self.heartbeats = heartbeats
+    def __init__(self, stop_request: StopRequest | None) -> None:
+        self.stop_request = stop_request
         self.watchdog: Watchdog | None = None
 
     def start(self, get_config: Callable[[], Config]) -> Config:
@@ -116,11 +124,11 @@ class _Job:
         if not launched.elastic():
             return start_horovod(watched)
         config = watched()
-        comm.join(config.runtime.deterministic)
+        comm.join(config.runtime.deterministic, lambda: self.stop_request)
         return config
 
     def _watch(self, config: Config) -> None:
-        run_dir = Path(config.output.run_dir) if self.heartbeats else None
+        run_dir = Path(config.output.run_dir) if self.stop_request is not None else None
         self.watchdog = Watchdog(run_dir, config.runtime.stall_timeout)
         self.watchdog.start()
 
@@ -151,6 +159,9 @@ class _Job:
                 if self.watchdog:
                     self.watchdog.report_lost_ranks(on_each_host=True)
                 comm.abort(EXIT_CRASHED)
+            case KeyboardInterrupt():
+                self._leave(f"{rank}{at_step} was interrupted.", LastWords.INTERRUPTED)
+                comm.abort(EXIT_INTERRUPTED)
             case _:
                 self._leave(f"{rank}{at_step} crashed:\n{traceback.format_exc()}", LastWords.CRASHED)
                 comm.abort(EXIT_CRASHED)

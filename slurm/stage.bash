@@ -11,7 +11,9 @@ fail() {
     exit 1
 }
 
-mkdir -p -- "$to" || fail "$to cannot be created"
+# What an earlier start left is not whole, and nobody else may have made the folder.
+rm -rf -- "$to"
+{ mkdir -p -- "$(dirname -- "$to")" && mkdir -m 700 -- "$to"; } || fail "$to cannot be created"
 cp -RL -- "$from/." "$to" || fail "$from cannot be copied to $to"
 cd -- "$to" || fail "$to is gone"
 list_files | cmp --silent -- - "$manifest" || fail "the copy of $from in $to is not complete"

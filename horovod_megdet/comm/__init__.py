@@ -31,6 +31,7 @@ from horovod_megdet.comm.collectives import (
     world,
 )
 from horovod_megdet.comm.consensus import agreed_error, agreement, check_same
+from horovod_megdet.comm.defaults import LAUNCH_DEFAULTS
 from horovod_megdet.comm.elastic import (
     HostsChanged,
     RemovedError,
@@ -44,7 +45,6 @@ from horovod_megdet.comm.elastic import (
 )
 from horovod_megdet.comm.start import (
     GLOO_TIMEOUT,
-    LAUNCH_DEFAULTS,
     abort,
     built_features,
     controller,

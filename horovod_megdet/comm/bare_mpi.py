@@ -1,14 +1,14 @@
-"""Collectives without Horovod: the least that a message can cost. For ``megdet doctor`` and the benchmarks only."""
+"""Collectives without Horovod: before it starts, and as the least that a message can cost."""
 
 import ctypes
 
 import numpy as np
 
-from horovod_megdet.comm.start import set_launch_defaults
+from horovod_megdet.comm.defaults import set_launch_defaults
 
 
 class BareMPI:
-    """Collectives without Horovod: what a message costs at least.
+    """Collectives of MPI itself.
 
     To be made before :func:`init`, whose background thread would talk in between, and only if ``launched.by_mpi()``.
     """

@@ -111,10 +111,11 @@ def hosts_changed() -> bool:
     return _news.changed
 
 
-def join(deterministic: bool = False) -> None:
+def join(deterministic: bool = False, stopping: Callable[[], object] = lambda: False) -> None:
     """Starts Horovod with the place that the driver gave this process when it started it. Collective.
 
-    Raises :class:`RemovedError`, :class:`StoppedError` and :class:`UserError` as :func:`rejoin` does.
+    ``stopping()``: whether the job is to stop; then others that are slow to start are not waited for. Raises
+    :class:`RemovedError`, :class:`StoppedError` and :class:`UserError` as :func:`rejoin` does.
     """
     _news.listen()
     # A message may not count as arrived while it is in the GPU's queue: what follows from it is kept as a whole step.
@@ -124,7 +125,7 @@ def join(deterministic: bool = False) -> None:
     # 1 MB when it starts it again, and ranks that differ in that read each other's messages wrongly. (Its
     # ParameterManager writes the default cycle time, 1, into the place of the threshold.) Gloo is not faster with it.
     os.environ.pop("HOROVOD_CYCLE_TIME", None)
-    meeting = start.meet(LONGEST_START)
+    meeting = start.meet(LONGEST_START, stopping)
     if meeting == "stopped":
         raise StoppedError(saved=False, placed=False)
     if meeting == "complete":

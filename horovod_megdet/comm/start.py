@@ -1,36 +1,23 @@
 """Starting and ending Horovod, under any launcher or alone, and what it was built and started with."""
 
 import contextlib
+import http.client
+import json
 import math
 import os
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import horovod.torch as hvd
-from horovod.runner.http import http_client
 
 from horovod_megdet import launched
+from horovod_megdet.comm.bare_mpi import BareMPI
 from horovod_megdet.comm.collectives import size, waiting_for
+from horovod_megdet.comm.defaults import LAUNCH_DEFAULTS, set_launch_defaults
 from horovod_megdet.errors import UserError
-
-LAUNCH_DEFAULTS = {
-    # Without yielding, an idle rank's busy wait steals the core that another rank or Horovod's own thread needs.
-    "OMPI_MCA_mpi_yield_when_idle": "1",
-    # Milliseconds between two negotiations. Horovod's 1 ms suits a few large messages; CGBN sends many small ones.
-    "HOROVOD_CYCLE_TIME": "0.02",
-    # On GPUs a message ends when it is in the GPU's queue, so that the host of a CGBN layer goes on.
-    "HOROVOD_ENABLE_ASYNC_COMPLETION": "1",
-}
-"""Environment variables that :func:`init` sets where the user did not."""
-
-RULES_OF_ALLREDUCE = {
-    "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
-    "OMPI_MCA_coll_tuned_dynamic_rules_filename": str(Path(__file__).with_name("open_mpi_allreduce.rules")),
-}
-"""Likewise: Open MPI sums large messages, the gradients, in a ring; the file says from which size on, and why."""
 
 GLOO_TIMEOUT = "10"
 """Seconds without an answer after which Gloo considers a rank lost. A rank does not answer while it computes.
@@ -38,6 +25,14 @@ Horovod's default, 30, is for ranks that start late; :func:`init` waits for thos
 
 TIMEOUT_TO_STOP = 10.0
 """Seconds that ranks which have to stop wait for others that start: there may not be much time for a checkpoint."""
+
+STORE_TIMEOUT = 10.0
+"""Seconds for an answer of horovodrun's store."""
+
+_NOT_IN_STORE = (OSError, http.client.HTTPException, ValueError)
+
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""A proxy, which the environment may name, does not reach the launcher."""
 
 Meeting = Literal["complete", "incomplete", "stopped"]
 """How it ended that ranks waited for each other: all came; some did not; some did not, and the job is to stop."""
@@ -51,10 +46,25 @@ def init(deterministic: bool = False, groups: bool = False) -> None:
     if hvd.is_initialized():
         _check_running(deterministic, groups)
         return
-    prepare(deterministic, groups)
-    if launched.by_horovodrun():
-        meet()
+    prepare(deterministic, _any_rank_needs(groups))
     hvd.init()
+
+
+def _any_rank_needs(groups: bool) -> bool:
+    """Whether groups are needed on any rank; waits for all of them.
+
+    Ranks that start Horovod with and without groups wait for each other for ever. Those whose configuration differs, or
+    cannot be read, have to start it, too, so that all can say so.
+    """
+    if launched.by_horovodrun():
+        waiting = Waiting()
+        if groups:
+            waiting.write("groups", True)
+        meet()
+        return groups or bool(waiting.read("groups"))
+    if launched.by_mpi() and launched.size() > 1 and hvd.mpi_built():
+        return BareMPI().largest(float(groups)) > 0
+    return groups
 
 
 def prepare(deterministic: bool, groups: bool) -> None:
@@ -126,11 +136,8 @@ class Waiting:
     """
 
     def __init__(self) -> None:
-        self._store = (
-            os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"],
-            os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"],
-            "megdet_start",
-        )
+        address, port = (os.environ[f"HOROVOD_GLOO_RENDEZVOUS_{name}"] for name in ("ADDR", "PORT"))
+        self._url = f"http://{address}:{port}/megdet_start/"
         self._began = time.monotonic()
 
     @property
@@ -139,15 +146,23 @@ class Waiting:
         return time.monotonic() - self._began
 
     def read(self, key: str) -> Any:
-        """The value of a key; None if it is not there yet."""
-        with contextlib.suppress(RuntimeError):
-            return http_client.read_data_from_kvstore(*self._store, key)
+        """The value of a key; None if it is not there yet.
+
+        Anyone who reaches the store may write to it. So values are JSON, and not pickled as Horovod's own client does.
+        """
+        with contextlib.suppress(*_NOT_IN_STORE):
+            return json.loads(self._ask(urllib.request.Request(self._url + key)))
         return None
 
     def write(self, key: str, value: Any) -> None:
-        """Sets the value of a key. A launcher that has ended has no use for it."""
-        with contextlib.suppress(RuntimeError):
-            http_client.put_data_into_kvstore(*self._store, key, value)
+        """Sets the value of a key, something that JSON knows. A launcher that has ended has no use for it."""
+        with contextlib.suppress(*_NOT_IN_STORE):
+            self._ask(urllib.request.Request(self._url + key, data=json.dumps(value).encode(), method="PUT"))
+
+    def _ask(self, request: urllib.request.Request) -> bytes:
+        with _DIRECTLY.open(request, timeout=STORE_TIMEOUT) as response:
+            content: bytes = response.read()
+            return content
 
     def to_stop(self, stopping: Callable[[], object]) -> bool:
         """Whether any rank is ``stopping()``. One that is tells the others: rank 0 may not have been asked itself."""
@@ -172,13 +187,6 @@ class Waiting:
     def give_up(self, key: str) -> None:
         """Undoes :meth:`is_first`."""
         self.write(f"{key}.first", None)
-
-
-def set_launch_defaults() -> None:
-    for name, value in LAUNCH_DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    if not RULES_OF_ALLREDUCE.keys() & os.environ.keys():
-        os.environ.update(RULES_OF_ALLREDUCE)
 
 
 def controller() -> str:

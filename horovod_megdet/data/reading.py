@@ -69,10 +69,14 @@ def read_annotations(source: Source, ranks: Ranks = ALONE) -> Annotations:
     leader = _Leader(source)
     plan = team.by_leader(leader.begin, "data: look for the cache")
     digest = plan.digest
-    if digest is None:
+    # All ranks take part if one has to: hosts with copies of the data may differ in what they have kept.
+    if any(ranks.gather_objects(digest is None, "data: anything to read")):
         mine = check_files(source.images, plan.names[team.place :: team.size], source.check_images, team.show_progress)
         parts = ranks.gather_objects(mine, "data: checked image files")
-        digest = team.by_leader(lambda: leader.finish([parts[rank] for rank in team.members]), "data: build the cache")
+        digest = team.by_leader(
+            lambda: plan.digest or leader.finish([parts[rank] for rank in team.members]), "data: build the cache"
+        )
+    assert digest is not None
     return team.share(digest, leader)
 
 

@@ -6,6 +6,7 @@ position, random states), ``checkpoint.json`` (what it is) and ``SHA256SUMS``, w
 that a kill at any moment leaves either the whole checkpoint or none.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -45,6 +46,15 @@ class Position:
     best_value: float = -1.0
     best_checkpoint: str | None = None
     evaluations_since_best: int = 0
+
+    @property
+    def best(self) -> tuple[float, str | None]:
+        """The best value so far, and its checkpoint."""
+        return self.best_value, self.best_checkpoint
+
+    @best.setter
+    def best(self, best: tuple[float, str | None]) -> None:
+        self.best_value, self.best_checkpoint = best
 
     def forget_best(self, metric: str) -> None:
         """From now on another metric decides; what was the best by the old one may not be by this one."""
@@ -147,6 +157,7 @@ def save(run_dir: Path, weights: dict[str, Tensor], state: TrainingState, run: R
     position = state.position
     final = folder(run_dir) / name(position.step)
     temporary = folder(run_dir) / f"{_TEMPORARY}{uuid.uuid4().hex}"
+    replaced = temporary.with_name(f"{temporary.name}.old")
     description = asdict(run) | {"step": position.step, "images_seen": position.images_seen, "epoch": epoch}
     try:
         temporary.mkdir(parents=True)
@@ -162,11 +173,15 @@ def save(run_dir: Path, weights: dict[str, Tensor], state: TrainingState, run: R
         _write(temporary / SUMS_FILE, lambda path: path.write_text(sums, encoding="utf-8"))
         _flush(temporary)
         if final.exists():  # a broken one that --resume passed over, or the same step written again
-            shutil.rmtree(final)
+            final.rename(replaced)
         temporary.rename(final)
         _flush(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not final.exists():
+            with contextlib.suppress(OSError):
+                replaced.rename(final)
         raise NotSavedError(
             f"{final}: the checkpoint cannot be written: {error}. Free disk space or choose another output.run_dir; "
             "older checkpoints are kept, and --resume goes on from the newest."
@@ -174,12 +189,18 @@ def save(run_dir: Path, weights: dict[str, Tensor], state: TrainingState, run: R
     return final
 
 
-def prune(run_dir: Path, keep: int, best: str | None) -> None:
-    """Removes all but the ``keep`` newest checkpoints and the best one, and what killed runs left half-written."""
+def prune(run_dir: Path, keep: int, best: str | None, written: str) -> None:
+    """Removes all but the best checkpoint and the ``keep`` newest ones up to ``written``, the one of now.
+
+    Also removed is what killed runs left half-written, and what is newer: ``--resume`` passed it over because it is
+    broken.
+    """
     for path in folder(run_dir).glob(f"{_TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in sorted(folder(run_dir).glob("step_*"))[:-keep]:
-        if path.name != best:
+    paths = sorted(folder(run_dir).glob("step_*"))
+    newest = [path for path in paths if path.name <= written][-keep:]
+    for path in paths:
+        if path not in newest and path.name != best:
             shutil.rmtree(path)
 
 

@@ -136,11 +136,11 @@ class ElasticTrainer(Trainer):
 class ElasticRun:
     """This process's part in an elastic run, through all of its sessions."""
 
-    def __init__(self, config: Config, resume: bool) -> None:
+    def __init__(self, config: Config, resume: bool, stop_request: StopRequest) -> None:
         check_elastic(config)
         self.config = config
         self.resume = resume
-        self.stop_request = StopRequest()
+        self.stop_request = stop_request
         self.attempted = False
         """Whether this process has tried to start the run."""
         self.foundation: Foundation | None = None

@@ -46,7 +46,10 @@ def find_checkpoint(run_dir: Path, resume: bool) -> checkpoint.Checkpoint | None
     """
     if not comm.is_main():
         return None
-    started, saved = (run_dir / CONFIG_FILE).exists(), any(checkpoint.folder(run_dir).glob("step_*"))
+    try:
+        started, saved = (run_dir / CONFIG_FILE).exists(), any(checkpoint.folder(run_dir).glob("step_*"))
+    except OSError as error:
+        raise UserError(f"{run_dir}: the run directory cannot be used: {error.strerror or error}.") from None
     if resume and started and not saved:
         say(f"warning: {run_dir}: the run has no checkpoint yet and starts from the beginning.")
         return None

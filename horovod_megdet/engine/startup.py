@@ -155,6 +155,7 @@ def resume_from(trainer: Trainer, found: checkpoint.Checkpoint | None) -> None:
     if not path:
         return
     saved = found or checkpoint.read(path)
+    comm.check_same({"checkpoint": str(saved.bits())}, "checkpoint to resume")
     if saved.run.training_data != trainer.train_set.fingerprint:
         raise UserError(
             f"{saved.path}: {trainer.config.data.train_annotations} is not the training data that this checkpoint was "
@@ -237,6 +238,9 @@ def build_for_evaluation(
     with comm.agreement("synthetic data"):
         make_synthetic(config.data)
     val_set = load_split(config.data, training=False, ranks=comm)
+    with comm.agreement("checkpoint to evaluate"):  # a training may write a newer one meanwhile
+        newest = str(checkpoint.read(path).path) if comm.is_main() else ""
+    path = Path(comm.broadcast_object(newest, "checkpoint to evaluate"))
     with comm.agreement("checkpoint description"):
         saved = checkpoint.read(path)
         if saved.run.class_names != val_set.class_names:
@@ -244,7 +248,8 @@ def build_for_evaluation(
                 f"{saved.path}: the checkpoint knows the classes {saved.run.class_names}, the validation "
                 f"set has {val_set.class_names}."
             )
-    comm.check_same({"validation data": val_set.fingerprint}, "validation data")
+    same = {"configuration": config.fingerprint(), "validation data": val_set.fingerprint}
+    comm.check_same(same | {"checkpoint": str(saved.bits())}, "evaluation")
     config, _ = precision.decide(config, device, saved.config)
     layout, classes = precision.channels_last(config.runtime), len(val_set.class_names)
     detector = build_detector(config.model, config.batch_norm, classes, group=comm.world(), channels_last=layout)

@@ -88,12 +88,23 @@ class Trainer:
         """Where the last step began, if what is due after it has yet to be done; see :meth:`after_step`."""
         self.unsaved = False
         """Whether the last checkpoint could not be written."""
+        self.best_saved = self.position.best
+        """The best evaluation whose checkpoint was written."""
         self.window = Window()
         self.slow_rank = SlowRank()
         self.run_folder = RunFolder(config)
 
     def train(self) -> int:
         """Trains to the end, early or not, or until a signal; returns the exit code."""
+        try:
+            return self.train_steps()
+        except UserError as error:
+            if error.on_all_ranks:  # after a crash of one rank, nobody may wait for its loggers
+                self.run_folder.close()
+            raise
+
+    def train_steps(self) -> int:
+        """The steps that are left, and what is due after each; returns the exit code."""
         self.open_log()
         # A full collection would scan all that the imports made, and every other rank waits for it.
         gc.freeze()
@@ -264,8 +275,9 @@ class Trainer:
             with comm.agreement("checkpoint"):
                 if comm.is_main():
                     self._write_checkpoint(random_states)
-            self.unsaved = False
+            self.unsaved, self.best_saved = False, self.position.best
         except UserError as error:
+            self.position.best = self.best_saved
             if error.exit_code != EXIT_NOT_SAVED or self.stopping or self.done:
                 raise
             self.unsaved = True
@@ -290,7 +302,7 @@ class Trainer:
         saved = checkpoint.save(run_dir, self.evaluated_detector.state_dict(), state, self.description, epoch)
         self.run_folder.log_checkpoint(saved)
         try:
-            checkpoint.prune(run_dir, self.config.output.keep_checkpoints, self.position.best_checkpoint)
+            checkpoint.prune(run_dir, self.config.output.keep_checkpoints, self.position.best_checkpoint, saved.name)
         except OSError as error:
             say(f"warning: older checkpoints could not be removed: {error}. Training goes on.")
 
@@ -338,6 +350,7 @@ class Trainer:
         self.position, self.noise.averages, self.unfinished = state.position, state.noise, state.unfinished
         if self.position.best_metric != self.config.output.best_metric:
             self.position.forget_best(self.config.output.best_metric)
+        self.best_saved = self.position.best
         if self.config.solver.lr_modulation == "agvm":
             self.agvm = state.agvm
         if len(state.random) == comm.size():

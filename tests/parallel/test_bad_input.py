@@ -259,21 +259,33 @@ def test_a_checkpoint_of_another_model(finished: Path, data: Path, tmp_path: Pat
     )
 
 
-def test_a_host_that_differs(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["mpirun", "gloo"])
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("solver.base_lr=0.5", "configuration differs"),
+        ("batch_norm.bn_size=2", "configuration differs"),  # which Horovod starts another way for
+        ("solver.base_lr=high", "solver.base_lr"),
+    ],
+)
+def test_a_host_that_differs(data: Path, tmp_path: Path, setting: str, sentence: str, launcher: str) -> None:
     """One rank with another configuration: the message names rank, host and what differs."""
     script = tmp_path / "differs.py"
     script.write_text(
-        "import os, runpy, sys\n"
-        "if os.environ['OMPI_COMM_WORLD_RANK'] == '1':\n"
-        "    sys.argv += ['--set', 'solver.base_lr=0.5']\n"
+        "import runpy, sys\n"
+        "from horovod_megdet import launched\n"
+        "if launched.rank() == 1:\n"
+        f"    sys.argv += ['--set', {setting!r}]\n"
         f"sys.argv[0] = {str(launching.PROJECT / 'train.py')!r}\n"
         f"sys.path.insert(0, {str(launching.PROJECT)!r})\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    job = Job("mpirun", 2, launching.tiny(tmp_path / "run", data=data), tmp_path, script)
+    groups = [] if "bn_size" in setting else ["batch_norm.bn_size=2"]  # for the other ranks
+    job = Job(launcher, 2, launching.tiny(tmp_path / "run", *groups, data=data), tmp_path, script)
     assert job.wait(LIMIT) == EXIT_USER_ERROR, job.output
-    assert "configuration differs" in job.output
-    assert f"on rank 1 ({os.uname().nodename})" in job.output
+    assert sentence in job.output
+    assert "rank 1 " in job.output
+    assert os.uname().nodename in job.output
     assert "Traceback" not in job.output
 
 

@@ -195,12 +195,44 @@ def test_prune_keeps_the_newest_and_the_best_and_clears_what_a_kill_left(tmp_pat
     for step in (1, 2, 3, 4, 5):
         write(tmp_path, step)
     (tmp_path / "checkpoints" / ".writing-killed").mkdir()
-    checkpoint.prune(tmp_path, keep=2, best="step_00000002")
+    checkpoint.prune(tmp_path, keep=2, best="step_00000002", written="step_00000005")
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "step_00000002",
         "step_00000004",
         "step_00000005",
     ]
+
+
+def test_prune_keeps_what_was_just_written_and_removes_broken_ones_that_were_passed_over(tmp_path: Path) -> None:
+    for step in (100, 150, 200):
+        write(tmp_path, step)
+    (tmp_path / "checkpoints/step_00000200" / checkpoint.STATE_FILE).write_bytes(b"")
+    checkpoint.prune(tmp_path, keep=1, best=None, written="step_00000150")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000150"]
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_step_that_is_written_again_is_there_before_and_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    write(tmp_path, 1, optimizer={"first": 1})
+    rename, calls = Path.rename, []
+
+    def sometimes(path: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == fails:
+            raise OSError(errno.EIO, "planted")
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", sometimes)
+        with pytest.raises(NotSavedError, match="planted"):
+            write(tmp_path, 1, optimizer={"second": 2})
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    assert checkpoint.read(path).state().optimizer == {"first": 1}
+    write(tmp_path, 1, optimizer={"second": 2})
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    assert checkpoint.read(path).state().optimizer == {"second": 2}
 
 
 def test_random_states_survive_a_checkpoint(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from horovod.runner.elastic import discovery, driver
 from horovod.runner.elastic.discovery import FixedHosts, HostDiscoveryScript
 from horovod.runner.elastic.driver import ElasticDriver
+from horovod.runner.http import http_client
 from horovod.runner.http.http_server import RendezvousServer
 
 from horovod_megdet import comm, launched
@@ -186,6 +187,18 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     monkeypatch.setattr(start.time, "sleep", lambda _: None)
     yield lambda rank: monkeypatch.setenv("HOROVOD_RANK", str(rank))
     store.stop()
+
+
+def test_what_is_in_the_store_is_never_unpickled(place: Callable[[int], None]) -> None:
+    """Whoever reaches the launcher's port can write to the store."""
+    place(0)
+    waiting = start.Waiting()
+    for value in (True, None, 7, "complete"):
+        waiting.write("key", value)
+        assert waiting.read("key") == value
+    http_client.put_data_into_kvstore(*waiting._url.split("/")[2].split(":"), "megdet_start", "key", Path("/tmp"))
+    assert waiting.read("key") is None
+    assert waiting.read("another key") is None
 
 
 def test_one_of_the_ranks_with_the_same_state_saves_it(place: Callable[[int], None]) -> None:

@@ -134,6 +134,19 @@ def test_hosts_with_disks_of_their_own_read_each_its_own(
         assert str(folder.caches()[0]) in said
 
 
+def test_a_host_that_has_a_cache_waits_for_one_that_has_none(
+    tmp_path: Path, work: Counter[str], hosts: dict[str, str]
+) -> None:
+    folders = [Folder(tmp_path / name, images=20) for name in "ab"]
+    hosts.update({"host 2": "b", "host 3": "b"})
+    loaded(Job(1).run(lambda rank: load(folders[0], rank)))
+    work.clear()
+    results = loaded(Job(4).run(lambda rank: load(folders[rank.number // 2], rank)))
+    assert len({dataset.fingerprint for dataset in results}) == 1
+    assert set(work.values()) == {1}
+    assert len(work) == 21, "only the host without a cache reads"
+
+
 def test_ranks_share_what_could_not_be_kept(
     tmp_path: Path, work: Counter[str], capfd: pytest.CaptureFixture[str]
 ) -> None:

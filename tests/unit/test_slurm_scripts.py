@@ -307,6 +307,24 @@ def test_an_incomplete_copy_is_noticed(tmp_path: Path) -> None:
     assert not (tmp_path / "copy").exists()
 
 
+def test_a_copy_starts_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    """Also where an earlier start of the job was cut off, or somebody else has made the folder."""
+    data, manifest, copy = tmp_path / "data", tmp_path / "manifest", tmp_path / "local" / "copy"
+    data.mkdir()
+    (data / "a").write_text("12345")
+    manifest.write_text("5 a\n")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("mine")
+    copy.mkdir(parents=True)
+    (copy / "cache").write_text("of an earlier start")
+    (copy / "a").symlink_to(elsewhere)
+    for _ in range(2):
+        subprocess.run(["bash", ROOT / "slurm" / "stage.bash", data, copy, manifest], check=True)
+        assert [path.name for path in copy.iterdir()] == ["a"]
+        assert copy.stat().st_mode & 0o777 == 0o700
+    assert elsewhere.read_text() == "mine"
+
+
 def test_staging_that_fails_ends_the_job(slurm: Slurm) -> None:
     code, output = slurm.run(MEGDET_STAGE_FROM=str(slurm.folder / "missing"))
     assert code == 2

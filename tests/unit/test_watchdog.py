@@ -278,6 +278,17 @@ def test_a_rank_waits_for_a_busy_one(tmp_path: Path, ended: list[int], waiting: 
     assert not ended
 
 
+def test_a_rank_that_knows_nothing_of_others_waits_for_them(
+    ended: list[int], monkeypatch: pytest.MonkeyPatch, waiting: None, first_of_two: None
+) -> None:
+    """As in an evaluation, which keeps no heartbeats."""
+    dog = Watchdog(None, stall_timeout=0.5)
+    dog.start()
+    time.sleep(1.5)
+    dog.stop()
+    assert ended == []
+
+
 def test_progress_keeps_a_job_going(tmp_path: Path, ended: list[int]) -> None:
     dog = Watchdog(tmp_path, stall_timeout=0.5)
     dog.start()

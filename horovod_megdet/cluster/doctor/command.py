@@ -146,7 +146,8 @@ def _gradient_device(config: Config | None) -> torch.device:
     device = torch.device("cpu")
     if config:
         with contextlib.suppress(UserError):
-            device = hardware.choose(config.runtime)
+            # Without dividing the cores, which is collective, and a rank without a configuration would not take part.
+            device = hardware.choose(config.runtime.model_copy(update={"bind_cores": False}))
     everywhere = all(kind == device.type for kind in comm.gather_objects(device.type, "doctor.device"))
     return device if everywhere else torch.device("cpu")
 

@@ -20,6 +20,7 @@ class LastWords(StrEnum):
 
     CRASHED = "crashed"
     HAD_AN_ERROR = "had an error"
+    INTERRUPTED = "was interrupted"
     LOST_CONTACT = "lost contact"
     """Another rank does not answer."""
     WAITED = "waited"

@@ -192,6 +192,8 @@ class Watchdog:
 
     def _end_if_stalled(self) -> None:
         self._beat()
+        if self.heartbeats is None and launched.size() > 1 and progress.waiting_for is not None:
+            return  # what the others do is not known: they may have a good reason to let this rank wait
         stall = find_stall(self._all_heartbeats(), self.stall_timeout)
         if stall is None:
             return
