@@ -11,6 +11,8 @@ import launching
 import pytest
 from launching import TINY, Job
 
+from horovod_megdet.errors import EXIT_CRASHED
+
 LIMIT = 90.0
 
 DOCTOR = """
@@ -64,6 +66,14 @@ def test_a_healthy_machine(launcher: str, tmp_path: Path) -> None:
     assert data["ranks"][0]["build"]["controller"] == ("gloo" if launcher == "gloo" else "mpi")
     assert abs(data["clocks"][1]["offset"]) <= data["clocks"][1]["uncertainty"] + 1e-3, "it is the same clock"
     assert data["checkpoint_bytes"] > 10**7
+
+
+def test_a_rank_without_a_configuration_is_named_at_once(tmp_path: Path) -> None:
+    plant = "if number == 1: sys.argv[sys.argv.index('--config') + 1] = 'missing.yaml'"
+    code, output, data = doctor("mpirun", plant, tmp_path, "--run-dir", str(tmp_path / "run"), "--no-data")
+    assert code == EXIT_CRASHED, output
+    assert "missing.yaml" in output
+    expect(data, "error", "missing.yaml")
 
 
 ONE_RANK_DIFFERS = """
