@@ -58,10 +58,11 @@ def _any_rank_needs(groups: bool) -> bool:
     """
     if launched.by_horovodrun():
         waiting = Waiting()
-        if groups:
-            waiting.write("groups", True)
+        waiting.write(f"groups.{launched.rank()}", groups)
         meet()
-        return groups or bool(waiting.read("groups"))
+        if launched.rank() == 0:
+            waiting.write("groups", any([waiting.wait_for(f"groups.{rank}") for rank in range(launched.size())]))
+        return bool(waiting.wait_for("groups"))
     if launched.by_mpi() and launched.size() > 1 and hvd.mpi_built():
         return BareMPI().largest(float(groups)) > 0
     return groups
@@ -153,6 +154,13 @@ class Waiting:
         with contextlib.suppress(*_NOT_IN_STORE):
             return json.loads(self._ask(urllib.request.Request(self._url + key)))
         return None
+
+    def wait_for(self, key: str) -> Any:
+        """The value of a key that some rank sets without fail."""
+        with waiting_for("start"):
+            while (value := self.read(key)) is None:
+                time.sleep(0.2)
+        return value
 
     def write(self, key: str, value: Any) -> None:
         """Sets the value of a key, something that JSON knows. A launcher that has ended has no use for it."""
