@@ -61,7 +61,7 @@ def _any_rank_needs(groups: bool) -> bool:
         waiting.write(f"groups.{launched.rank()}", groups)
         meet()
         if launched.rank() == 0:
-            waiting.write("groups", any([waiting.wait_for(f"groups.{rank}") for rank in range(launched.size())]))
+            waiting.write("groups", any(waiting.wait_for(f"groups.{rank}") for rank in range(launched.size())))
         return bool(waiting.wait_for("groups"))
     if launched.by_mpi() and launched.size() > 1 and hvd.mpi_built():
         return BareMPI().largest(float(groups)) > 0
