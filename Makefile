@@ -93,4 +93,4 @@ clean: ## Remove what was built, cached, trained and generated, but not the envi
 	find . -path "./$(VENV)" -prune -o -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 
 distclean: clean ## Remove the environment as well
-	@if test -e "$(VENV)/pyvenv.cfg" || test -e "$(VENV)/.setup"; then echo "rm -rf $(VENV)"; rm -rf "$(VENV)"; fi
+	@if test -e "$(VENV)/.setup"; then echo "rm -rf $(VENV)"; rm -rf "$(VENV)"; fi

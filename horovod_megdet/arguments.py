@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from pathlib import Path
 
 from horovod_megdet.config import DEMO, Config, load_config
 
@@ -31,6 +32,13 @@ def positive_number(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return number
+
+
+def picture(text: str) -> Path:
+    """The type of an argument that is a picture to write."""
+    if Path(text).suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png, .pdf or .svg")
+    return Path(text)
 
 
 def fractions(text: str) -> tuple[float, ...]:

@@ -14,6 +14,7 @@ from horovod_megdet.arguments import (
     add_training_arguments,
     config_of,
     fractions,
+    picture,
     positive,
     positive_number,
 )
@@ -264,7 +265,7 @@ def _add_anchors(commands: Commands) -> None:
     add_config_arguments(parser)
     parser.add_argument(
         "--plot",
-        type=Path,
+        type=picture,
         default=Path("anchors.png"),
         metavar="FILE",
         help="picture to write: PNG, PDF or SVG (default: %(default)s)",
@@ -280,9 +281,10 @@ def _anchors(arguments: argparse.Namespace) -> int:
     config = config_of(arguments)
     make_synthetic(config.data)
     report = fit_anchors(config, load_split(config.data, training=True))
-    report.write_plot(arguments.plot)
     console().print(report.table())
-    print(f"\n{report.advice()}\n{arguments.plot}")
+    print(f"\n{report.advice()}")
+    report.write_plot(arguments.plot)
+    print(arguments.plot)
     return 0
 
 
@@ -316,7 +318,7 @@ def _add_doctor(commands: Commands) -> None:
         metavar="FILE",
         help="write everything as JSON, to standard output or a file (horovodrun marks the lines of standard output)",
     )
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the times of allreduces, as PNG, PDF or SVG")
+    parser.add_argument("--plot", metavar="FILE", type=picture, help="draw the times of allreduces, as PNG, PDF or SVG")
     parser.add_argument(
         "--no-data", action="store_true", help="leave out data set and weights: reading a large set takes minutes"
     )

@@ -65,6 +65,9 @@ PROJECT_FILES = ("setup.cfg", "setup.py", "pyproject.toml", "horovod_megdet/laye
 RUNNING = "{}.{}".format(*sys.version_info[:2])
 """The version of the Python that runs this script."""
 
+BASE = getattr(sys, "_base_executable", None) or sys.executable
+"""That Python, or if it is one of a venv, the one that the venv was made with."""
+
 
 class Stopped(BaseException):
     """A signal asked the set-up to stop."""
@@ -92,9 +95,11 @@ class Setup:
         self.gpu = self.options["GPU"] == "1"
         path = path_without(environ, self.venv)
         self.mpi = machine.system_mpi(path) if self.options["MPI"] == "system" else self.options["MPI"]
+        self.build_options = dict(self.options)
+        """With what was found and not chosen, which another run may find elsewhere."""
         if self.gpu and "HOROVOD_CUDA_HOME" not in self.options:
-            self.options["HOROVOD_CUDA_HOME"] = machine.cuda_toolkit(environ, path)
-        self.runner = Runner(self.folder / "logs", command_environ(environ, self.options, self.venv))
+            self.build_options["HOROVOD_CUDA_HOME"] = machine.cuda_toolkit(environ, path)
+        self.runner = Runner(self.folder / "logs", command_environ(environ, self.build_options, self.venv))
 
     def read_state(self) -> dict[str, Any]:
         """What earlier runs recorded; empty if there were none."""
@@ -120,13 +125,14 @@ class Setup:
 
     def build_variables(self) -> dict[str, str]:
         """The environment variables that decide how Horovod is built."""
-        chosen = {name: self.options[name] for name in BUILD_OPTIONS if name in self.options}
+        chosen = {name: self.build_options[name] for name in BUILD_OPTIONS if name in self.build_options}
         return {**chosen, **horovod_wheel.build_variables(mpi=self.mpi != "none", gpu=self.gpu)}
 
     def stamps(self) -> dict[str, str]:
         """The stamps of a complete environment, in the order of the steps."""
         files = [file for pattern in PROJECT_FILES for file in sorted(self.checkout.glob(pattern))]
-        venv = short_hash(self.version, self.mpi, self.options.get("TORCH") == "installed")
+        # The programs in the venv name its path: one that was moved or copied does not work.
+        venv = short_hash(str(self.venv.absolute()), self.version, self.mpi, self.options.get("TORCH") == "installed")
         packages = short_hash(venv, self.packages(), self.options.get("OFFLINE"))
         horovod = short_hash(packages, self.build_variables(), horovod_wheel.PATCH.read_text(encoding="utf-8"))
         contents = [file.read_text(encoding="utf-8") for file in files]
@@ -169,13 +175,12 @@ class Setup:
             if entry != self.folder:
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         self.state, self.version = {"options": self.options}, RUNNING
-        self.record(version=RUNNING)
-        base = getattr(sys, "_base_executable", None) or sys.executable
+        self.record(version=RUNNING, base=BASE)
         pip = next(Path(self.options["OFFLINE"]).glob("pip-*.whl"), None) if "OFFLINE" in self.options else None
         # The pip of the folder serves a Python without ensurepip, which Debian and Ubuntu have in a package of its own.
         without_pip = ["--without-pip"] if pip else []
         message = f"making {self.venv} with Python {RUNNING}"
-        self.runner.run("venv", message, [base, "-m", "venv", *without_pip, str(self.venv)])
+        self.runner.run("venv", message, [BASE, "-m", "venv", *without_pip, str(self.venv)])
         if pip:  # a wheel of pip runs as it is
             run_wheel = [str(self.python), f"{pip}/pip", "install", "--no-deps", str(pip)]
             self.runner.run("pip", f"installing {pip.name}", run_wheel)
@@ -193,7 +198,7 @@ class Setup:
         try:
             self.runner.run(step, message, [*pip, *map(str, arguments)], **variables)
         except SetupError:
-            log = (self.runner.logs / f"{step}.log").read_text(encoding="utf-8")
+            log = (self.runner.logs / f"{step}.log").read_text(encoding="utf-8", errors="replace")
             if "Installing collected packages" not in log:  # nothing was written yet
                 self.record(venv=self.stamps()["venv"])
             raise
@@ -280,12 +285,23 @@ def set_up(environ: Mapping[str, str], checkout: Path = CHECKOUT) -> None:
     setup = Setup(environ, checkout)
     if not setup.due():
         return
+    go_on_with_python_of(setup, environ)
     start = time.monotonic()
     if setup.venv.exists() and not setup.folder.exists() and any(setup.venv.iterdir()):
         raise SetupError(f"VENV={setup.venv} holds something that the set-up has not made: name another folder.")
     with locked(setup.folder / "lock", f"another set-up is working on {setup.venv}; waiting for it"):
         Setup(environ, checkout).complete()  # with the options that the other one recorded in the meantime
     say(f"{setup.venv} is ready after {time.monotonic() - start:.0f} s")
+
+
+def go_on_with_python_of(setup: Setup, environ: Mapping[str, str]) -> None:
+    """Run this script again with the Python that the environment was made with, unless it is this one or PYTHON=."""
+    base = setup.state.get("base", BASE)
+    if environ.get("PYTHON") or base == BASE:
+        return
+    if not Path(base).exists():
+        raise SetupError(f"{base}, which {setup.venv} was made with, is gone: name another Python with PYTHON=.")
+    os.execve(base, [base, *sys.argv], {**environ, "PYTHON": base})
 
 
 def stop(signum: int, frame: FrameType | None) -> None:

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import queue
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -237,12 +238,17 @@ class Background:
         except Exception as error:
             # Whatever these packages raise, W&B's and MLflow's own errors among them: no reason to end a training.
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            self._give_up(f"fails: {lines[0]}")
+            self._give_up(f"fails: {_without_password(lines[0])}")
 
     def _give_up(self, sentence: str) -> None:
         if not self._given_up:
             self._given_up = True
             say(f"warning: output.loggers: {self.name} {sentence.rstrip('.')}. Training goes on without it.")
+
+
+def _without_password(sentence: str) -> str:
+    """What stands before the host in an address may be a name and a password."""
+    return re.sub(r"://[^/@\s]+@", "://***@", sentence)
 
 
 class Loggers:

@@ -289,8 +289,9 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.write_text(
         f'#!/bin/bash\necho "$*" >> {tmp_path}/calls\n'
         'case "${@: -2:1}" in\n'
-        '  good*) eval "${@: -1}" ;;\n'
-        "  moved*) echo 'no folder /checkout'; echo 'no program python' ;;\n"
+        '  good*) echo "Welcome to the cluster"; eval "${@: -1}" ;;\n'
+        "  moved*) echo 'megdet: no folder /checkout'; echo 'megdet: no program python'; echo 'megdet: done' ;;\n"
+        "  broken*) echo 'Welcome'; echo 'test: not found' >&2; exit 127 ;;\n"
         "  locked*) echo 'me@locked: Permission denied (publickey).' >&2; exit 255 ;;\n"
         "  new*) echo 'Host key verification failed.' >&2; exit 255 ;;\n"
         "  *) exit 255 ;;\n"
@@ -326,10 +327,11 @@ def test_hosts_that_can_be_used(tmp_path: Path, mpirun, ssh: Path) -> None:
 
 def test_hosts_that_cannot_be_used_are_all_named(tmp_path: Path, mpirun, ssh: Path) -> None:
     with pytest.raises(UserError) as caught:
-        launch_on(tmp_path, with_daemon(mpirun(OPEN_MPI_4)), "good moved locked new dead")
+        launch_on(tmp_path, with_daemon(mpirun(OPEN_MPI_4)), "good moved broken locked new dead")
     assert str(caught.value).splitlines() == [
-        "4 of the 5 other hosts cannot be used (--no-check starts anyway):",
+        "5 of the 6 other hosts cannot be used (--no-check starts anyway):",
         "  moved: no folder /checkout; no program python",
+        "  broken: its shell did not finish the check (exit code 127): test: not found; try: ssh broken true",
         "  locked: me@locked: Permission denied (publickey).; copy your public key there: ssh-copy-id locked",
         "  new: Host key verification failed.; accept its key once: ssh new true",
         "  dead: ssh failed without a message; try: ssh dead true",

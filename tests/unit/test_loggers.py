@@ -205,7 +205,7 @@ def test_a_logger_that_raises_is_one_warning_and_the_others_go_on(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     def full(self: Recorded, row: dict[str, Any]) -> None:
-        raise RuntimeError("the server says no.\nand much more")
+        raise RuntimeError("https://me:secret@host says no.\nand much more")
 
     monkeypatch.setattr(Recorded, "row", full)
     sent = Loggers(config(tmp_path, "wandb", "tensorboard"), step=0)
@@ -214,7 +214,7 @@ def test_a_logger_that_raises_is_one_warning_and_the_others_go_on(
     sent.close(finished=True)
     assert recorded == [("open", 0)]
     assert capfd.readouterr().err == (
-        "warning: output.loggers: wandb fails: the server says no. Training goes on without it.\n"
+        "warning: output.loggers: wandb fails: https://***@host says no. Training goes on without it.\n"
     )
     assert [value.step for value in events(tmp_path).Scalars("train/loss")] == [1, 2, 3]
 

@@ -1,5 +1,6 @@
 """The set-up: what is due, and what an interruption leaves, without network and without building anything."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -117,6 +118,35 @@ class TestDue:
             (other / name).write_bytes((complete / name).read_bytes())
         (other / "horovod_megdet").symlink_to(complete / "horovod_megdet")
         assert Setup({"VENV": str(complete / ".venv")}, other).due() == ALL[3:]
+
+    def test_an_environment_that_was_moved(self, complete, tmp_path):
+        moved = complete.rename(tmp_path / "moved")
+        assert Setup({}, moved).due() == ALL
+
+    def test_the_python_of_the_environment_goes_on(self, complete, tmp_path, monkeypatch):
+        started = []
+        monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
+        other = tmp_path / "python3.12"
+        executable(other, "exit 0")
+        setup = Setup({}, complete)
+        setup.record(base=str(other))
+        setup_env.go_on_with_python_of(setup, {"MPI": "none"})
+        [(program, words, environ)] = started
+        assert (program, words[0], environ) == (str(other), str(other), {"MPI": "none", "PYTHON": str(other)})
+        setup_env.go_on_with_python_of(setup, environ)
+        assert len(started) == 1, "it goes on once"
+        other.unlink()
+        with pytest.raises(SetupError, match=r"is gone: name another Python with PYTHON="):
+            setup_env.go_on_with_python_of(setup, {})
+
+    def test_a_toolkit_that_was_found_is_looked_for_again(self, complete, tmp_path):
+        for name in ("12.8", "13.0"):
+            toolkit = tmp_path / name
+            executable(toolkit / "bin" / "nvcc", "exit 0")
+            setup = Setup({"GPU": "1", "CUDA_HOME": str(toolkit)}, complete)
+            setup.record(options=setup.options)
+            assert setup.build_variables()["HOROVOD_CUDA_HOME"] == str(toolkit)
+        assert "HOROVOD_CUDA_HOME" not in Setup({"GPU": "0"}, complete).build_variables()
 
     def test_another_python_only_if_it_is_asked_for(self, complete):
         setup = Setup({}, complete)

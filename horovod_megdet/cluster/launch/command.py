@@ -22,7 +22,7 @@ from horovod_megdet.cluster.launch.process import run_horovodrun, run_mpirun
 from horovod_megdet.errors import UserError
 
 FORWARDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "OMP_NUM_THREADS")
-FORWARDED_PREFIXES = ("HOROVOD_", "NCCL_")
+FORWARDED_PREFIXES = ("HOROVOD_", "NCCL_", "MLFLOW_", "WANDB_")
 """Environment variables that are passed on to the ranks, if they are set."""
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

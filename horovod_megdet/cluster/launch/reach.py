@@ -23,6 +23,10 @@ AT_ONCE = 32
 """Hosts that are tried at a time."""
 
 _SSH_FAILED = 255
+
+_MARK, _DONE = "megdet: ", "done"
+"""Begin the lines of the check, and end it."""
+
 _REMEDIES = {
     "Permission denied": "copy your public key there: ssh-copy-id {host}",
     "Host key verification failed": "accept its key once: ssh {host} true",
@@ -64,7 +68,8 @@ def check_hosts(hosts: Sequence[str], ssh_options: Sequence[str], needs: Sequenc
 
     Raises :class:`UserError` with a line for each host that fails.
     """
-    script = "; ".join(f"{test} || echo {shlex.quote(sentence)}" for test, sentence in needs)
+    tests = [f"{test} || echo {shlex.quote(_MARK + sentence)}" for test, sentence in needs]
+    script = "; ".join([*tests, f"echo {shlex.quote(_MARK + _DONE)}"])
     faults = _each(hosts, lambda host: _fault(host, ssh_options, script))
     bad = [f"  {host}: {fault}" for host, fault in zip(hosts, faults, strict=True) if fault]
     if bad:
@@ -93,7 +98,12 @@ def _fault(host: str, ssh_options: Sequence[str], script: str) -> str:
         said = (answer.stderr.strip().splitlines() or ["ssh failed without a message"])[-1]
         remedy = next((text for words, text in _REMEDIES.items() if words in said), "try: ssh {host} true")
         return f"{said}; {remedy.format(host=host)}"
-    return "; ".join(answer.stdout.splitlines())
+    # The shell there may greet whoever comes.
+    lines = [line.removeprefix(_MARK) for line in answer.stdout.splitlines() if line.startswith(_MARK)]
+    if _DONE not in lines:
+        said = (answer.stderr.strip().splitlines() or ["no message"])[-1]
+        return f"its shell did not finish the check (exit code {answer.returncode}): {said}; try: ssh {host} true"
+    return "; ".join(line for line in lines if line != _DONE)
 
 
 def _unknown(host: str) -> bool:
