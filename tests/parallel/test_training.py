@@ -15,6 +15,7 @@ from horovod_megdet import launched
 from horovod_megdet.config import load_config
 from horovod_megdet.engine import checkpoint
 from horovod_megdet.report.rows import read_metrics
+from horovod_megdet.wording import count
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, Path
         code, output = launching.run(launcher, ranks, arguments, folder / launcher, environment=launching.ENVIRONMENT)
         assert code == 0, output
         assert "Traceback" not in output
-        assert f"4 images = {ranks} ranks x 2 images x {2 // ranks} pass" in output
+        assert f"4 images = {count(ranks, 'rank')} x 2 images x {count(2 // ranks, 'pass')}" in output
     return found
 
 

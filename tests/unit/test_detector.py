@@ -270,5 +270,5 @@ def test_the_whole_state_moves_to_another_type() -> None:
 def test_bn_size_of_the_images_of_one_rank() -> None:
     assert bn_group(BatchNormConfig(bn_size=2), 2).size == 1
     assert bn_group(BatchNormConfig(), 2).size == 1
-    with pytest.raises(UserError, match=r"batch_norm.bn_size: 3 .* 1 ranks of 2 images; possible are 2\."):
+    with pytest.raises(UserError, match=r"batch_norm.bn_size: 3 .* 1 rank of 2 images; possible are 2\."):
         bn_group(BatchNormConfig(bn_size=3), 2)
