@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from horovod_megdet import comm, run
-from horovod_megdet.arguments import add_config_arguments, config_of
+from horovod_megdet.arguments import add_config_arguments, add_run_dir_argument, config_of
 from horovod_megdet.config import Config
 from horovod_megdet.data.loader import Batch, build_train_loader
 from horovod_megdet.engine.startup import build_trainer
@@ -27,6 +27,7 @@ from horovod_megdet.engine.trainer import Trainer
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
+    add_run_dir_argument(parser)
     return run.run_ranks(partial(config_of, parser.parse_args()), compare)
 
 
