@@ -154,7 +154,8 @@ def resume_from(trainer: Trainer, found: checkpoint.Checkpoint | None) -> None:
     path = comm.broadcast_object(str(found.path) if found else "", "checkpoint path")
     if not path:
         return
-    saved = found or checkpoint.read(path)
+    with comm.agreement("checkpoint to resume"):  # another host may not see it, or see it damaged
+        saved = found or checkpoint.read(path)
     comm.check_same({"checkpoint": str(saved.bits())}, "checkpoint to resume")
     if saved.run.training_data != trainer.train_set.fingerprint:
         raise UserError(

@@ -289,6 +289,30 @@ def test_a_host_that_differs(data: Path, tmp_path: Path, setting: str, sentence:
     assert "Traceback" not in job.output
 
 
+def test_a_host_that_does_not_see_the_checkpoint(finished: Path, data: Path, tmp_path: Path) -> None:
+    """The run directory is not on a disk that all hosts share: rank 1 says so, and nobody waits for it."""
+    script = tmp_path / "blind.py"
+    script.write_text(
+        "import runpy, sys\n"
+        "from horovod_megdet import launched\n"
+        "from horovod_megdet.engine import checkpoint\n"
+        "from horovod_megdet.errors import UserError\n"
+        "def read(path):\n"
+        "    raise UserError(f'{path}: there is no such checkpoint.')\n"
+        "if launched.rank() == 1:\n"
+        "    checkpoint.read = read\n"
+        f"sys.argv[0] = {str(launching.PROJECT / 'train.py')!r}\n"
+        f"sys.path.insert(0, {str(launching.PROJECT)!r})\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    job = Job("mpirun", 2, [*launching.tiny(run_dir, data=data), "--resume"], tmp_path, script)
+    assert job.wait(LIMIT) == EXIT_USER_ERROR, job.output
+    assert f"there is no such checkpoint. (rank 1 on {os.uname().nodename})" in job.output
+    assert "Traceback" not in job.output
+
+
 @pytest.mark.parametrize("launcher", ["mpirun", "gloo"])
 def test_one_rank_raising_ends_all(data: Path, tmp_path: Path, launcher: str) -> None:
     script = tmp_path / "raises.py"
