@@ -1,4 +1,4 @@
-"""The only place, besides the kernels of CGBN, that knows about devices."""
+"""Chooses the device, cores and threads of this rank, and sets its process up for them."""
 
 import contextlib
 import ctypes
@@ -22,13 +22,19 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def choose(runtime: RuntimeConfig) -> torch.device:
-    """Returns this rank's device and sets its cores and threads; on a GPU host rank i of the host gets GPU i.
-
-    Collective, and raises :class:`UserError`.
-    """
+    """Returns this rank's device and sets its cores and threads. Collective; raises as :func:`choose_device`."""
+    masks = core_masks()
     if runtime.bind_cores:
-        bind_to_cores()
-    torch.set_num_threads(runtime.threads_per_rank or threads_per_rank())
+        bind_to_cores(masks)
+    torch.set_num_threads(runtime.threads_per_rank or threads_per_rank(masks, comm.rank()))
+    return choose_device(runtime)
+
+
+def choose_device(runtime: RuntimeConfig) -> torch.device:
+    """Returns this rank's device, set up; on a GPU host rank i of the host gets GPU i.
+
+    Raises :class:`UserError` where there is no GPU for this rank.
+    """
     if runtime.device == "cpu" or (runtime.device == "auto" and not torch.cuda.is_available()):
         prepare_cpu()
         return torch.device("cpu")
@@ -37,7 +43,7 @@ def choose(runtime: RuntimeConfig) -> torch.device:
     if number >= count:
         raise UserError(
             f"Local rank {comm.local_rank()} has no GPU: {launched.host()} has {count}, and {comm.local_size()} ranks "
-            "run on it. Start one rank for each GPU (slots= in the hostfile), or set runtime.device: cpu."
+            "run on it. Start one rank for each GPU (slots= in the host file), or set runtime.device: cpu."
         )
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
@@ -67,13 +73,6 @@ def use_deterministic_kernels() -> None:
     torch.compiler.set_stance("force_eager")
 
 
-def threads_per_rank() -> int:
-    """The cores that a rank may use: its own if the launcher bound it to some, else its part of the host's."""
-    usable = len(os.sched_getaffinity(0))
-    bound = usable * comm.local_size() <= (os.cpu_count() or 1)
-    return usable if bound else max(1, usable // comm.local_size())
-
-
 def keep_freed_memory() -> None:
     """Lets glibc keep the memory of freed tensors for the next ones, instead of giving it back to the kernel.
 
@@ -87,17 +86,26 @@ def keep_freed_memory() -> None:
     mallopt(_M_MMAP_MAX, 0)  # nor take large blocks from elsewhere
 
 
-def bind_to_cores() -> None:
-    """Gives this rank cores of its own, where the launcher lets several ranks of a host run on the same. Collective.
+def core_masks() -> list[tuple[str, list[int]]]:
+    """The host and the cores that each rank may use. Collective."""
+    return comm.gather_objects((launched.host(), sorted(os.sched_getaffinity(0))), "cores")
+
+
+def bind_to_cores(masks: list[tuple[str, list[int]]]) -> None:
+    """Gives this rank cores of its own, where the launcher lets several ranks of a host run on the same.
 
     Otherwise the scheduler moves ranks about and now and then puts two on one core; with cross-GPU BN all ranks then
     wait, many times a step. Holds for all threads of this process and for the loader workers that it starts.
     """
-    masks = comm.gather_objects((launched.host(), sorted(os.sched_getaffinity(0))), "cores")
     cores = own_cores(masks, comm.rank())
     for thread in Path("/proc/self/task").iterdir():
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             os.sched_setaffinity(int(thread.name), cores)
+
+
+def threads_per_rank(masks: list[tuple[str, list[int]]], rank: int) -> int:
+    """One thread for each core of a rank; the same number for all ranks that share cores, if need be one too few."""
+    return max(1, len(masks[rank][1]) // masks.count(masks[rank]))
 
 
 def own_cores(masks: list[tuple[str, list[int]]], rank: int) -> set[int]:

@@ -53,9 +53,24 @@ def test_cores_that_do_not_divide_evenly_are_all_used() -> None:
     assert [len(hardware.own_cores(masks, rank)) for rank in range(2)] == [2, 3]
 
 
+@pytest.mark.parametrize(
+    ("masks", "threads"),
+    [
+        pytest.param([("node01", list(range(16)))] * 4, 4, id="all share the host"),
+        pytest.param([("node01", [0, 1])] * 4, 1, id="more ranks than cores, in a part of a large host"),
+        pytest.param([("node01", list(range(8)))] * 2, 4, id="two share a part of a large host"),
+        pytest.param([("node01", [0, 1]), ("node01", [2, 3])], 2, id="bound by the launcher"),
+        pytest.param([("node01", [0, 1]), ("node02", [0, 1])], 2, id="one on each host"),
+        pytest.param([("node01", [0, 1, 2, 3, 4])] * 2, 2, id="as many for each"),
+    ],
+)
+def test_a_rank_has_a_thread_for_each_core_of_its_own(masks: list[tuple[str, list[int]]], threads: int) -> None:
+    assert [hardware.threads_per_rank(masks, rank) for rank in range(len(masks))] == [threads] * len(masks)
+
+
 def test_alone_nothing_changes() -> None:
     before = os.sched_getaffinity(0)
-    hardware.bind_to_cores()
+    hardware.bind_to_cores(hardware.core_masks())
     assert os.sched_getaffinity(0) == before
 
 
@@ -81,7 +96,9 @@ def test_processors_without_amx_multiply_in_float32(monkeypatch: pytest.MonkeyPa
 
 
 PAGE_FAULTS = """
-import resource, sys, torch
+import ctypes, resource, sys
+assert ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) == 0  # PR_SET_THP_DISABLE: of huge pages there would be hardly a fault
+import torch
 from horovod_megdet.engine import hardware, precision
 if sys.argv[1] == "keep":
     hardware.keep_freed_memory()

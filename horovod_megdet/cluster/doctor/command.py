@@ -8,7 +8,6 @@ is wrong. No fault that is found keeps the doctor from looking for others.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import sys
@@ -19,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from horovod_megdet import comm, launched
+from horovod_megdet import comm
 from horovod_megdet.arguments import config_of
 from horovod_megdet.cluster.doctor import inputs, measurements, probes, report
 from horovod_megdet.cluster.doctor.checks import examine
@@ -108,23 +107,25 @@ def _measure(examination: Examination, config: Config | None, bare_mpi: dict[int
     Collective: every rank makes the same calls, whatever it finds out.
     """
     mine = dataclasses.replace(examination.ranks[0], place=probes.place_by_horovod(), settings=comm.launch_settings())
-    hosts = list(dict.fromkeys(comm.gather_objects(launched.host(), "doctor.hosts")))
-    examination.ranks = comm.gather_objects(_probe_more(mine, config, hosts, with_data), "doctor.facts")
+    masks = hardware.core_masks()
+    examination.ranks = comm.gather_objects(_probe_more(mine, config, masks, with_data), "doctor.facts")
     if config:
         sizes, examination.failures = probes.run_probes({"size of the detector": lambda: _sizes(config)})
         examination.gradient_bytes, examination.checkpoint_bytes = sizes.get("size of the detector", (0, 0))
     examination.run_directory = try_run_directory(Path(config.output.run_dir) if config else None)
     examination.clocks = measurements.compare_clocks()
-    horovod = measurements.time_horovod(_gradient_device(config))
+    horovod = measurements.time_horovod(_gradient_device(examination, config))
     examination.timings = [measurements.Timing(size, seconds, bare_mpi.get(size)) for size, seconds in horovod.items()]
 
 
-def _probe_more(mine: Facts, config: Config | None, hosts: list[str], with_data: bool) -> Facts:
+def _probe_more(mine: Facts, config: Config | None, masks: list[tuple[str, list[int]]], with_data: bool) -> Facts:
     """Adds what needs Horovod, or takes time. One rank of each host looks at what belongs to the host."""
     wanted: dict[str, Callable[[], object]] = {"build": probes.build}
     if config:
-        wanted["threads"] = lambda: probes.threads(config)
+        threads = config.runtime.threads_per_rank or hardware.threads_per_rank(masks, comm.rank())
+        mine = dataclasses.replace(mine, threads=threads)
     if mine.place.local_rank == 0:
+        hosts = list(dict.fromkeys(host for host, _ in masks))
         wanted["resolved"] = lambda: probes.resolve(hosts)
         if config and with_data:
             wanted["data"] = lambda: inputs.data_sets(config)
@@ -141,15 +142,22 @@ def _sizes(config: Config) -> tuple[int, int]:
     return gradients, checkpoint.expected_bytes(detector, config.solver)
 
 
-def _gradient_device(config: Config | None) -> torch.device:
-    """Where the gradients are; the CPU if some rank has no GPU, which is a finding elsewhere. Collective."""
-    device = torch.device("cpu")
+def _gradient_device(examination: Examination, config: Config | None) -> torch.device:
+    """Where the gradients are; the CPU if some rank cannot use a GPU. Collective."""
+    device, failure = torch.device("cpu"), ""
     if config:
-        with contextlib.suppress(UserError):
-            # Without dividing the cores, which is collective, and a rank without a configuration would not take part.
-            device = hardware.choose(config.runtime.model_copy(update={"bind_cores": False}))
-    everywhere = all(kind == device.type for kind in comm.gather_objects(device.type, "doctor.device"))
-    return device if everywhere else torch.device("cpu")
+        try:
+            device = hardware.choose_device(config.runtime)
+        except UserError:
+            pass  # this rank has no GPU, which check_gpus says
+        except Exception as error:  # CUDA raises all kinds
+            failure = f"{type(error).__name__}: {error}".splitlines()[0]
+    answers = comm.gather_objects((device.type, failure), "doctor.device")
+    examination.ranks = [
+        dataclasses.replace(facts, gpu_failure=reason)
+        for facts, (_, reason) in zip(examination.ranks, answers, strict=True)
+    ]
+    return device if all(kind == device.type for kind, _ in answers) else torch.device("cpu")
 
 
 def _report(examination: Examination, arguments: argparse.Namespace) -> int:

@@ -150,6 +150,8 @@ class Facts:
     processor: Processor | None = None
     gpus: list[str] | None = None
     """Names of the GPUs that the rank sees."""
+    gpu_failure: str = ""
+    """What CUDA says where the rank's GPU cannot be used."""
     network: Network | None = None
     run_disk: Disk | None = None
     temporary_disk: Disk | None = None

@@ -22,7 +22,6 @@ from horovod_megdet import comm, launched
 from horovod_megdet.cluster.doctor import facts
 from horovod_megdet.config import Config
 from horovod_megdet.data.loader import PREFETCH
-from horovod_megdet.engine import hardware
 from horovod_megdet.versions import versions
 
 INTERFACE_VARIABLES = (
@@ -200,11 +199,6 @@ def summarize(config: Config) -> facts.ConfigSummary:
         keep_checkpoints=config.output.keep_checkpoints,
         batch_bytes=(PREFETCH + 1) * data.images_per_rank * 3 * max(data.shorter_side_train) * data.longer_side_train,
     )
-
-
-def threads(config: Config) -> int:
-    """CPU threads that this rank has in training; needs Horovod to be started."""
-    return config.runtime.threads_per_rank or hardware.threads_per_rank()
 
 
 def resolve(hosts: list[str]) -> dict[str, list[str]]:

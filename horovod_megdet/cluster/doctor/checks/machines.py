@@ -44,6 +44,11 @@ def check_gpus(examination: Examination) -> list[Finding]:
         sentence = f"there are more ranks than GPUs: none is left for {where(short, ranks)}"
         remedy = "Start one rank per GPU (slots= in the host file), or set runtime.device: cpu."
         findings.append(error(sentence, remedy))
+    if failed := grouped((facts, facts.gpu_failure) for facts in known if facts.gpu_failure):
+        remedy = "Check nvidia-smi there: another process may hold the GPU (compute mode), or it needs a reset."
+        findings += [
+            error(f"the GPU cannot be used on {where(who, ranks)}: {why}", remedy) for why, who in failed.items()
+        ]
     if difference := differing(names):
         remedy = "Use GPUs of one kind in a run: all ranks wait for the slowest."
         findings.append(warning(f"the GPUs differ: {difference}", remedy))
