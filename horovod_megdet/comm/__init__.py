@@ -1,11 +1,10 @@
 """Everything that leaves a rank goes through this package, the only one that imports Horovod or mpi4py.
 
-All functions but :func:`init` and :func:`abort` are collective where they communicate: every rank of the group calls
-them, in the same order.
+All functions are collective where they communicate: every rank of the group calls them, in the same order. Those that a
+rank calls on its own are :func:`abort`, :func:`hang_up`, :func:`end_last` and :func:`hosts_changed`.
 """
 
 from horovod_megdet.comm.collectives import (
-    DistributedOptimizer,
     Group,
     LostRankError,
     alone,
@@ -30,8 +29,7 @@ from horovod_megdet.comm.collectives import (
     synchronize,
     world,
 )
-from horovod_megdet.comm.consensus import agreed_error, agreement, check_same
-from horovod_megdet.comm.defaults import LAUNCH_DEFAULTS
+from horovod_megdet.comm.consensus import agreement, check_same
 from horovod_megdet.comm.elastic import (
     HostsChanged,
     RemovedError,
@@ -44,7 +42,6 @@ from horovod_megdet.comm.elastic import (
     rejoin,
 )
 from horovod_megdet.comm.start import (
-    GLOO_TIMEOUT,
     abort,
     built_features,
     controller,
@@ -55,9 +52,6 @@ from horovod_megdet.comm.start import (
 )
 
 __all__ = [
-    "GLOO_TIMEOUT",
-    "LAUNCH_DEFAULTS",
-    "DistributedOptimizer",
     "Group",
     "HostsChanged",
     "LostRankError",
@@ -65,7 +59,6 @@ __all__ = [
     "StoppedError",
     "Unsaved",
     "abort",
-    "agreed_error",
     "agreement",
     "alone",
     "barrier",

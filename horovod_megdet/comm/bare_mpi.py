@@ -21,7 +21,7 @@ class BareMPI:
         from mpi4py import MPI
 
         if not MPI.Is_initialized():
-            # By a foreign call, which lets other threads run: if a rank is missing, this one waits here for ever.
+            # By a foreign call, which lets other threads run: if a rank is missing, this one waits here forever.
             library = ctypes.CDLL(MPI.__file__)
             library.MPI_Init_thread(None, None, MPI.THREAD_MULTIPLE, ctypes.byref(ctypes.c_int()))
         self._mpi = MPI

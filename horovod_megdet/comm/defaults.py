@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from horovod_megdet import launched
+
 LAUNCH_DEFAULTS = {
     # Without yielding, an idle rank's busy wait steals the core that another rank or Horovod's own thread needs.
     "OMPI_MCA_mpi_yield_when_idle": "1",
@@ -13,6 +15,12 @@ LAUNCH_DEFAULTS = {
 }
 """Set where the user did not."""
 
+ELASTIC_DEFAULTS = {
+    # A message may not count as arrived while it is in the GPU's queue: what follows from it is kept as a whole step.
+    "HOROVOD_ENABLE_ASYNC_COMPLETION": "0",
+}
+"""Take their place in an elastic job."""
+
 RULES_OF_ALLREDUCE = {
     "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
     "OMPI_MCA_coll_tuned_dynamic_rules_filename": str(Path(__file__).with_name("open_mpi_allreduce.rules")),
@@ -20,9 +28,14 @@ RULES_OF_ALLREDUCE = {
 """Likewise: Open MPI sums large messages, the gradients, in a ring; the file says from which size on, and why."""
 
 
+def launch_defaults() -> dict[str, str]:
+    """Those of this job."""
+    return LAUNCH_DEFAULTS | (ELASTIC_DEFAULTS if launched.elastic() else {})
+
+
 def set_launch_defaults() -> None:
     """Sets them for MPI and Horovod, which read them when they start."""
-    for name, value in LAUNCH_DEFAULTS.items():
+    for name, value in launch_defaults().items():
         os.environ.setdefault(name, value)
     if not RULES_OF_ALLREDUCE.keys() & os.environ.keys():
         os.environ.update(RULES_OF_ALLREDUCE)

@@ -118,8 +118,6 @@ def join(deterministic: bool = False, stopping: Callable[[], object] = lambda: F
     :class:`RemovedError`, :class:`StoppedError` and :class:`UserError` as :func:`rejoin` does.
     """
     _news.listen()
-    # A message may not count as arrived while it is in the GPU's queue: what follows from it is kept as a whole step.
-    os.environ.setdefault("HOROVOD_ENABLE_ASYNC_COMPLETION", "0")
     start.prepare(deterministic, groups=False)
     # Where it is set, Horovod 0.28.1 sends up to 128 MB at once when a process starts it for the first time, and up to
     # 1 MB when it starts it again, and ranks that differ in that read each other's messages wrongly. (Its
@@ -183,8 +181,9 @@ def _wait_for_place(stopping: Callable[[], object], unsaved: Unsaved | None) -> 
         if waiting.seconds > next_attempt:
             if next_attempt == QUIET_SECONDS:
                 say(
-                    f"Rank {launched.rank()} on {launched.host()} waits for its new place: either another rank has not "
-                    "noticed the change yet, or fewer ranks than the minimum are left and the launcher waits for hosts."
+                    f"Rank {launched.rank()} on {launched.host()} is waiting for a new rank assignment: either another "
+                    "rank has not noticed the change yet, or fewer ranks than the minimum are left and the launcher "
+                    "waits for hosts."
                 )
             saving.attempt()
             next_attempt = waiting.seconds + LONGEST_SAVING
@@ -272,10 +271,10 @@ def _ask_for_place(timeout: float | None = None) -> list[int]:
     server = f"{os.environ['HOROVOD_GLOO_RENDEZVOUS_ADDR']}:{os.environ['HOROVOD_GLOO_RENDEZVOUS_PORT']}"
     key = f"{os.environ['HOROVOD_HOSTNAME']}:{os.environ['HOROVOD_LOCAL_RANK']}"
     try:
-        with urllib.request.urlopen(f"http://{server}/rank_and_size/{key}", timeout=timeout) as answer:
-            return [int(number) for number in answer.read().decode().split(",")]
+        answer = start.ask_launcher(f"http://{server}/rank_and_size/{key}", timeout)
+        return [int(number) for number in answer.decode().split(",")]
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         raise UserError(
-            f"the launcher gives this process no place among the remaining ranks: {error}. Too few hosts are left, or "
+            f"the launcher did not assign this process a rank: {error}. Too few hosts are left, or "
             "the launcher has ended. Start again with --resume."
         ) from None

@@ -16,7 +16,7 @@ import horovod.torch as hvd
 from horovod_megdet import launched
 from horovod_megdet.comm.bare_mpi import BareMPI
 from horovod_megdet.comm.collectives import size, waiting_for
-from horovod_megdet.comm.defaults import LAUNCH_DEFAULTS, set_launch_defaults
+from horovod_megdet.comm.defaults import launch_defaults, set_launch_defaults
 from horovod_megdet.errors import UserError
 
 GLOO_TIMEOUT = "10"
@@ -32,7 +32,6 @@ STORE_TIMEOUT = 10.0
 _NOT_IN_STORE = (OSError, http.client.HTTPException, ValueError)
 
 _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""A proxy, which the environment may name, does not reach the launcher."""
 
 Meeting = Literal["complete", "incomplete", "stopped"]
 """How it ended that ranks waited for each other: all came; some did not; some did not, and the job is to stop."""
@@ -53,7 +52,7 @@ def init(deterministic: bool = False, groups: bool = False) -> None:
 def _any_rank_needs(groups: bool) -> bool:
     """Whether groups are needed on any rank; waits for all of them.
 
-    Ranks that start Horovod with and without groups wait for each other for ever. Those whose configuration differs, or
+    Ranks that start Horovod with and without groups wait for each other forever. Those whose configuration differs, or
     cannot be read, have to start it, too, so that all can say so.
     """
     if launched.by_horovodrun():
@@ -152,7 +151,7 @@ class Waiting:
         Anyone who reaches the store may write to it. So values are JSON, and not pickled as Horovod's own client does.
         """
         with contextlib.suppress(*_NOT_IN_STORE):
-            return json.loads(self._ask(urllib.request.Request(self._url + key)))
+            return json.loads(ask_launcher(self._url + key, STORE_TIMEOUT))
         return None
 
     def wait_for(self, key: str) -> Any:
@@ -165,12 +164,8 @@ class Waiting:
     def write(self, key: str, value: Any) -> None:
         """Sets the value of a key, something that JSON knows. A launcher that has ended has no use for it."""
         with contextlib.suppress(*_NOT_IN_STORE):
-            self._ask(urllib.request.Request(self._url + key, data=json.dumps(value).encode(), method="PUT"))
-
-    def _ask(self, request: urllib.request.Request) -> bytes:
-        with _DIRECTLY.open(request, timeout=STORE_TIMEOUT) as response:
-            content: bytes = response.read()
-            return content
+            request = urllib.request.Request(self._url + key, data=json.dumps(value).encode(), method="PUT")
+            ask_launcher(request, STORE_TIMEOUT)
 
     def to_stop(self, stopping: Callable[[], object]) -> bool:
         """Whether any rank is ``stopping()``. One that is tells the others: rank 0 may not have been asked itself."""
@@ -197,6 +192,16 @@ class Waiting:
         self.write(f"{key}.first", None)
 
 
+def ask_launcher(request: str | urllib.request.Request, timeout: float | None) -> bytes:
+    """The answer of horovodrun's server, within ``timeout`` seconds.
+
+    Asked directly: a proxy, which the environment may name, does not reach it. Raises what :mod:`urllib` does.
+    """
+    with _DIRECTLY.open(request, timeout=timeout) as response:
+        answer: bytes = response.read()
+        return answer
+
+
 def controller() -> str:
     """``mpi`` or ``gloo``: who moves the messages."""
     return "mpi" if hvd.mpi_enabled() else "gloo"
@@ -218,10 +223,10 @@ def mpi_library() -> str:
 
 
 def launch_settings() -> dict[str, str]:
-    """The values in force of :data:`LAUNCH_DEFAULTS`, with who set them. Elastic jobs do without some."""
+    """The values in force of :func:`launch_defaults`, with who set them. Elastic jobs do without some."""
     return {
         name: f"{os.environ[name]} ({'default' if os.environ[name] == default else 'yours'})"
-        for name, default in LAUNCH_DEFAULTS.items()
+        for name, default in launch_defaults().items()
         if name in os.environ
     }
 
