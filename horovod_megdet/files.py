@@ -1,6 +1,7 @@
-"""Writing files so that no reader ever sees an incomplete one."""
+"""Writing files so that no reader ever sees an incomplete one, and their hashes."""
 
 import contextlib
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -33,3 +34,9 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's content, in hexadecimal digits; it is not held in memory as a whole."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

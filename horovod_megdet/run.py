@@ -52,21 +52,25 @@ def train(arguments: argparse.Namespace) -> int:
 def evaluate_checkpoint(path: str, overrides: list[str]) -> int:
     """What ``megdet evaluate`` does: evaluates with the configuration in the checkpoint; returns the exit code."""
     return run_ranks(
-        lambda: override(checkpoint.read(path).config, overrides), lambda config: evaluate(config, Path(path))
+        # What is wrong with newer checkpoints is said when the one to evaluate is chosen.
+        lambda: override(checkpoint.read(path, report=lambda _: None).config, overrides),
+        lambda config: evaluate(config, Path(path)),
     )
 
 
 def evaluate(config: Config, path: Path) -> int:
     """Evaluates a checkpoint on the validation set of ``config``, prints the table and writes the detections."""
-    config, detector, dataset, device, saved = build_for_evaluation(config, path)
-    evaluation = evaluate_detector(config, detector, dataset, device)
+    built = build_for_evaluation(config, path)
+    evaluation = evaluate_detector(built.config, built.detector, built.val_set, built.device)
     if comm.is_main():
         console().print(render(evaluation, multi_scale=config.evaluation != config.evaluation.one_view))
         if evaluation.losses:
             console().print(f"Validation {loss_in_words(evaluation.row())}")
-        detections = saved.path / "detections.json"
-        evaluation.write_detections(detections)
-        console().print(f"Detections: {detections}")
+    with comm.agreement("detections"):
+        if comm.is_main():
+            detections = built.checkpoint / "detections.json"
+            evaluation.write_detections(detections)
+            console().print(f"Detections: {detections}")
     return 0
 
 
@@ -141,7 +145,7 @@ class _Job:
         at_step = f", at step {progress.step}," if progress.step else ""
         match error:
             case comm.RemovedError():
-                say(f"A rank on {launched.host()} leaves the job: its host was taken away, or a rank there failed.")
+                say(f"A rank on {launched.host()} leaves the job: its host was removed, or a rank there failed.")
                 # At once: the driver may soon give its slot to a new process, and take this one's end for that one's.
                 comm.abort(0)
             case comm.StoppedError():

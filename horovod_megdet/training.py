@@ -46,7 +46,8 @@ def train(
     the main script again: call this below ``if __name__ == "__main__":``.
 
     There is neither a watchdog nor a handler of signals: the program, or its launcher, decides what ends it. The random
-    generators of torch, NumPy and Python are seeded, and the number of torch's threads is that of the configuration.
+    generators of torch, NumPy and Python are seeded, and the process is set up as ``train.py`` sets up its own: cores
+    (``runtime.bind_cores``), threads and GPU of the rank, precision of matrix products, how glibc keeps memory.
 
     Args:
         config: the path of a YAML file; a dict with the same sections, which may have a file as its ``base``; or a
@@ -83,9 +84,9 @@ def evaluate(checkpoint: str | Path, override: Mapping[str, Any] | None = None, 
     """
     with _printing(verbose):
         launched.check_srun()
-        config = start_horovod(lambda: merge(checkpoints.read(checkpoint).config, override or {}))
-        config, detector, dataset, device, _ = build_for_evaluation(config, Path(checkpoint))
-        return evaluate_detector(config, detector, dataset, device)
+        config = start_horovod(lambda: merge(checkpoints.read(checkpoint, lambda _: None).config, override or {}))
+        built = build_for_evaluation(config, Path(checkpoint))
+        return evaluate_detector(built.config, built.detector, built.val_set, built.device)
 
 
 def _printing(verbose: bool) -> AbstractContextManager[None]:

@@ -6,11 +6,11 @@ SHOWN = 6
 """Names that a sentence lists."""
 
 
-def some(names: Iterable[str]) -> str:
+def some(names: Iterable[str], shown: int = SHOWN) -> str:
     """`a, b, c`; the first names and the number of the others where there are many: `a, b, c, d, e, f and 2 more`."""
     names = list(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def count(number: int, noun: str) -> str:

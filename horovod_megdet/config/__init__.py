@@ -12,6 +12,7 @@ from horovod_megdet.config.schema import (
     RuntimeConfig,
     Section,
     SolverConfig,
+    by_dotted_key,
     section_type,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "Section",
     "SolverConfig",
     "as_config",
+    "by_dotted_key",
     "load_config",
     "merge",
     "override",

@@ -23,23 +23,11 @@ DEMO = Path(__file__).with_name("demo.yaml")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Reads a YAML file, its ``base`` and the ``section.key=value`` overrides into a validated :class:`Config`.
+    """Reads a YAML file, its bases and the ``section.key=value`` overrides into a validated :class:`Config`.
 
     Raises :class:`UserError` naming the file, the key's path and the nearest valid key.
     """
-    path = Path(path)
-    values = _read_yaml(path)
-    sources = dict.fromkeys(_key_paths(values), str(path))
-    base = values.pop("base", None)
-    if base is not None:
-        if not isinstance(base, str):
-            raise UserError(f"{path}: base must be the path of a YAML file, not {base!r}.")
-        base_path = _base_path(base, path.parent)
-        base_values = _read_yaml(base_path)
-        if "base" in base_values:
-            raise UserError(f"{base_path}: a base file cannot have a base of its own (it is the base of {path}).")
-        sources = dict.fromkeys(_key_paths(base_values), str(base_path)) | sources
-        values = _merge(base_values, values)
+    values, sources = _read_with_bases(Path(path), ())
     return _validate(values, overrides or [], sources, str(path))
 
 
@@ -54,7 +42,7 @@ def as_config(config: Config | Mapping[str, Any] | str | Path) -> Config:
         return load_config(config)
     values = dict(config)
     base = values.pop("base", None)
-    return merge(Config() if base is None else load_config(_base_path(base, Path())), values)
+    return merge(Config() if base is None else load_config(_base_path(base, Path(), "the configuration")), values)
 
 
 def merge(config: Config, values: Mapping[str, Any]) -> Config:
@@ -63,7 +51,23 @@ def merge(config: Config, values: Mapping[str, Any]) -> Config:
     return _validate(merged, [], dict.fromkeys(_key_paths(merged), "the configuration"), "the configuration")
 
 
-def _base_path(base: str | Path, folder: Path) -> Path:
+def _read_with_bases(path: Path, based_on_it: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of a file over those of its ``base``, which may have one, too; and the file that each key is from."""
+    values = _read_yaml(path)
+    sources = dict.fromkeys(_key_paths(values), str(path))
+    base = values.pop("base", None)
+    if base is None:
+        return values, sources
+    files, base_path = (*based_on_it, path), _base_path(base, path.parent, str(path))
+    if base_path.resolve() in [file.resolve() for file in files]:
+        raise UserError(f"{path}: its base is {base_path}, which is based on this file.")
+    base_values, base_sources = _read_with_bases(base_path, files)
+    return _merge(base_values, values), base_sources | sources
+
+
+def _base_path(base: object, folder: Path, where: str) -> Path:
+    if not isinstance(base, str | Path):
+        raise UserError(f"{where}: base must be the path of a YAML file, not {base!r}.")
     return DEMO if base == "demo" else folder / base
 
 
@@ -169,6 +173,8 @@ def _explain(error: pydantic.ValidationError, sources: dict[str, str], default: 
         elif item["type"] in ("model_type", "tuple_type"):
             kind = "a section with keys below it" if item["type"] == "model_type" else "a list such as [8, 10]"
             sentences.append(f"{where}: `{key}`: should be {kind}, not {item['input']!r}.")
+        elif item["type"] == "too_short":
+            sentences.append(f"{where}: `{key}`: the list must not be empty.")
         else:
             message = item["msg"].removeprefix("Value error, ")
             given = "" if isinstance(item["input"], dict | BaseModel) else f", not {item['input']!r}"

@@ -6,7 +6,7 @@ docstring below a key is its documentation: ``scripts/write_configuration_docs.p
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -59,7 +59,7 @@ class ModelConfig(Section):
     anchor_sizes: tuple[Positive, ...] = (32, 64, 128, 256, 512)
     """Side of the square anchor at each of the five pyramid levels P2 to P6, in pixels of the resized image."""
 
-    anchor_aspect_ratios: tuple[Annotated[float, Field(gt=0)], ...] = (0.5, 1.0, 2.0)
+    anchor_aspect_ratios: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (0.5, 1.0, 2.0)
     """Height / width of the anchors, at every level."""
 
     rpn_candidates_train: Positive = 2000
@@ -146,22 +146,23 @@ class DataConfig(Section):
     """Train on images without annotations too."""
 
     repeat_factor: Fraction = 0.0
-    """Threshold t of repeat-factor sampling (docs/data.md): an epoch has the images of a class that fewer than this
-    fraction of the images show sqrt(t / fraction) times. LVIS takes 0.001; 0: every image once."""
+    """Threshold t of repeat-factor sampling (docs/data.md): images of a class that appears in less than this fraction
+    of the images come sqrt(t / fraction) times per epoch. LVIS takes 0.001; 0: every image once."""
 
     bad_annotations: Literal["error", "skip"] = "error"
     """What to do about bad annotations and image files: `error` ends the run at the start and lists them; `skip` leaves
     them out, counts and reports them."""
 
     check_images: Literal["open", "decode", "trust"] = "open"
-    """How the start checks image files that are new, or have changed since the last start: `open` reads their headers,
-    `decode` all of them; `trust` does not look at image files, and takes their sizes, as displayed, from the JSON."""
+    """How the start checks image files that are new, or have changed since the last start: `open` reads their headers;
+    `decode` decodes each file completely; `trust` does not look at the files, and takes their sizes, as displayed, from
+    the JSON."""
 
     cache_dir: str = ""
     """Folder for what a start finds out about annotations and images, which later starts map in a second; left out, it
     is kept beside the JSON or, where that folder cannot be written, in the user's cache folder."""
 
-    shorter_side_train: tuple[Positive, ...] = (800,)
+    shorter_side_train: Annotated[tuple[Positive, ...], Field(min_length=1)] = (800,)
     """Shorter side after resizing, in pixels; one is drawn per image and epoch (multi-scale training)."""
 
     longer_side_train: Positive = 1333
@@ -238,8 +239,8 @@ class SolverConfig(Section):
     """Send gradients as float32 or as float16."""
 
     measure_noise: Literal["auto", "never"] | Positive = "auto"
-    """Steps between two measurements of the gradient's noise (docs/method.md); `auto` measures as often as costs less
-    than 1 % of the time, and with agvm in every step. It takes two ranks, or two passes per step."""
+    """Steps between two measurements of the gradient's noise (docs/method.md); `auto` measures as often as possible
+    within 1 % of the training time, and with agvm in every step. Needs two ranks, or two passes per step."""
 
     lr_modulation: Literal["none", "agvm"] = "none"
     """`agvm`: factors for the learning rates of FPN, RPN and box head that bring their gradient variances into line
@@ -311,7 +312,7 @@ class RuntimeConfig(Section):
     """`auto` takes the GPU with the number of the local rank where there is one."""
 
     threads_per_rank: NotNegative = 0
-    """CPU threads of a rank; 0 divides the host's cores among its ranks."""
+    """CPU threads of a rank; 0 divides the cores among the ranks that share them."""
 
     bind_cores: bool = True
     """Give each rank of a host cores of its own, unless the launcher did."""
@@ -359,8 +360,13 @@ class OutputConfig(Section):
     """Validation images drawn with ground truth and detections."""
 
     loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
-    """Where metrics, configuration and pictures go beside the files of the run (docs/loggers.md): `tensorboard`,
-    `mlflow`, `wandb` (extras of the same names). One that is missing or fails is a warning."""
+    """Where metrics, configuration and pictures go, in addition to the files of the run (docs/loggers.md):
+    `tensorboard`, `mlflow`, `wandb` (extras of the same names). One that is missing or fails is a warning."""
+
+
+def by_dotted_key(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The values of all sections by names such as ``solver.base_lr``."""
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
 class Config(Section):

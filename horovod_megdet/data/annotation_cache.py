@@ -80,12 +80,6 @@ class JsonState:
         return self.time_ns != TOO_RECENT and replace(self, sha256=recorded.sha256) == recorded
 
 
-def sha256_of(path: Path) -> str:
-    """The hash of a file's content, which is not held in memory as a whole."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @dataclass(frozen=True)
 class Listed:
     """The image files that an annotation file lists, whether they are good or bad."""
@@ -122,7 +116,6 @@ class Cache:
     """A cache file that is whole and of this version; whether it is up to date has to be seen."""
 
     mapping: MappedArrays
-    path: Path
 
     @property
     def json(self) -> JsonState:
@@ -157,7 +150,7 @@ def caches(source: Source, digest: str | None = None) -> Iterator[Cache]:
         if mapping.metadata.get("format") != FORMAT or mapping.owner not in trusted:
             continue
         if mapping.digest == digest if digest is not None else mapping.intact():
-            yield Cache(mapping, path)
+            yield Cache(mapping)
 
 
 def save(source: Source, found: Annotations, listed: Listed, state: JsonState) -> tuple[str, Path | None, str]:

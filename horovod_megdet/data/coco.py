@@ -7,7 +7,6 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -17,7 +16,7 @@ from horovod_megdet.data.image_files import CheckImages
 from horovod_megdet.data.images import FRACTIONS, ImageFileError, read_image
 from horovod_megdet.data.reading import ALONE, Ranks, read_annotations
 from horovod_megdet.errors import UserError
-from horovod_megdet.wording import some
+from horovod_megdet.wording import count, some
 
 SHOWN_PROBLEMS = 5
 """Problems that an error message lists; `megdet check-data` lists all of them."""
@@ -59,10 +58,6 @@ class CocoDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     def __len__(self) -> int:
         return len(self.image_ids)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """See :meth:`read`."""
-        return self.read(index)
 
     def read(self, index: int, at_least: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """An image with its boxes; in a training set without crowd regions.
@@ -107,10 +102,6 @@ class CocoDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def ground_truth(self) -> Annotations:
         """The valid annotations of these images, including crowd regions; ids are those of the JSON."""
         return self._found if self._kept is None else self._found.select(self._is_kept())
-
-    def to_coco(self) -> COCO:
-        """:attr:`ground_truth` for pycocotools."""
-        return self.ground_truth.to_coco()
 
     def _place(self, index: int) -> int:
         return index if self._kept is None else int(self._kept[index])
@@ -200,8 +191,8 @@ def check_same_classes(train: CocoDataset, val: CocoDataset) -> None:
 
 def describe_problems(source: Source, problems: list[Problem]) -> str:
     """One message with the first few problems, and how many there are."""
-    noun = "problem" if len(problems) == 1 else "problems"
-    lines = [f"{source.annotations}: {len(problems)} {noun} in the annotations or the image files in {source.images}:"]
+    found = count(len(problems), "problem")
+    lines = [f"{source.annotations}: {found} in the annotations or the image files in {source.images}:"]
     lines += [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
     if len(problems) > SHOWN_PROBLEMS:
         lines.append(f"  ... and {len(problems) - SHOWN_PROBLEMS} more")

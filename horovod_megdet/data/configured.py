@@ -12,7 +12,7 @@ SYNTHETIC = "synthetic:"
 
 def make_synthetic(data: DataConfig) -> None:
     """Generates the synthetic data set if the configuration uses it and it does not exist yet."""
-    if SYNTHETIC in data.train_annotations + data.val_annotations:
+    if any(annotations.startswith(SYNTHETIC) for annotations in (data.train_annotations, data.val_annotations)):
         ensure_synthetic(Path(data.synthetic_root), data.synthetic_train_images, data.synthetic_val_images)
 
 
@@ -35,7 +35,7 @@ def load_split(data: DataConfig, training: bool, ranks: Ranks = ALONE) -> CocoDa
         annotations,
         images,
         training=training,
-        keep_empty=data.keep_empty_images or not training,
+        keep_empty=data.keep_empty_images,
         bad=data.bad_annotations,
         check_images=data.check_images,
         cache_dir=cache_folder(data),

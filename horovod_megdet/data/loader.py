@@ -26,7 +26,7 @@ from horovod_megdet.data.coco import CocoDataset
 from horovod_megdet.data.images import ImageFileError
 from horovod_megdet.data.repeat_factors import repeat_factors
 from horovod_megdet.data.sampler import GroupedBatchSampler, ImageStream, PlannedImage, evaluation_shard
-from horovod_megdet.data.transforms import DetectionTransform, build_transform, evaluation_transforms
+from horovod_megdet.data.transforms import DetectionTransform, evaluation_transforms, training_transform
 
 PREFETCH = 2
 """Batches that each worker prepares ahead."""
@@ -242,7 +242,7 @@ def build_train_loader(
     The images and their augmentation depend only on the seed and the stream position, not on ranks or workers.
     """
     sampler = GroupedBatchSampler(image_stream(dataset, data, seed), rank, ranks, start, stop)
-    return _build_loader(BatchReader(dataset, build_transform(data, training=True), seed), sampler, data, pin_memory)
+    return _build_loader(BatchReader(dataset, training_transform(data), seed), sampler, data, pin_memory)
 
 
 def build_eval_loader(

@@ -20,6 +20,7 @@ from horovod_megdet.data.annotation_json import read_annotation_file
 from horovod_megdet.data.annotations import Annotations
 from horovod_megdet.data.image_files import CheckedFiles, check_files, list_files
 from horovod_megdet.errors import UserError
+from horovod_megdet.files import sha256
 from horovod_megdet.printing import say
 
 T = TypeVar("T")
@@ -150,7 +151,7 @@ class _Leader:
         source, recorded, listed = self.source, cache.json, cache.listed()
         state = JsonState.of(source.annotations)
         if not state.shows_no_change_since(recorded):
-            state = replace(state, sha256=annotation_cache.sha256_of(source.annotations))
+            state = replace(state, sha256=sha256(source.annotations))
             if state.sha256 != recorded.sha256:
                 return False
             recorded = state

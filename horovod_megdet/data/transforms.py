@@ -58,19 +58,10 @@ class DetectionTransform:
             boxes = torch.stack([new_size[1] - boxes[:, 2], boxes[:, 1], new_size[1] - boxes[:, 0], boxes[:, 3]], dim=1)
         return image, boxes
 
-    def __call__(self, image: Tensor, boxes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """:meth:`draw_size` and :meth:`apply` for an image (3, h, w) in its full resolution."""
-        size = (image.shape[1], image.shape[2])
-        return self.apply(image, boxes, size, self.draw_size(size, generator), generator)
 
-
-def build_transform(data: DataConfig, training: bool) -> DetectionTransform:
-    """The transform for training (random) or for evaluation (one fixed size, nothing random)."""
-    if training:
-        return DetectionTransform(
-            data.shorter_side_train, data.longer_side_train, data.horizontal_flip, data.photometric
-        )
-    return DetectionTransform((data.shorter_side_test,), data.longer_side_test)
+def training_transform(data: DataConfig) -> DetectionTransform:
+    """The random transform for training."""
+    return DetectionTransform(data.shorter_side_train, data.longer_side_train, data.horizontal_flip, data.photometric)
 
 
 def evaluation_transforms(data: DataConfig, scales: tuple[int, ...]) -> list[DetectionTransform]:

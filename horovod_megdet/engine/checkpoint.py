@@ -7,7 +7,6 @@ that a kill at any moment leaves either the whole checkpoint or none.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -26,7 +25,9 @@ from torch import Tensor, nn
 
 from horovod_megdet.config import Config, SolverConfig
 from horovod_megdet.errors import NotSavedError, UserError
+from horovod_megdet.files import sha256
 from horovod_megdet.models.weights import MODEL_FILE
+from horovod_megdet.printing import say
 from horovod_megdet.solver.agvm import AGVM
 from horovod_megdet.solver.gradient_noise import NoiseAverages
 from horovod_megdet.solver.optimizer import state_bytes
@@ -64,7 +65,7 @@ class Position:
 
 @dataclass
 class TrainingState:
-    """What training needs beside the weights to go on as if it had never stopped."""
+    """What training needs besides the weights to go on as if it had never stopped."""
 
     optimizer: dict[str, Any]
     """The optimizer's state dict."""
@@ -115,9 +116,9 @@ class Checkpoint:
     def state(self) -> TrainingState:
         """What training needs to go on, on the CPU."""
         state = torch.load(self.path / STATE_FILE, map_location="cpu", weights_only=True)
-        if "best_ap" in state["position"]:  # of version 0.1
+        if "best_ap" in state["position"]:  # of the first format
             state["position"]["best_value"] = state["position"].pop("best_ap")
-        if "weight" in state.get("noise", {}):  # of version 0.1, which averaged over the end of the warm-up
+        if "weight" in state.get("noise", {}):  # of the first format, which averaged over the end of the warm-up
             del state["noise"]
         kinds = {"position": Position, "noise": NoiseAverages, "agvm": AGVM}
         return TrainingState(**(state | {key: kind(**state[key]) for key, kind in kinds.items() if key in state}))
@@ -204,21 +205,26 @@ def prune(run_dir: Path, keep: int, best: str | None, written: str) -> None:
             shutil.rmtree(path)
 
 
-def read(path: str | Path) -> Checkpoint:
+def _warn(sentence: str) -> None:
+    say(f"warning: {sentence}")
+
+
+def read(path: str | Path, report: Callable[[str], None] = _warn) -> Checkpoint:
     """Checks a checkpoint folder, or a run directory's newest one, and reads its description.
 
-    Raises :class:`UserError` when it is missing, truncated or damaged.
+    In a run directory, broken ones are reported and passed over. Raises :class:`UserError` when it is missing,
+    truncated or damaged.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: there is no such checkpoint.")
     if not (path / DESCRIPTION_FILE).exists() and folder(path).is_dir():
-        return newest(path, report=lambda sentence: None)
+        return newest(path, report)
     try:
         description = json.loads((path / DESCRIPTION_FILE).read_text(encoding="utf-8"))
         digests = _recorded_digests(path, description)
         for file, expected in digests.items():
-            if _sha256(path / file) != expected:
+            if sha256(path / file) != expected:
                 raise UserError(f"{path / file}: the checkpoint is damaged: its SHA-256 is not the one recorded.")
         place = {key: description.pop(key) for key in ("step", "images_seen", "epoch")}
         return Checkpoint(path, RunDescription(**description), **place, digests=digests)
@@ -237,7 +243,7 @@ def is_whole(path: Path) -> bool:
 
 
 def _recorded_digests(path: Path, description: dict[str, Any]) -> dict[str, str]:
-    """The SHA-256 of each file. Checkpoints of version 0.1 have them in their description instead of a file."""
+    """The SHA-256 of each file. The first format has them in the description instead of a file."""
     if (in_description := description.pop("sha256", None)) is not None:
         return dict(in_description)
     lines = (path / SUMS_FILE).read_text(encoding="utf-8").splitlines()
@@ -247,19 +253,17 @@ def _recorded_digests(path: Path, description: dict[str, Any]) -> dict[str, str]
     return digests
 
 
-def newest(run_dir: Path, report: Callable[[str], None]) -> Checkpoint:
+def newest(run_dir: Path, report: Callable[[str], None] = _warn, remedy: str = "") -> Checkpoint:
     """Returns the newest whole checkpoint of a run; broken ones are reported and passed over.
 
-    Raises :class:`UserError` when there is none.
+    Raises :class:`UserError`, which ends with the ``remedy``, when there is none.
     """
     for path in sorted(folder(run_dir).glob("step_*"), reverse=True):
         try:
             return read(path)
         except UserError as error:
             report(f"{error} Taking the one before it.")
-    raise UserError(
-        f"{run_dir}: there is no whole checkpoint to resume from. Start without --resume, or check output.run_dir."
-    )
+    raise UserError(f"{run_dir}: there is no whole checkpoint. {remedy}".rstrip())
 
 
 def _as_plain(value: Any) -> Any:
@@ -281,12 +285,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> str:
     """Writes a file to the disk and returns its SHA-256."""
     write(path)
     _flush(path)
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
 
 
 def _flush(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go beside its own files: TensorBoard, MLflow, Weights & Biases.
+"""Where the numbers of a run go, in addition to its own files: TensorBoard, MLflow, Weights & Biases.
 
 Training needs none of them. Each works in a thread of its own on rank 0, so that neither an import, a database nor a
 network holds up a step; one that is not installed, raises or does not keep up is a warning, once, and is left out from
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from horovod_megdet.config import Config
+from horovod_megdet.config import Config, by_dotted_key
 from horovod_megdet.files import atomic_write
 from horovod_megdet.printing import say
 
@@ -106,7 +106,9 @@ class MLflow:
         else:
             self.run_id = self.client.create_run(experiment, run_name=Path(config.output.run_dir).name).info.run_id
             _remember(remembered, self.run_id)
-            parameters = [Param(key, json.dumps(value)) for key, value in dotted(config).items()]
+            parameters = [
+                Param(key, json.dumps(value)) for key, value in by_dotted_key(config.model_dump(mode="json")).items()
+            ]
             for start in range(0, len(parameters), 100):  # the most that a server takes at once
                 self.client.log_batch(self.run_id, params=parameters[start : start + 100])
         self.client.log_text(self.run_id, config.to_yaml(), "config.yaml")
@@ -277,12 +279,6 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
         for key, value in row.items()
         if isinstance(value, int | float) and key not in ("step", "images_seen") and not math.isnan(value)
     }
-
-
-def dotted(config: Config) -> dict[str, Any]:
-    """All values by names such as ``solver.base_lr``."""
-    sections = config.model_dump(mode="json")
-    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
 def _remember(path: Path, run_id: str) -> None:

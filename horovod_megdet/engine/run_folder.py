@@ -1,4 +1,4 @@
-"""The folder of a run: what makes it one, and what rank 0 writes into it beside the checkpoints.
+"""The folder of a run: what makes it one, and what rank 0 writes into it besides the checkpoints.
 
 config.yaml          the resolved configuration: from now on the folder holds a run
 metrics.jsonl        one line per row of metrics; also drawn, in curves.png
@@ -10,6 +10,7 @@ checkpoints/         see checkpoint.py; at the end, README.md of the best and th
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -54,7 +55,7 @@ def find_checkpoint(run_dir: Path, resume: bool) -> checkpoint.Checkpoint | None
         say(f"warning: {run_dir}: the run has no checkpoint yet and starts from the beginning.")
         return None
     if resume:
-        return checkpoint.newest(run_dir, report=lambda sentence: say(f"warning: {sentence}"))
+        return checkpoint.newest(run_dir, remedy="Start without --resume, or check output.run_dir.")
     if started or saved:
         raise UserError(
             f"{run_dir}: this folder already holds a run. Add --resume to go on with it, or give another folder with "
@@ -75,8 +76,9 @@ def write_config(run_dir: Path, config: Config) -> None:
 class RunFolder:
     """What training writes as it goes on. Only rank 0 writes: on the other ranks every method returns at once.
 
-    Training needs none of these files, so one that cannot be written is a warning. The detections and the curves of an
-    evaluation are written by a thread while training goes on, until the next evaluation or :meth:`close` at the latest.
+    Training needs none of these files, so one that cannot be written while it runs is a warning. The detections and the
+    curves of an evaluation are written by a thread while training goes on, until the next evaluation or :meth:`close`
+    at the latest.
     """
 
     # What draws takes a second to import, for which all other ranks would wait.
@@ -92,14 +94,16 @@ class RunFolder:
     def open_log(self, total_images: int, position: Position, repeats: bool = False) -> None:
         """Opens the log of metrics; rows behind ``position``, of a run that is resumed before its end, are dropped.
 
-        So is an evaluation at it, if what is due there ``repeats``.
+        So is an evaluation at it, if what is due there ``repeats``. Collective. Raises :class:`UserError` for a log
+        that is damaged or cannot be opened.
         """
-        if comm.is_main():
-            from horovod_megdet.engine.loggers import Loggers
-            from horovod_megdet.engine.metrics import MetricsLog
+        with comm.agreement("metrics log"):
+            if comm.is_main():
+                from horovod_megdet.engine.loggers import Loggers
+                from horovod_megdet.engine.metrics import MetricsLog
 
-            self._log = MetricsLog(self.path, total_images, position.images_seen, position.step, repeats)
-            self._loggers = Loggers(self._config, position.step)
+                self._log = MetricsLog(self.path, total_images, position.images_seen, position.step, repeats)
+                self._loggers = Loggers(self._config, position.step)
 
     def log_training(self, row: dict[str, Any]) -> None:
         """Writes a row of training metrics."""
@@ -168,6 +172,7 @@ class RunFolder:
                 )
                 self._loggers.call("pictures", {card.name: card.beside() for card in cards}, position.step)
                 summary = asdict(description) | asdict(position) | evaluation.row()
+                summary["best_value"] = position.best_value if math.isfinite(position.best_value) else None
                 if multi_scale:
                     summary["multi_scale"] = multi_scale.row()
                 with atomic_write(self.path / SUMMARY_FILE) as file:
@@ -198,7 +203,8 @@ class RunFolder:
             self.wait()
             if last_words:
                 self._log.console.print(last_words)
-            self._log.close()
+            with _warned("metrics"):
+                self._log.close()
             progress.set("waiting for output.loggers")
             self._loggers.close(finished=bool(last_words))
             self._log = self._loggers = None
@@ -210,4 +216,5 @@ def _warned(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, UserError) as error:
-        say(f"warning: {what} could not be written: {error} Training goes on.")
+        reason = str(error).rstrip(".")
+        say(f"warning: {what} could not be written: {reason}. Training does not depend on it.")

@@ -16,6 +16,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._interrupted = False
         for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 
@@ -23,11 +24,12 @@ class StopRequest:
         return self.received is not None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        if number == signal.SIGINT and self._interrupted:
             os.write(2, b"Interrupted twice: stopping at once, nothing more is written.\n")
             os._exit(EXIT_INTERRUPTED)
         self.received = signal.Signals(number)
         if number == signal.SIGINT:
+            self._interrupted = True
             os.write(
                 2, b"Interrupted: finishing the step and writing a checkpoint. Press Ctrl-C again to stop at once.\n"
             )

@@ -178,8 +178,8 @@ def resume_from(trainer: Trainer, found: checkpoint.Checkpoint | None) -> None:
         )
     trainer.resume(saved)
     before, now = saved.config.output.best_metric, trainer.config.output.best_metric
-    if before != now and comm.is_main():
-        say(f"output.best_metric was {before} until now: the best checkpoint is looked for anew, by {now}.")
+    if before != now == trainer.position.best_metric and comm.is_main():
+        say(f"output.best_metric changed from {before} to {now}; the search for the best checkpoint starts over.")
 
 
 def load_datasets(config: Config) -> tuple[CocoDataset, CocoDataset]:
@@ -227,12 +227,23 @@ def weights_hash(detector: Detector) -> str:
     return digest.hexdigest()
 
 
-def build_for_evaluation(
-    config: Config, path: Path
-) -> tuple[Config, Detector, CocoDataset, torch.device, checkpoint.Checkpoint]:
-    """Builds the detector of a checkpoint and the validation set of a configuration.
+@dataclass(frozen=True)
+class ToEvaluate:
+    """A checkpoint's detector, and what it is evaluated on."""
 
-    Returns the configuration with the checkpoint's precision in the place of ``auto``.
+    config: Config
+    """With the checkpoint's precision in the place of ``auto``."""
+    detector: Detector
+    val_set: CocoDataset
+    device: torch.device
+    checkpoint: Path
+    """The folder of the checkpoint."""
+
+
+def build_for_evaluation(config: Config, path: Path) -> ToEvaluate:
+    """Builds the detector of a checkpoint, and the validation set of a configuration. Collective.
+
+    ``path`` is a checkpoint folder or a run directory. Raises :class:`UserError`.
     """
     with comm.agreement("device"):
         device = hardware.choose(config.runtime)
@@ -256,7 +267,7 @@ def build_for_evaluation(
     detector = build_detector(config.model, config.batch_norm, classes, group=comm.world(), channels_last=layout)
     with comm.agreement("checkpoint"):
         load_checkpoint(detector, saved.path)
-    return config, detector.to(device).eval(), val_set, device, saved
+    return ToEvaluate(config, detector.to(device).eval(), val_set, device, saved.path)
 
 
 def _print_start(trainer: Trainer, precision_choice: str, stream: ImageStream) -> None:

@@ -285,7 +285,7 @@ class Trainer:
                 say(f"warning: {error} Training goes on and tries again.")
 
     def state(self, random_states: list[dict[str, Any]]) -> TrainingState:
-        """What training needs to go on, beside the weights of :attr:`evaluated_detector`."""
+        """What training needs to go on, besides the weights of :attr:`evaluated_detector`."""
         return TrainingState(
             self.optimizer.state_dict(),
             self.scaler.state_dict(),
@@ -348,7 +348,8 @@ class Trainer:
         if state.scaler:  # empty where the run was not in float16 until now
             self.scaler.load_state_dict(state.scaler)
         self.position, self.noise.averages, self.unfinished = state.position, state.noise, state.unfinished
-        if self.position.best_metric != self.config.output.best_metric:
+        finished = self.schedule.finished(self.position.images_seen)
+        if self.position.best_metric != self.config.output.best_metric and not finished:
             self.position.forget_best(self.config.output.best_metric)
         self.best_saved = self.position.best
         if self.config.solver.lr_modulation == "agvm":

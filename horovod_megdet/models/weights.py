@@ -20,6 +20,7 @@ from torchvision.models import WeightsEnum, get_model_weights
 from horovod_megdet.config import ModelConfig
 from horovod_megdet.errors import UserError
 from horovod_megdet.models.detector import Detector
+from horovod_megdet.wording import some
 
 Weights = dict[str, Tensor]
 
@@ -73,7 +74,8 @@ def load_checkpoint(detector: Detector, path: str | Path) -> None:
     wrong += [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
     if wrong:
         raise UserError(
-            f"{path}: belongs to another detector ({_some(wrong)} differ): use the configuration it was saved with."
+            f"{path}: belongs to another detector ({some(sorted(wrong), shown=3)} differ): use the configuration it "
+            "was saved with."
         )
     detector.load_state_dict(weights, strict=False)
 
@@ -137,11 +139,11 @@ def _load(detector: Detector, weights: Weights, expected: set[str], path: Path) 
         fatal = {name for name in names if not _dispensable(name, own.get(name, weights.get(name)))}
         if fatal:
             raise UserError(
-                f"{path}: does not fit this detector: {_some(fatal)} {kind} "
+                f"{path}: does not fit this detector: {some(sorted(fatal), shown=3)} {kind} "
                 "(compare model.backbone, fpn_channels, anchor_aspect_ratios and box_head_channels)."
             )
         if names:
-            notices.append(f"{path}: {_some(names)} {kind} and {consequence}.")
+            notices.append(f"{path}: {some(sorted(names), shown=3)} {kind} and {consequence}.")
     usable = own.keys() & (weights.keys() - reshaped)
     detector.load_state_dict({name: weights[name] for name in usable}, strict=False)
     return notices
@@ -179,10 +181,3 @@ def _current_name(name: str) -> str:
     for pattern, replacement in _OLD_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def _some(names: set[str] | list[str]) -> str:
-    """The first names, and how many more there are."""
-    first = sorted(names)[:3]
-    more = len(names) - len(first)
-    return ", ".join(first) + (f" and {more} more" if more else "")

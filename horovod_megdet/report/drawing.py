@@ -23,7 +23,6 @@ LEGIBLE = 3.0
 """Minimum contrast of white text on the color of a class: WCAG 2's for large text."""
 
 WHITE: Color = (255, 255, 255)
-BLACK: Color = (0, 0, 0)
 GRAY: Color = (110, 110, 110)
 
 # Strong colors that differ in hue and lightness; class_color computes those of any further classes.

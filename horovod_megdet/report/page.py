@@ -1,4 +1,4 @@
-"""Pages of one file that needs nothing beside it, from the templates in ``templates``."""
+"""Pages of one file that needs no other file, from the templates in ``templates``."""
 
 import base64
 import io

@@ -2,13 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.ops import box_convert
 
 from horovod_megdet.data.coco import CocoDataset
 from horovod_megdet.evaluation.coco import Evaluation
@@ -59,12 +56,11 @@ def write_validation_page(
     assert evaluation.detections is not None, "only rank 0 holds the detections"
     drawn = evaluation.detections.above(score_threshold)
     detections = dict(drawn.per_image())
-    annotations = dataset.to_coco().imgToAnns
     indices = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)).tolist()
     cards, labels = [], set()
     for index in indices:
         image_id = int(dataset.image_ids[index])
-        truth = _ground_truth(annotations[image_id], dataset.category_ids)
+        truth = _ground_truth(dataset, index)
         cards.append(_card(dataset, index, truth, detections[image_id]))
         labels |= {*truth.labels.tolist(), *detections[image_id][2].tolist()}
     classes = [(dataset.class_names[label - 1], class_color(label - 1)) for label in sorted(labels)]
@@ -80,15 +76,12 @@ def write_validation_page(
 
 def draw_ground_truth(dataset: CocoDataset, index: int) -> tuple[Image.Image, set[int]]:
     """An image with the boxes of its objects, groups of objects in gray; and the labels among them."""
-    found = dataset.ground_truth
-    rows = slice(found.first_box[index], found.first_box[index + 1])
-    labels, crowd = found.labels[rows].tolist(), found.crowd[rows].tolist()
-    boxes = np.concatenate([found.boxes[rows, :2], found.boxes[rows, :2] + found.boxes[rows, 2:]], axis=1).tolist()
+    truth = _ground_truth(dataset, index)
     marks = [
         _object_mark(box, label, is_crowd, True, dataset.class_names)
-        for box, label, is_crowd in zip(boxes, labels, crowd, strict=True)
+        for box, label, is_crowd in zip(truth.boxes.tolist(), truth.labels.tolist(), truth.crowd.tolist(), strict=True)
     ]
-    return _scaled_down(draw_marks(dataset.read(index)[0], marks)), set(labels)
+    return _scaled_down(draw_marks(dataset.read(index)[0], marks)), set(truth.labels.tolist())
 
 
 def _card(dataset: CocoDataset, index: int, truth: GroundTruth, detections: Arrays) -> Card:
@@ -117,13 +110,12 @@ def _card(dataset: CocoDataset, index: int, truth: GroundTruth, detections: Arra
     )
 
 
-def _ground_truth(annotations: list[dict[str, Any]], category_ids: list[int]) -> GroundTruth:
-    xywh = torch.tensor([annotation["bbox"] for annotation in annotations], dtype=torch.float64).reshape(-1, 4)
-    return GroundTruth(
-        box_convert(xywh, "xywh", "xyxy").numpy(),
-        np.array([category_ids.index(annotation["category_id"]) + 1 for annotation in annotations], np.int64),
-        np.array([annotation.get("iscrowd", 0) for annotation in annotations], bool),
-    )
+def _ground_truth(dataset: CocoDataset, index: int) -> GroundTruth:
+    found = dataset.ground_truth
+    rows = slice(found.first_box[index], found.first_box[index + 1])
+    corners = found.boxes[rows, :2]
+    boxes = np.concatenate([corners, corners + found.boxes[rows, 2:]], axis=1)
+    return GroundTruth(boxes, found.labels[rows], found.crowd[rows])
 
 
 def _object_mark(box: list[float], label: int, crowd: bool, found: bool, names: Sequence[str]) -> Mark:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from horovod_megdet.config import Config
+from horovod_megdet.config import Config, by_dotted_key
 from horovod_megdet.errors import UserError
 from horovod_megdet.evaluation.metrics import MAIN_METRIC
 from horovod_megdet.report.curves import LOSSES
@@ -120,15 +120,11 @@ def _settings(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return _by_dotted_key(Config().model_dump(mode="json")) | _by_dotted_key(
+        return by_dotted_key(Config().model_dump(mode="json")) | by_dotted_key(
             yaml.safe_load(path.read_text(encoding="utf-8"))
         )
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
         raise UserError(f"{path}: not the configuration of a run ({' '.join(str(error).split())}).") from None
-
-
-def _by_dotted_key(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
 def _training_data(folder: Path) -> str | None:

@@ -27,7 +27,7 @@ class Classes:
 
     @classmethod
     def of(cls, path: Path | None, format: str, records: list[Record]) -> "Classes":
-        """From the file ``path``, or without one all that the annotations name, in the order of the alphabet.
+        """From the file ``path``, or without one all that the annotations name, in alphabetical order.
 
         Raises :class:`UserError` if there has to be such a file, or it cannot be used.
         """
