@@ -88,7 +88,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _add_plan(commands: Commands) -> None:
-    parser = commands.add_parser("plan", help="print the schedule that a configuration has on so many ranks")
+    parser = commands.add_parser("plan", help="print schedule and predicted communication for a number of ranks")
     add_config_arguments(parser)
     parser.add_argument("--ranks", type=positive, required=True, help="number of ranks (GPUs)")
     parser.add_argument("--images", type=positive, help="images of an epoch, where the data is not at hand")
@@ -111,7 +111,7 @@ def _add_plan(commands: Commands) -> None:
         "--step-seconds",
         type=positive_number,
         metavar="S",
-        help="time of a step on one rank, to predict the whole step",
+        help="seconds that one rank computes per step, without communication; used to predict the whole step",
     )
     noise = parser.add_mutually_exclusive_group()
     noise.add_argument(
@@ -214,10 +214,10 @@ def _add_import_data(commands: Commands) -> None:
         type=fractions,
         default=(0.8, 0.2),
         metavar="FRACTIONS",
-        help="of the images for train, val and test (default: 0.8,0.2; 1 does not split)",
+        help="fractions of the images for train, val and test (default: 0.8,0.2; 1 does not split)",
     )
     parser.add_argument("--seed", type=int, default=0, help="other seeds split in other ways (default: %(default)s)")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out what is bad, and count it")
+    parser.add_argument("--skip-bad", action="store_true", help="skip bad input, and report how much there was")
     parser.set_defaults(run=_import_data)
 
 
@@ -307,7 +307,8 @@ def _synth(arguments: argparse.Namespace) -> int:
 
 def _add_doctor(commands: Commands) -> None:
     parser = commands.add_parser(
-        "doctor", help="say what would make training fail or slow on these machines; under the launcher of the training"
+        "doctor",
+        help="report what would make training fail or run slowly; run it under the launcher you train with",
     )
     add_config_arguments(parser)
     add_run_dir_argument(parser)
@@ -327,7 +328,7 @@ def _add_doctor(commands: Commands) -> None:
         type=positive,
         default=600,
         metavar="SECONDS",
-        help="give up when ranks wait for each other for so long (default: %(default)s)",
+        help="give up after waiting this long for other ranks (default: %(default)s)",
     )
     parser.set_defaults(run=_doctor)
 
@@ -359,7 +360,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _add_predict(commands: Commands) -> None:
-    parser = commands.add_parser("predict", help="detections of a checkpoint on images, as JSON and drawn")
+    parser = commands.add_parser("predict", help="run a checkpoint on images: write detections as JSON and draw them")
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run directory for its newest")
     parser.add_argument("images", nargs="+", type=Path, help="image files or folders")
     parser.add_argument(

@@ -23,7 +23,8 @@ INTRODUCTION = """\
 <!-- Written by scripts/write_configuration_docs.py from horovod_megdet/config/schema.py. Change it there. -->
 
 A configuration is a YAML file with the sections below; what it leaves out has the default. Every amount is in images or
-epochs, never in iterations, so that one file is right for any number of ranks.
+epochs, never in iterations, so that one file is right for any number of ranks that can share its mini-batch and its BN
+groups; `megdet plan` says whether they can.
 
 ```yaml
 base: coco/base.yaml   # optional: a file, relative to this one, or `demo`; this file overrides its values key by key
@@ -33,9 +34,10 @@ solver:
 ```
 
 `--set section.key=value` on the command line overrides both, and may be given more than once; the value is YAML:
-`--set solver.base_lr=0.01 --set "solver.milestones=[8, 10]"`. A base cannot have a base of its own. Unknown keys, wrong
-types and impossible combinations are errors that name the file and the key. Each run keeps its complete configuration
-as `config.yaml` in the run directory.
+`--set solver.base_lr=0.01 --set "solver.milestones=[8, 10]"`. A base may have a base, too. Relative paths start from
+the working directory, only that of a base from the file that names it. Unknown keys, wrong types and impossible
+combinations are errors that name the file and the key. Each run keeps its complete configuration as `config.yaml` in
+the run directory.
 """
 
 BOUNDS = {"gt": "> {}", "ge": "≥ {}", "lt": "< {}", "le": "≤ {}"}
@@ -82,7 +84,7 @@ def allowed(annotation: Any, metadata: list[Any]) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(allowed(argument, []) for argument in arguments)
     if origin is tuple:
-        return f"list, each a {allowed(arguments[0], [])}"
+        return f"list of {allowed(arguments[0], []).replace('number', 'numbers', 1)}"
     if annotation is bool:
         return "`true`, `false`"
     name = {int: "whole number", float: "number", str: "text", type(None): "`null`"}[annotation]
