@@ -44,7 +44,7 @@ def import_data(source: Source, output: Path, split: tuple[float, ...], seed: in
     parts: Parts = {}
     for name, chosen in zip(PARTS, split_images(imported.present(), split, seed), strict=False):
         imported.write_coco(output / f"{name}.json", chosen.tolist())
-        parts[name] = load_dataset(output / f"{name}.json", source.images, training=False, keep_empty=True)
+        parts[name] = load_dataset(output / f"{name}.json", source.images, training=False)
     summary = "\n".join(_sentences(source, imported, output))
     write_dataset_page(
         output / PAGE_FILE, parts, count=PICTURES, title=output.resolve().name, summary=summary.replace("\n", " ")
@@ -59,7 +59,7 @@ def _sentences(source: Source, imported: Imported, output: Path) -> list[str]:
     images = count(len(imported.images), "image")
     sentences = [f"{images} imported from {source.annotations} ({imported.format}), images in {source.images}."]
     if imported.clipped:
-        sentences.append(f"Clipped to the edge of the image: {imported.clipped} of the boxes.")
+        sentences.append(f"{imported.clipped} of the boxes clipped to the edge of the image.")
     if imported.unannotated:
         sentences.append(f"{count(imported.unannotated, 'image file')} without annotations left out.")
     if imported.bad:

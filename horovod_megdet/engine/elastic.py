@@ -256,7 +256,7 @@ class ElasticRun:
             trainer = assemble(self.foundation, ElasticTrainer, load=False)
         except UserError:  # agreed on by all: these ranks cannot train together, or not share the mini-batch
             if comm.is_main():
-                say("These ranks cannot go on.")
+                say("These ranks cannot continue together.")
                 if unsaved := self._unsaved():
                     unsaved.save()
             raise

@@ -3,8 +3,8 @@
 torchvision averages each loss over the anchors or RoIs that its rank sampled, and the ranks' numbers of samples differ.
 Weighting each loss by ``count * ranks / counts of all ranks`` makes the average over ranks the loss of one process that
 holds the whole mini-batch. So before each backward pass one message sums the counts, on the losses' device. The losses,
-and what a rank alone knows beside them, are summed in a second message when the backward passes are done: no rank waits
-for the losses of its device, or of another rank, in between.
+and what else a rank alone knows, are summed in a second message when the backward passes are done: no rank waits for
+the losses of its device, or of another rank, in between.
 """
 
 from dataclasses import dataclass

@@ -54,5 +54,5 @@ def describe_slow_rank(rank: int, host: str, work: list[float], data: float) -> 
     reason = f", {data:.2f} s of that waiting for images" if data > (work[rank] - typical) / 2 else ""
     return (
         f"rank {rank} on {host} is {work[rank] / typical:.1f} times slower than the others, which wait for it: it "
-        f"works for {work[rank]:.2f} s of each step{reason}, they for {typical:.2f} s."
+        f"works for {work[rank]:.2f} s of each step{reason}; the others work for {typical:.2f} s."
     )

@@ -41,7 +41,7 @@ METRICS = {
 """COCO's twelve box metrics, in the order of pycocotools."""
 
 MAIN_METRIC = "AP"
-"""Decides which checkpoint is the best, unless ``output.best_metric`` names another metric."""
+"""The first of each report; also the default of ``output.best_metric``."""
 
 DRAWN_METRICS = (MAIN_METRIC, "AP50")
 """Drawn over epochs."""

@@ -5,8 +5,8 @@ A message of n bytes among R ranks takes
     t(R, n) = latency * log2(R) + 2 n (R - 1) / R / bandwidth
 
 the first term for the rounds of a tree, the second for a ring, in which each rank sends and receives its data twice. A
-step sends, in each of its passes, one small message forward and one backward for each CGBN layer, among the ranks that
-share statistics; and once the gradients of all weights, among all ranks.
+step sends, in each of its passes, one small message forward (two with ``algorithm: two_pass``) and one backward for
+each CGBN layer, among the ranks that share statistics; and once the gradients of all weights, among all ranks.
 """
 
 from dataclasses import dataclass
@@ -40,6 +40,8 @@ class Traffic:
     group: int
     """Ranks that share statistics."""
     passes: int = 1
+    layer_messages: int = 2
+    """Messages of a layer in a pass."""
 
     @classmethod
     def of(cls, detector: nn.Module, config: Config, schedule: Schedule) -> "Traffic":
@@ -55,6 +57,7 @@ class Traffic:
             gradient_bytes=bytes_each * sum(parameter.numel() for parameter in trained),
             group=bn_group_size(config.batch_norm, config.data.images_per_rank, schedule.ranks),
             passes=schedule.accumulation,
+            layer_messages=3 if config.batch_norm.algorithm == "two_pass" else 2,
         )
 
 
@@ -81,7 +84,7 @@ class MessageCost:
         if traffic.group == 1:
             return 0.0
         size = 2 * 2 * 8 * traffic.channels  # forward and backward two float64 per channel
-        rounds = 2 * traffic.layers * log2(traffic.group)
+        rounds = traffic.layer_messages * traffic.layers * log2(traffic.group)
         return self.latency * rounds + self._ring_seconds(traffic.group, size)
 
     def _ring_seconds(self, ranks: int, size: int) -> float:
@@ -107,14 +110,14 @@ def communication_table(cost: MessageCost, traffic: Traffic, ranks: int, step_se
     is known.
     """
     messages, gradients = cost.step(ranks, traffic)
-    number = 2 * traffic.layers * traffic.passes if traffic.group > 1 else 0
+    number = traffic.layer_messages * traffic.layers * traffic.passes if traffic.group > 1 else 0
     rows = [
         ("CGBN", f"{traffic.layers} layers, {number} messages a step: {messages * 1e3:.1f} ms"),
         ("gradients", f"{traffic.gradient_bytes / 1e6:.0f} MB a step: {gradients * 1e3:.1f} ms"),
-        ("assumed", f"{cost}, nothing of it hidden behind the backward pass"),
+        ("assumed", f"{cost}, none of it overlapped with the backward pass"),
     ]
     if step_seconds is not None:
         low, total, high = (step_seconds + factor * (messages + gradients) for factor in (RANGE[0], 1, RANGE[1]))
         share = f"{1 - step_seconds / total:.0%} is communication"
-        rows.append(("step", f"{total:.3f} s, of which {share}; {low:.3f} to {high:.3f} s to be expected"))
+        rows.append(("step", f"{total:.3f} s, of which {share}; expect {low:.3f} to {high:.3f} s"))
     return rows

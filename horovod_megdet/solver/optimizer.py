@@ -58,7 +58,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float, factors: Mapping[str, fl
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
-    """Loads the state dict of the checkpoint ``path``, also of version 0.1, whose two groups held all modules' weights.
+    """Loads the state dict of the checkpoint ``path``, also of the first format, whose two groups held all weights.
 
     Parameters are told by their number in the order of the groups, which is the same in both. Momentum, weight decay
     and whatever else the configuration gives are those that ``optimizer`` was made with. Raises :class:`UserError` if

@@ -190,7 +190,7 @@ def _job(arguments: argparse.Namespace, hosts: list[Host], elastic: Elastic | No
 def _check_fixed_hosts(elastic: Elastic, hosts: list[Host], hostfile: str) -> None:
     slots = sum(host.slots for host in hosts)
     if len(hosts) < 2:
-        raise UserError(f"{hostfile}: an elastic job needs two hosts or more: with a rank, its host is given up.")
+        raise UserError(f"{hostfile}: an elastic job needs at least two hosts: a host that loses a rank is dropped.")
     if slots < elastic.min_ranks:
         raise UserError(f"--min-ranks {elastic.min_ranks}: {hostfile} has slots for {slots}.")
 

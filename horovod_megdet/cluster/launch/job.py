@@ -99,7 +99,7 @@ def place_ranks(hosts: list[Host], ranks: int | None) -> list[tuple[str, int]]:
     if ranks > limit:
         raise UserError(
             f"--ranks {ranks}: the host file has room for {limit}. Add hosts, or raise slots= (one per GPU) or "
-            "max_slots= (several ranks per GPU)."
+            "max_slots= (more ranks than that; not on GPUs)."
         )
     counts: list[int] = []
     for host in hosts:

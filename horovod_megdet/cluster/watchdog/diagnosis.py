@@ -69,10 +69,16 @@ def find_stall(beats: list[Heartbeat], timeout: float) -> Stall | None:
     groups = _by_activity(beats)
     clauses = [_stuck(doing, ranks) for doing, ranks in groups.items()]
     return Stall(
-        f"no rank has made progress for {timeout:.0f} s (runtime.stall_timeout). {_cause(beats)}: "
-        f"{'; '.join(clauses)}.",
+        f"{_how_long(beats, timeout)} (runtime.stall_timeout). {_cause(beats)}: {'; '.join(clauses)}.",
         frozenset(min(beat.rank for beat in ranks) for ranks in groups.values()),
     )
+
+
+def _how_long(beats: list[Heartbeat], timeout: float) -> str:
+    least = min(beat.stuck_for for beat in beats)
+    if least >= timeout:
+        return f"no rank has made progress for {timeout:.0f} s"
+    return f"no rank has made progress for {least:.0f} s, and one for {timeout:.0f} s"
 
 
 def _by_activity(beats: list[Heartbeat]) -> dict[str, list[Heartbeat]]:

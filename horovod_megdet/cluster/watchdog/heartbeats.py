@@ -149,8 +149,8 @@ class Heartbeats:
 
 def _parse(text: str) -> Heartbeat:
     content = json.loads(text)
-    last_words = content.pop("last_words", None)
     try:
+        last_words = content.pop("last_words", None)
         return Heartbeat(**content, last_words=LastWords(last_words) if last_words else None)
-    except TypeError as error:  # other fields: of another version of this program
+    except (AttributeError, TypeError) as error:  # other fields: of another version of this program
         raise ValueError(str(error)) from error
