@@ -12,10 +12,8 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import re
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -29,7 +27,8 @@ import coco_scale_data
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 import torch
-from document import write_section
+from document import processor, table, write_section
+from programs import under_mpirun
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision_trainer import Settings, batches, build_loader
 
@@ -110,13 +109,9 @@ PARTS = {"start": start, "gathering": gathering}
 
 def on_ranks(part: str, ranks: int, folder: Path) -> list[dict[str, Any]]:
     """What each of some ranks measured."""
-    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if mpirun is None:
-        raise SystemExit("mpirun is not on the PATH: activate the environment that 'make setup' made.")
     with tempfile.TemporaryDirectory() as results:
-        command = [mpirun, "--oversubscribe", "--bind-to", "none", "-np", str(ranks), sys.executable, __file__]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run([*command, str(folder), "--part", part, "--result", results], check=True, env=environment)
+        command = under_mpirun(ranks, __file__, str(folder), "--part", part, "--result", results)
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         return [json.loads((Path(results) / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -263,20 +258,13 @@ def peer_loader_rate(folder: Path) -> float:
 
 def section(rows: list[Row], photos: bool) -> str:
     """The section of docs/benchmarks.md."""
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor())  # fmt: skip
-    lines = [
-        "## COCO's size",
-        "",
+    return (
+        "## COCO's size\n\n"
         "Written by `python benchmarks/coco_scale.py FOLDER --write docs/benchmarks.md`, which explains how. "
-        f"{os.cpu_count()} cores of {cpu}, load average {os.getloadavg()[1]:.1f} over the five minutes before the end, "
-        f"{'real photos' if photos else 'generated pictures'}.",
-        "",
-        "| figure | measured |",
-        "| --- | --- |",
-        *(f"| {figure} | {measured} |" for figure, measured in rows),
-    ]
-    return "\n".join(lines) + "\n"
+        f"{processor()}, load average {os.getloadavg()[1]:.1f} over the five minutes before the end, "
+        f"{'real photos' if photos else 'generated pictures'}.\n\n"
+        f"{table(('figure', 'measured'), rows)}\n"
+    )
 
 
 def main() -> None:

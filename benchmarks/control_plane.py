@@ -14,8 +14,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from document import table, write_section
+from document import processor, table, write_section
+from programs import under_mpirun
 
 from horovod_megdet.cluster.watchdog.heartbeats import Heartbeat, Heartbeats
 
@@ -36,6 +35,7 @@ DETECTIONS = 370_000
 """Of the 5,000 images of COCO's validation set."""
 
 PROJECT = Path(__file__).resolve().parents[1]
+YIELDING = ("--mca", "mpi_yield_when_idle", "1")
 
 FIGURES = {
     "start": "from launch until all ranks have met, s",
@@ -92,22 +92,13 @@ def measure(folder: Path, launched_at: float) -> None:
         (folder / "results.json").write_text(json.dumps(results))
 
 
-def mpirun(ranks: int, *program: str) -> list[str]:
-    """The command that starts a program on so many ranks."""
-    path = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if path is None:
-        raise SystemExit("mpirun is not on the PATH: activate the environment that 'make setup' made.")
-    options = ["--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
-    return [path, *options, "-np", str(ranks), sys.executable, *program]
-
-
 def first_step(ranks: int, folder: Path) -> float:
     """Seconds from the launch of a training of real ranks until its first step is in the log."""
     settings = ["data.synthetic_train_images=64", f"data.synthetic_root={folder / 'data'}", "solver.epochs=1"]
     settings += ["solver.milestones=[]", "solver.gammas=[]", "output.log_every_images=1", "output.pictures=0"]
     arguments = ["--config", str(PROJECT / "tests/parallel/tiny.yaml"), "--run-dir", str(folder / f"run-{ranks}")]
     arguments += [word for setting in settings for word in ("--set", setting)]
-    command = mpirun(ranks, str(PROJECT / "train.py"), *arguments)
+    command = under_mpirun(ranks, str(PROJECT / "train.py"), *arguments, options=YIELDING)
     began, seconds, output = time.monotonic(), None, []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
         assert job.stdout is not None
@@ -158,7 +149,7 @@ def _seconds_of(work: Callable[[], Any]) -> float:
 def on_ranks(ranks: int) -> dict[str, float]:
     """Starts light ranks and returns what they measured."""
     with tempfile.TemporaryDirectory() as folder:
-        command = mpirun(ranks, __file__, "--measure", folder, str(time.time()))
+        command = under_mpirun(ranks, __file__, "--measure", folder, str(time.time()), options=YIELDING)
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         found: dict[str, float] = json.loads((Path(folder) / "results.json").read_text())
         return found
@@ -166,14 +157,12 @@ def on_ranks(ranks: int) -> dict[str, float]:
 
 def section(results: dict[int, dict[str, float]], starts: dict[int, float], kept: tuple[float, float]) -> str:
     """The section of docs/benchmarks.md."""
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor())  # fmt: skip
     rows = [(text, *(f"{found[name]:.3g}" for found in results.values())) for name, text in FIGURES.items()]
     first_steps = ("from launch to the first step, s", *(f"{seconds:.1f}" for seconds in starts.values()))
     return (
         "## What grows with the ranks\n\n"
         "Written by `python benchmarks/control_plane.py --write docs/benchmarks.md`, which says how it measures. "
-        f"{os.cpu_count()} cores of {cpu}, shared by all ranks; the longest time of any rank.\n\n"
+        f"{processor()}, shared by all ranks; the longest time of any rank.\n\n"
         f"{table(('figure', *(f'{ranks} ranks' for ranks in results)), rows)}\n\n"
         f"{table(('real ranks', *map(str, starts)), [first_steps])}\n\n"
         f"An elastic job keeps its state in memory after each step: {1e3 * kept[1]:.2f} ms for R50-FPN on one rank, "

@@ -11,8 +11,6 @@ turns; a ratio is the median over the turns, in each of which the slowest rank c
 import argparse
 import json
 import os
-import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -21,7 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from document import Row, machine, table
+from programs import under_mpirun
 from timing import Timing
 
 from horovod_megdet.solver.cost import MessageCost
@@ -39,20 +38,15 @@ NOISE_HEADING = "## Gradient noise"
 FOLLOWS = ("nothing", "ReLU", "shortcut and ReLU")
 RATIOS = ("bfloat16 / float32", "ours / torch, float32", "ours / torch, bfloat16")
 
-Row = tuple[str, ...]
 Table = tuple[str, Row, Sequence[Row]]
 
 
 def measure(part: str, ranks: int = 2, settings: dict[str, str] | None = None) -> dict[str, Any]:
     """Runs a part of measure_cgbn.py on ``ranks`` ranks with these environment variables, and returns its result."""
-    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if mpirun is None:
-        raise SystemExit("mpirun is not on the PATH: activate the environment that 'make setup' made.")
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        command = [mpirun, "--oversubscribe", "--bind-to", "none", "-np", str(ranks)]
-        command += [word for name in settings or {} for word in ("-x", name)]
-        command += [sys.executable, str(HERE / "measure_cgbn.py"), part, str(result)]
+        passed_on = tuple(word for name in settings or {} for word in ("-x", name))
+        command = under_mpirun(ranks, str(HERE / "measure_cgbn.py"), part, str(result), options=passed_on)
         print(f"# {part}, {ranks} ranks {settings or ''}", file=sys.stderr, flush=True)
         subprocess.run(command, check=True, env=os.environ | (settings or {}))
         return json.loads(result.read_text())
@@ -216,12 +210,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), help="tables to measure")
     parser.add_argument("--write", type=Path, help="Markdown file to write")
     arguments = parser.parse_args()
+    if arguments.write and arguments.only != list(TABLES):
+        parser.error("--write takes all tables, since they belong to one machine: leave out --only.")
     text = _head()
     print(text, flush=True)
     for name in arguments.only:
-        table = f"\n\n{_markdown(*TABLES[name]())}"
-        print(table, flush=True)
-        text += table
+        title, head, rows = TABLES[name]()
+        section = f"\n\n## {title}\n\n{table(head, rows)}"
+        print(section, flush=True)
+        text += section
         if arguments.write:  # after each table, so that an interruption keeps the previous ones
             _, heading, noise = arguments.write.read_text().partition(NOISE_HEADING)
             arguments.write.write_text(f"{text}\n\n{heading}{noise}" if heading else f"{text}\n")
@@ -234,18 +231,6 @@ def _head() -> str:
         "of the ratios of all turns, not the ratio of the two medians. [performance.md](performance.md) "
         "explains the figures."
     )
-
-
-def machine() -> str:
-    """What the figures belong to."""
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor())  # fmt: skip
-    return f"{os.cpu_count()} cores of {cpu}, no GPU, torch {torch.__version__}"
-
-
-def _markdown(title: str, head: Row, rows: Sequence[Row]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return f"## {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _ms(seconds: float) -> str:

@@ -15,7 +15,6 @@ import dataclasses
 import json
 import os
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -26,9 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from cross_gpu_bn import machine
-from document import Row, table, write_section
+from document import Row, machine, table, write_section
 from PIL import Image
+from programs import program, under_mpirun
 from timing import Timing, take_turns
 from torchvision_trainer import Settings, take_own_core
 
@@ -172,12 +171,12 @@ class Launcher:
         """What a script leaves in its ``--result``; its ``--config`` trains the same as the peer."""
         config = self.folder / "config.yaml"
         config.write_text(our_config(self.settings, self.folder).to_yaml())
-        command = [_program("mpirun"), "--oversubscribe", "--bind-to", "none", "-np", str(ranks), sys.executable]
-        return self._run([*command, str(script), "--config", str(config), *arguments], environment or {})
+        command = under_mpirun(ranks, str(script), "--config", str(config), *arguments)
+        return self._run(command, environment or {})
 
     def peer(self, ranks: int) -> Measured:
         """The torchvision trainer."""
-        command = [_program("torchrun"), "--standalone", "--nproc-per-node", str(ranks)]
+        command = [program("torchrun"), "--standalone", "--nproc-per-node", str(ranks)]
         command += [str(HERE / "torchvision_trainer.py"), "--steps", str(WARM_UP + self.steps)]
         for name, value in dataclasses.asdict(self.settings).items():
             command += [f"--{name.replace('_', '-')}", str(value)]
@@ -191,13 +190,6 @@ class Launcher:
         if run.returncode:
             raise SystemExit(f"{' '.join(command)}\n{run.stdout}{run.stderr}")
         return json.loads(result.read_text())
-
-
-def _program(name: str) -> str:
-    path = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if path is None:
-        raise SystemExit(f"{name} is not on the PATH: activate the environment that 'make setup' made.")
-    return path
 
 
 def in_rounds(launches: dict[str, Launch], rounds: int) -> dict[str, list[Measured]]:

@@ -1,6 +1,8 @@
 """Sections of docs/benchmarks.md that a command of their own measures and writes."""
 
 import argparse
+import os
+import platform
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +17,19 @@ Row = tuple[str, ...]
 def table(head: Row, rows: Sequence[Row]) -> str:
     """A Markdown table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, tuple("---" for _ in head), *rows))
+
+
+def processor() -> str:
+    """The cores of this machine, in words."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return f"{os.cpu_count()} cores of {line.partition(':')[2].strip()}"
+    return f"{os.cpu_count()} cores of {platform.machine()}"
+
+
+def machine() -> str:
+    """What the figures belong to."""
+    return f"{processor()}, no GPU, torch {torch.__version__}"
 
 
 def measure_section(description: str | None, section: Callable[[], str]) -> None:

@@ -11,8 +11,7 @@ import os
 from functools import partial
 
 import torch
-from cross_gpu_bn import machine
-from document import measure_section, table
+from document import machine, measure_section, table
 from timing import take_turns
 from torch import Tensor, nn
 from torchvision.models import resnet50

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import torch
-from cross_gpu_bn import NOISE_HEADING, machine
-from document import measure_section
+from cross_gpu_bn import NOISE_HEADING
+from document import machine, measure_section
 from torch import Tensor
 
 from horovod_megdet import comm

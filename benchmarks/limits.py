@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cross_gpu_bn import machine
 from detector_step import BFLOAT16, FLOAT32, Launcher, Measured, in_rounds, make_data
-from document import Row, table, write_section
+from document import Row, machine, table, write_section
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

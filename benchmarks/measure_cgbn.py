@@ -307,7 +307,7 @@ def main() -> None:
     bare = bare_messages() if part == "messages" else None
     comm.init()
     if os.environ.get("BENCHMARK_BIND_CORES", "1") == "1":
-        hardware.bind_to_cores()
+        hardware.bind_to_cores(hardware.core_masks())
     hardware.keep_freed_memory()
     torch.set_num_threads(1)
     result = PARTS[part]()
