@@ -29,7 +29,7 @@ from horovod_megdet.files import atomic_write
 from horovod_megdet.report.curves import BLUE, GREEN, INK, ORANGE, PURPLE
 from horovod_megdet.wording import count
 
-SKY, YELLOW = "#56B4E9", "#E69F00"
+SKY = "#56B4E9"
 BY_K = dict(zip(KS, (INK, BLUE, SKY, GREEN, ORANGE), strict=True))
 
 SMALL: Any = {"textcoords": "offset points", "fontsize": 8}

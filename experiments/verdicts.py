@@ -168,7 +168,7 @@ def judge_variance(outcomes: Outcomes) -> Verdict:
 
 
 def table_variance(outcomes: Outcomes) -> Table:
-    table = [["norm", "k", "n", "tr(Sigma)", "squared gradient", "rate", "rate² tr(Sigma) / n²", "runs"]]
+    table = [["norm", "k", "n", "tr(Sigma)", "squared gradient", "rate", "rate² tr(Sigma) / n²", "runs that trained"]]
     for label, cells in SERIES.items():
         for k, cell in cells.items():
             if noise := outcomes[cell].noise:
@@ -239,8 +239,9 @@ BEYOND = {
 
 def judge_beyond(outcomes: Outcomes) -> Verdict:
     linear, agvm = outcomes[cgbn(KS[-1])], outcomes["k16_agvm"]
-    better = [name for name, cell in BEYOND.items() if clearly_better(outcomes[cell], linear)]
-    reason = f"Clearly better than the linear rate: {'; '.join(better) or 'nothing'}."
+    as_many = {name: cell for name, cell in BEYOND.items() if len(outcomes[cell].rows) >= len(linear.rows)}
+    better = [name for name, cell in as_many.items() if clearly_better(outcomes[cell], linear)]
+    reason = f"Clearly better than the linear rate, of what has as many runs: {'; '.join(better) or 'nothing'}."
     if agvm.factors:
         of_modules = ", ".join(f"{module} {value:.2f}" for module, value in agvm.factors.items())
         reason += f" AGVM's factors of the rate when its runs ended, whether they trained or not: {of_modules}."
