@@ -227,9 +227,9 @@ def main() -> None:
 def _head() -> str:
     return (
         "# Benchmarks\n\nWritten by `python benchmarks/cross_gpu_bn.py --write docs/benchmarks.md`, which explains how "
-        f"it measures. {machine()}. A ratio below 1 means that ours is faster; it is the median "
-        "of the ratios of all turns, not the ratio of the two medians. [performance.md](performance.md) "
-        "explains the figures."
+        f"it measures. {machine()}. Ours is faster where a ratio of times is below 1, or one of images/s above 1; a "
+        "ratio is the median of the ratios of all turns, not the ratio of the two medians. "
+        "[performance.md](performance.md) explains the figures."
     )
 
 
