@@ -17,7 +17,8 @@ from experiments.training import PROJECT, Laboratory, Stop, launch, made_with
 from horovod_megdet.config import load_config
 from horovod_megdet.errors import UserError
 from horovod_megdet.files import atomic_write
-from horovod_megdet.report.rows import METRICS_FILE, read_metrics
+from horovod_megdet.report.rows import read_metrics
+from horovod_megdet.run_files import METRICS_FILE
 
 RANKS = 16
 CONFIG = Path(__file__).with_suffix(".yaml")

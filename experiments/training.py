@@ -25,13 +25,14 @@ from horovod_megdet.cluster.launch.launcher import find_program
 from horovod_megdet.config import Config
 from horovod_megdet.engine.precision import has_amx
 from horovod_megdet.errors import EXIT_NON_FINITE_LOSS, UserError
-from horovod_megdet.report.rows import METRICS_FILE, read_metrics
+from horovod_megdet.report.rows import read_metrics
+from horovod_megdet.run_files import CONFIG_FILE, CURVES_FILE, METRICS_FILE
 from horovod_megdet.versions import versions
 
 PROJECT = Path(__file__).resolve().parent.parent
 LOG = "log.txt"
 
-KEPT = ("config.yaml", METRICS_FILE, LOG, "curves.png", "lock")
+KEPT = (CONFIG_FILE, METRICS_FILE, LOG, CURVES_FILE, "lock")
 """What stays of a run directory once the run has its line; checkpoints take 60 MB each."""
 
 POLL_SECONDS = 2.0
@@ -114,7 +115,7 @@ class Laboratory:
         with _locked(run_dir) as lock:
             if lock is None or any((row["hash"], row["seed"]) == run.key for row in results.rows()):
                 return None
-            resumes = (run_dir / "config.yaml").exists()
+            resumes = (run_dir / CONFIG_FILE).exists()
             started = time.monotonic()
             log = run_dir / LOG
             settings = [*run.cell.overrides, f"runtime.seed={run.seed}"]

@@ -155,7 +155,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _noise_scale(run_dir: Path) -> float:
     """The newest noise scale that a run has measured at its full learning rate."""
-    from horovod_megdet.report.rows import METRICS_FILE, noise_at_full_rate, read_metrics
+    from horovod_megdet.report.rows import noise_at_full_rate, read_metrics
+    from horovod_megdet.run_files import METRICS_FILE
 
     rows = [row for row in read_metrics(run_dir / METRICS_FILE) if row["kind"] == "train"]
     newest = noise_at_full_rate(rows)

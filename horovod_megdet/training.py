@@ -16,7 +16,8 @@ from horovod_megdet.engine.validation import evaluate_detector
 from horovod_megdet.evaluation.coco import Evaluation
 from horovod_megdet.evaluation.metrics import METRICS
 from horovod_megdet.printing import quietly
-from horovod_megdet.report.rows import METRICS_FILE, read_metrics
+from horovod_megdet.report.rows import read_metrics
+from horovod_megdet.run_files import METRICS_FILE
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,12 @@ from horovod_megdet.errors import NotSavedError, UserError
 from horovod_megdet.files import sha256
 from horovod_megdet.models.weights import MODEL_FILE
 from horovod_megdet.printing import say
+from horovod_megdet.run_files import CHECKPOINTS, DESCRIPTION_FILE, checkpoint_folders
 from horovod_megdet.solver.agvm import AGVM
 from horovod_megdet.solver.gradient_noise import NoiseAverages
 from horovod_megdet.solver.optimizer import state_bytes
 
-STATE_FILE, DESCRIPTION_FILE, SUMS_FILE = "state.pt", "checkpoint.json", "SHA256SUMS"
+STATE_FILE, SUMS_FILE = "state.pt", "SHA256SUMS"
 _TEMPORARY = ".writing-"
 
 
@@ -135,7 +136,7 @@ class Checkpoint:
 
 def folder(run_dir: Path) -> Path:
     """Where a run keeps its checkpoints."""
-    return run_dir / "checkpoints"
+    return run_dir / CHECKPOINTS
 
 
 def name(step: int) -> str:
@@ -198,7 +199,7 @@ def prune(run_dir: Path, keep: int, best: str | None, written: str) -> None:
     """
     for path in folder(run_dir).glob(f"{_TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
-    paths = sorted(folder(run_dir).glob("step_*"))
+    paths = checkpoint_folders(run_dir)
     newest = [path for path in paths if path.name <= written][-keep:]
     for path in paths:
         if path not in newest and path.name != best:
@@ -258,7 +259,7 @@ def newest(run_dir: Path, report: Callable[[str], None] = _warn, remedy: str = "
 
     Raises :class:`UserError`, which ends with the ``remedy``, when there is none.
     """
-    for path in sorted(folder(run_dir).glob("step_*"), reverse=True):
+    for path in reversed(checkpoint_folders(run_dir)):
         try:
             return read(path)
         except UserError as error:

@@ -24,7 +24,6 @@ from horovod_megdet.config import Config
 from horovod_megdet.data.loader import Batch
 from horovod_megdet.engine import checkpoint
 from horovod_megdet.engine.checkpoint import TrainingState
-from horovod_megdet.engine.run_folder import CONFIG_FILE
 from horovod_megdet.engine.signals import StopRequest
 from horovod_megdet.engine.startup import (
     Foundation,
@@ -38,6 +37,7 @@ from horovod_megdet.engine.startup import (
 from horovod_megdet.engine.trainer import Trainer
 from horovod_megdet.errors import EXIT_NOT_SAVED, EXIT_STOPPED, UserError
 from horovod_megdet.printing import say
+from horovod_megdet.run_files import CONFIG_FILE
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from PIL import Image
 from horovod_megdet.config import Config, by_dotted_key
 from horovod_megdet.files import atomic_write
 from horovod_megdet.printing import say
+from horovod_megdet.run_files import CONFIG_FILE
 
 LONGEST_QUEUE = 1000
 """Rows that wait for a slow logger; with more it is given up."""
@@ -63,7 +64,7 @@ class TensorBoard:
         folder = Path(config.output.run_dir) / "tensorboard"
         self.step = step
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-        self.writer.add_text("config.yaml", _as_code(config.to_yaml()), step)
+        self.writer.add_text(CONFIG_FILE, _as_code(config.to_yaml()), step)
 
     def row(self, row: dict[str, Any]) -> None:
         self.step = row["step"]
@@ -111,7 +112,7 @@ class MLflow:
             ]
             for start in range(0, len(parameters), 100):  # the most that a server takes at once
                 self.client.log_batch(self.run_id, params=parameters[start : start + 100])
-        self.client.log_text(self.run_id, config.to_yaml(), "config.yaml")
+        self.client.log_text(self.run_id, config.to_yaml(), CONFIG_FILE)
 
     def _experiment(self, artifacts: str | None) -> str:
         from mlflow.exceptions import MlflowException

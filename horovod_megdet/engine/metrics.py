@@ -11,8 +11,9 @@ from rich.table import Table
 
 from horovod_megdet.evaluation.table import loss_in_words
 from horovod_megdet.files import atomic_write
-from horovod_megdet.report.rows import METRICS_FILE, read_metrics
+from horovod_megdet.report.rows import read_metrics
 from horovod_megdet.report.tables import console
+from horovod_megdet.run_files import METRICS_FILE
 from horovod_megdet.solver.gradient_noise import gain_in_words
 
 

@@ -12,9 +12,9 @@ from horovod_megdet.engine import checkpoint
 from horovod_megdet.engine.checkpoint import Position, RunDescription
 from horovod_megdet.evaluation.metrics import METRICS, percent
 from horovod_megdet.files import atomic_write
-from horovod_megdet.report.curves import CURVES_FILE
 from horovod_megdet.report.page import render
 from horovod_megdet.report.runs import Run, read_runs
+from horovod_megdet.run_files import CURVES_FILE
 from horovod_megdet.solver.schedule import Schedule
 from horovod_megdet.versions import versions
 

@@ -29,14 +29,12 @@ from horovod_megdet.evaluation.table import render
 from horovod_megdet.files import atomic_write
 from horovod_megdet.printing import say
 from horovod_megdet.progress import progress
+from horovod_megdet.run_files import CONFIG_FILE, SUMMARY_FILE, checkpoint_folders
 from horovod_megdet.solver.schedule import Schedule
 
 if TYPE_CHECKING:
     from horovod_megdet.engine.loggers import Loggers
     from horovod_megdet.engine.metrics import MetricsLog
-
-CONFIG_FILE = "config.yaml"
-SUMMARY_FILE = "summary.json"
 
 
 def find_checkpoint(run_dir: Path, resume: bool) -> checkpoint.Checkpoint | None:
@@ -48,7 +46,7 @@ def find_checkpoint(run_dir: Path, resume: bool) -> checkpoint.Checkpoint | None
     if not comm.is_main():
         return None
     try:
-        started, saved = (run_dir / CONFIG_FILE).exists(), any(checkpoint.folder(run_dir).glob("step_*"))
+        started, saved = (run_dir / CONFIG_FILE).exists(), checkpoint_folders(run_dir)
     except OSError as error:
         raise UserError(f"{run_dir}: the run directory cannot be used: {error.strerror or error}.") from None
     if resume and started and not saved:

@@ -14,10 +14,11 @@ import numpy as np
 from horovod_megdet.evaluation.metrics import MAIN_METRIC, METRICS, percent
 from horovod_megdet.files import atomic_write
 from horovod_megdet.report.charts import GEOMETRY, Chart, Line, chart, number
-from horovod_megdet.report.curves import CURVES_FILE, LOSSES
+from horovod_megdet.report.curves import LOSSES
 from horovod_megdet.report.page import VALIDATION_PAGE, render
 from horovod_megdet.report.rows import column, finite, noise_at_full_rate, smoothed
 from horovod_megdet.report.runs import Run, read_runs
+from horovod_megdet.run_files import CURVES_FILE
 from horovod_megdet.wording import count
 
 REPORT_FILE = "report.html"

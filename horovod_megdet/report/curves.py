@@ -11,9 +11,8 @@ from matplotlib.ticker import LogLocator, NullLocator
 from horovod_megdet.errors import UserError
 from horovod_megdet.evaluation.metrics import DRAWN_METRICS
 from horovod_megdet.files import atomic_write
-from horovod_megdet.report.rows import METRICS_FILE, Rows, column, read_metrics, smoothed
-
-CURVES_FILE = "curves.png"
+from horovod_megdet.report.rows import Rows, column, read_metrics, smoothed
+from horovod_megdet.run_files import CURVES_FILE, METRICS_FILE
 
 # Colors of Okabe and Ito, which color-blind readers can tell apart.
 INK, BLUE, ORANGE, GREEN, PURPLE = "#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7"

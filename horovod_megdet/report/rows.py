@@ -9,8 +9,6 @@ import numpy as np
 
 from horovod_megdet.errors import UserError
 
-METRICS_FILE = "metrics.jsonl"
-
 KINDS = ("train", "evaluation", "multi_scale", "ranks")
 """Of rows. The third is that of the multi-scale test at the end of a run; the last is a change of the ranks."""
 

@@ -14,7 +14,8 @@ from horovod_megdet.config import Config, by_dotted_key
 from horovod_megdet.errors import UserError
 from horovod_megdet.evaluation.metrics import MAIN_METRIC
 from horovod_megdet.report.curves import LOSSES
-from horovod_megdet.report.rows import METRICS_FILE, Rows, column, read_metrics
+from horovod_megdet.report.rows import Rows, column, read_metrics
+from horovod_megdet.run_files import CONFIG_FILE, DESCRIPTION_FILE, METRICS_FILE, checkpoint_folders
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Run:
 
     def checkpoint_of(self, row: dict[str, Any]) -> Path | None:
         """The checkpoint of the row's step; None if it is not kept."""
-        found = {path.name.removeprefix("step_"): path for path in self.path.glob("checkpoints/step_*")}
+        found = {path.name.removeprefix("step_"): path for path in checkpoint_folders(self.path)}
         return next((path for digits, path in found.items() if digits.isdigit() and int(digits) == row["step"]), None)
 
     def hours(self, rows: Rows) -> np.ndarray:
@@ -116,7 +117,7 @@ def _settings(folder: Path) -> dict[str, Any] | None:
 
     A key that a run does not know has its default: it stands for what runs did before there was the key.
     """
-    path = folder / "config.yaml"
+    path = folder / CONFIG_FILE
     if not path.exists():
         return None
     try:
@@ -128,7 +129,7 @@ def _settings(folder: Path) -> dict[str, Any] | None:
 
 
 def _training_data(folder: Path) -> str | None:
-    for path in sorted(folder.glob("checkpoints/step_*/checkpoint.json"), reverse=True):
+    for path in (checkpoint / DESCRIPTION_FILE for checkpoint in reversed(checkpoint_folders(folder))):
         with contextlib.suppress(FileNotFoundError):  # a run in progress removes its older checkpoints
             try:
                 return str(json.loads(path.read_text(encoding="utf-8"))["training_data"])

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import time
@@ -14,7 +13,7 @@ from typing import Any, ClassVar
 from hosts import PROJECT, VENV_BIN, Host, Hosts, wait_for
 
 from horovod_megdet.engine import checkpoint
-from horovod_megdet.engine.run_folder import CONFIG_FILE
+from horovod_megdet.run_files import CONFIG_FILE
 
 TINY = PROJECT / "tests" / "parallel" / "tiny.yaml"
 INTERFACE = "eth0"
@@ -107,10 +106,6 @@ class Training:
         """Name and hashes of the newest checkpoint: equal only if every bit is."""
         newest = checkpoint.newest(self.run_dir, report=print)
         return {"name": newest.path.name, **newest.bits()}
-
-    def forget(self) -> None:
-        """Removes the run, so that the next start begins at step 1."""
-        shutil.rmtree(self.run_dir, ignore_errors=True)
 
 
 class Job:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from horovod_megdet.engine import checkpoint, random_state, run_folder, startup
 from horovod_megdet.engine.checkpoint import Position, RunDescription, TrainingState
 from horovod_megdet.errors import EXIT_NOT_SAVED, NotSavedError, UserError
 from horovod_megdet.models.detector import build_detector
+from horovod_megdet.run_files import DESCRIPTION_FILE
 from horovod_megdet.solver.gradient_noise import NoiseAverages
 from horovod_megdet.solver.optimizer import build_optimizer
 
@@ -89,9 +91,24 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(tmp_path: 
         checkpoint.read(broken)
 
 
+def test_a_run_directory_stands_for_its_newest_whole_checkpoint(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What the broken newer ones lack is said: who asked for the newest gets an older one."""
+    good, *broken = (write(tmp_path, step) for step in (1, 2, 3))
+    for path in broken:
+        (path / checkpoint.STATE_FILE).write_bytes(b"damaged")
+    assert checkpoint.read(tmp_path).path == good
+    warnings = capfd.readouterr().err.splitlines()
+    assert len(warnings) == 2
+    for path, warning in zip(reversed(broken), warnings, strict=True):
+        assert warning.startswith(f"warning: {path / checkpoint.STATE_FILE}: the checkpoint is damaged")
+        assert warning.endswith("Taking the one before it.")
+
+
 def test_every_flipped_bit_of_the_description_is_noticed(tmp_path: Path) -> None:
     path = write(tmp_path, 1)
-    file = path / checkpoint.DESCRIPTION_FILE
+    file = path / DESCRIPTION_FILE
     content = file.read_bytes()
     for place in range(0, len(content), 97):
         file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
@@ -110,7 +127,7 @@ def test_a_checkpoint_of_version_0_1_is_read(tmp_path: Path) -> None:
     """Its digests are in its description."""
     path = write(tmp_path, 3)
     digests = checkpoint.read(path).digests
-    file = path / checkpoint.DESCRIPTION_FILE
+    file = path / DESCRIPTION_FILE
     of_files = {name: digests[name] for name in (checkpoint.MODEL_FILE, checkpoint.STATE_FILE)}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"sha256": of_files}))
     (path / checkpoint.SUMS_FILE).unlink()
@@ -141,24 +158,35 @@ def test_the_expected_size_is_that_of_a_checkpoint(solver: dict[str, Any], tmp_p
     assert sum(file.stat().st_size for file in path.iterdir()) == pytest.approx(expected, rel=0.01)
 
 
-def test_the_state_of_another_optimizer_cannot_be_continued(tmp_path: Path) -> None:
-    config = Config.model_validate({"solver": {"optimizer": "adamw"}})
-    trainer: Any = SimpleNamespace(config=config, train_set=SimpleNamespace(fingerprint="fingerprint"))
-    with pytest.raises(
-        UserError, match=r"step_00000001: .* state of solver.optimizer: sgd, which adamw cannot continue"
-    ):
+@pytest.mark.parametrize(
+    ("config", "training_data", "sentence"),
+    [
+        ({"solver": {"optimizer": "adamw"}}, "fingerprint", "solver.optimizer: sgd, which adamw cannot continue"),
+        ({"data": {"train_annotations": "b.json"}}, "other", "b.json is not the training data that this checkpoint"),
+        ({"data": {"repeat_factor": 0.25}}, "fingerprint", "data.repeat_factor: 0, so with 0.25 its position"),
+    ],
+    ids=["optimizer", "training data", "repeat factor"],
+)
+def test_what_does_not_fit_the_state_cannot_be_continued(
+    tmp_path: Path, config: dict[str, Any], training_data: str, sentence: str
+) -> None:
+    trainer: Any = SimpleNamespace(
+        config=Config.model_validate(config), train_set=SimpleNamespace(fingerprint=training_data)
+    )
+    with pytest.raises(UserError, match=f"step_00000001: .*{re.escape(sentence)}"):
         startup.resume_from(trainer, checkpoint.read(write(tmp_path, 1)))
 
 
 def test_nothing_to_resume_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no whole checkpoint to resume from"):
+    with pytest.raises(UserError) as caught:
         checkpoint.newest(tmp_path, print)
+    assert str(caught.value) == f"{tmp_path}: there is no whole checkpoint."
 
 
 def test_a_run_without_a_checkpoint_resumes_from_the_beginning(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match="there is no whole checkpoint to resume from"):
+    with pytest.raises(UserError, match=r"no whole checkpoint\. Start without --resume, or check output\.run_dir\.$"):
         run_folder.find_checkpoint(tmp_path, resume=True)
     run_folder.write_config(tmp_path, Config())
     assert run_folder.find_checkpoint(tmp_path, resume=True) is None

@@ -13,7 +13,8 @@ from PIL import Image
 
 from horovod_megdet.errors import UserError
 from horovod_megdet.report.curves import LOSSES, draw_curves, write_curves
-from horovod_megdet.report.rows import METRICS_FILE, read_metrics, running_mean
+from horovod_megdet.report.rows import read_metrics, running_mean
+from horovod_megdet.run_files import METRICS_FILE
 
 
 def train_row(step: int, **values: Any) -> dict[str, Any]:
