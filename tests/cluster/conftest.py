@@ -32,8 +32,10 @@ LONGEST = ("test_failing_fast", "test_slurm", "test_elastic_hosts")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts the tests of this folder, and leaves other ones where they are."""
+    """Marks and sorts the tests of this folder, and leaves other ones where they are."""
     places = [place for place, item in enumerate(items) if item.path.parent == Path(__file__).parent]
+    for place in places:
+        items[place].add_marker("cluster")
     order = {name: number for number, name in enumerate(LONGEST)}
     chosen = sorted((items[place] for place in places), key=lambda item: order.get(item.path.stem, len(LONGEST)))
     for place, item in zip(places, chosen, strict=True):

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 from hosts import PROJECT, VENV_BIN, Host, Hosts, Unavailable
 
-pytestmark = pytest.mark.cluster
-
 TINY = PROJECT / "tests" / "parallel" / "tiny.yaml"
 MEGDET = str(VENV_BIN / "megdet")
 

@@ -15,8 +15,6 @@ from horovod_megdet.files import atomic_write
 from horovod_megdet.report.rows import Rows, read_metrics
 from tests.parallel.elastic_images import check_every_image_counts_once
 
-pytestmark = pytest.mark.cluster
-
 SCRIPT = PROJECT / "tests" / "parallel" / "elastic_train.py"
 EPOCHS = 7
 

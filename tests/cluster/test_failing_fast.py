@@ -13,8 +13,6 @@ from events import EVENTS, Event, happen
 from hosts import Hosts
 from jobs import Training
 
-pytestmark = pytest.mark.cluster
-
 
 @pytest.fixture(scope="module")
 def training(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory, data: Path) -> Training:

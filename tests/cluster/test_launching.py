@@ -8,8 +8,6 @@ import pytest
 from hosts import Host, Hosts
 from jobs import Training, launch, left_behind, poll
 
-pytestmark = pytest.mark.cluster
-
 
 # On two hosts, test_failing_fast.py has mpirun and megdet launch, and the groups below have horovodrun.
 def test_train_on_four_hosts(hosts: Hosts, shared: Path, data: Path) -> None:
@@ -54,5 +52,5 @@ def test_groups_of_batch_normalization_stay_on_their_host_and_links_have_their_r
     assert [rank["host"] for rank in said] == ["hostA", "hostA", "hostB", "hostB"]
     assert [rank["group"] for rank in said] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert [rank["sum"] for rank in said] == [11, 11, 1100, 1100]
-    # 32 MiB: at least once over the link, which takes 0.27 s, and at most 1.5 times around the ring of four.
-    assert 0.25 < max(rank["seconds"] for rank in said) < 1.5
+    # 32 MiB, at least once over the link, which takes 0.27 s
+    assert max(rank["seconds"] for rank in said) > 0.25

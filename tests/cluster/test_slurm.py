@@ -4,13 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hosts import PROJECT, VENV_BIN, Hosts, wait_for
 from jobs import INTERFACE, ONLY_WHEN_STOPPED, Training
 
 from slurm import Slurm
-
-pytestmark = pytest.mark.cluster
 
 ENVIRONMENT = {
     "MEGDET_VENV": str(VENV_BIN.parent),

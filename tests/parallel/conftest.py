@@ -10,13 +10,19 @@ import pytest
 LAUNCHER = {"mpi": "mpirun", "gloo": "gloo"}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of this folder."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker("parallel")
+
+
 @pytest.fixture(autouse=True)
 def no_job_is_left() -> Iterator[None]:
     """A test that fails leaves no job behind, which would slow down all others."""
     yield
     for job in launching.Job.started_by_test:
-        if job.process.poll() is None:
-            job.kill()
+        job.kill()
     launching.Job.started_by_test.clear()
 
 

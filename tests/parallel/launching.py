@@ -109,7 +109,9 @@ class Job:
         return [pid for pid in running if children.get(pid) not in running]
 
     def kill(self) -> None:
-        """Sends SIGKILL to the launcher and all processes below it."""
+        """Sends SIGKILL to the launcher and all processes below it, unless it has ended."""
+        if self.process.poll() is not None:
+            return  # its process id may be another's
         for pid in [self.process.pid, *_descendants(self.process.pid, _parents())]:
             try:
                 os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,7 @@
-"""What trainers of two ranks do: measure gradient noise, and take the steps of other optimizers than SGD."""
+"""What trainers of two ranks do: measure gradient noise, clip gradients, and take the steps of all optimizers.
+
+With ``gradients`` after the file of the result: only :func:`save_gradients`, for one process.
+"""
 
 import copy
 import sys
@@ -8,6 +11,7 @@ from unittest import mock
 
 import cgbn_common as common
 import torch
+from torch.nn.utils import parameters_to_vector
 
 from horovod_megdet import comm
 from horovod_megdet.config import load_config, override
@@ -35,13 +39,6 @@ def messages(trainer: Trainer) -> list[list[str]]:
             trainer.train_step(batches)
         found.append(list(names))
     return found
-
-
-def after_a_step(name: str, *settings: str) -> dict[str, Any]:
-    """The averages after the first step."""
-    trainer = start(name, *settings)
-    trainer.train_step(iter(trainer._train_loader()))
-    return vars(trainer.noise.averages)
 
 
 def steps_that_count() -> int:
@@ -73,6 +70,34 @@ def averaged_gradients(name: str, *settings: str) -> dict[str, torch.Tensor]:
     with mock.patch.object(trainer, "apply_gradients", note):
         trainer.train_step(iter(trainer._train_loader()))
     return found
+
+
+def save_gradients() -> dict[str, Any]:
+    """Writes those of a step of four images: of layers in which an image does not depend on the others of its pass."""
+    without_statistics = ["model.backbone_norm=frozen", "model.fpn_norm=none"]
+    gradients = averaged_gradients("gradients", "solver.mini_batch=4", *without_statistics)
+    if comm.is_main():
+        torch.save(gradients, FOLDER / "gradients.pt")
+    return {}
+
+
+def first_step(name: str, *settings: str) -> dict[str, Any]:
+    """The noise, and the length of SGD's update, which starts at the gradient, over the learning rate."""
+    trainer = start(name, "solver.weight_decay=0", *settings)
+    before = parameters_to_vector(trainer.detector.parameters()).detach()
+    trainer.train_step(iter(trainer._train_loader()))
+    after = parameters_to_vector(trainer.detector.parameters()).detach()
+    assert all(torch.equal(after, other) for other in comm.gather_objects(after, "test.after")), "ranks differ"
+    length = float((after - before).double().norm()) / trainer.schedule.lr(0)
+    return {"length": length, "noise": vars(trainer.noise.averages)}
+
+
+def clipping() -> dict[str, dict[str, Any]]:
+    """The first step without a limit, and with limits of half and twice the length of its gradient."""
+    free = first_step("no limit")
+    limits = {"half": free["length"] / 2, "twice": free["length"] * 2}
+    clipped = {name: first_step(name, f"solver.clip_gradient_norm={limit}") for name, limit in limits.items()}
+    return clipped | {"no limit": free}
 
 
 def largest_difference(name: str, *settings: str) -> float:
@@ -107,12 +132,11 @@ def steps_of_the_optimizer(name: str, *settings: str) -> bool:
 
 def measure() -> dict[str, Any]:
     """Everything, on two ranks."""
-    return {
+    return save_gradients() | {
         "messages": {
             interval: messages(start(interval, f"solver.measure_noise={interval}")) for interval in ("never", "3")
         },
-        "not clipped": after_a_step("not clipped"),
-        "clipped": after_a_step("clipped", "solver.clip_gradient_norm=0.001"),
+        "clipping": clipping(),
         "optimizers": {name: steps_of_the_optimizer(name) for name in ("lars", "adamw")}
         | {"sgd, channels last": steps_of_the_optimizer("sgd", "runtime.channels_last=true")},
         "layouts": {
@@ -125,4 +149,4 @@ def measure() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    common.main(measure)
+    common.main(save_gradients if sys.argv[2:] == ["gradients"] else measure)

@@ -1,20 +1,24 @@
 """Every mistake ends all ranks within seconds, with a sentence and an exit code, and without a stack trace."""
 
-import ctypes
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import launching
 import pytest
+import torch
+import torchvision
 from launching import Job, run
 from PIL import Image
 
+from horovod_megdet import launched
 from horovod_megdet.engine import checkpoint
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_NON_FINITE_LOSS, EXIT_NOT_SAVED, EXIT_USER_ERROR
 
@@ -44,7 +48,21 @@ def expect(code: int, *sentences: str, arguments: list[str], folder: Path, launc
     return output
 
 
-def test_unknown_key_names_the_nearest(data: Path, tmp_path: Path) -> None:
+def changed(folder: Path, change: str) -> Path:
+    """A script that does what train.py does, after a change to its process."""
+    script = folder / "changed.py"
+    script.write_text(
+        "import runpy, sys\n"
+        f"sys.argv[0] = {str(launching.PROJECT / 'train.py')!r}\n"
+        f"sys.path.insert(0, {str(launching.PROJECT)!r})\n"
+        "from horovod_megdet import launched\n"
+        f"{textwrap.dedent(change)}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    return script
+
+
+def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
     config = tmp_path / "mine.yaml"
     config.write_text(f"base: {launching.TINY}\nsolver:\n  base_rl: 0.1\n")
     expect(
@@ -94,14 +112,19 @@ def test_missing_data_folder(tmp_path: Path) -> None:
     )
 
 
-def broken_annotations(change: Callable[[dict[str, Any], Path], None], data: Path, tmp_path: Path) -> list[str]:
-    """Arguments that train on a changed copy of the generated training set."""
+def generated(data: Path) -> dict[str, Any]:
+    """The annotations of the generated training set."""
     subprocess.run(
         [launching.BIN / "megdet", "synth", str(data), "--train", "24", "--val", "5"], check=True, capture_output=True
     )
-    copy = tmp_path / "images"
+    content: dict[str, Any] = json.loads((data / "annotations" / "train.json").read_text())
+    return content
+
+
+def broken_annotations(change: Callable[[dict[str, Any], Path], None], data: Path, tmp_path: Path) -> list[str]:
+    """Arguments that train on a changed copy of the generated training set."""
+    content, copy = generated(data), tmp_path / "images"
     shutil.copytree(data / "images" / "train", copy)
-    content = json.loads((data / "annotations" / "train.json").read_text())
     change(content, copy)
     (tmp_path / "broken.json").write_text(json.dumps(content))
     settings = [f"data.train_annotations={tmp_path / 'broken.json'}", f"data.train_images={copy}"]
@@ -207,7 +230,7 @@ def test_an_image_that_cannot_be_decoded_is_found_by_all_ranks(data: Path, tmp_p
 def test_resume_with_nothing_there(data: Path, tmp_path: Path) -> None:
     expect(
         EXIT_USER_ERROR,
-        "there is no whole checkpoint to resume from",
+        "there is no whole checkpoint. Start without --resume, or check output.run_dir.",
         arguments=[*launching.tiny(tmp_path / "run", data=data), "--resume"],
         folder=tmp_path,
     )
@@ -241,7 +264,7 @@ def test_a_truncated_checkpoint(finished: Path, data: Path, tmp_path: Path) -> N
         path.write_bytes(path.read_bytes()[:1000])
     expect(
         EXIT_USER_ERROR,
-        "there is no whole checkpoint to resume from",
+        "there is no whole checkpoint. Start without --resume, or check output.run_dir.",
         "the checkpoint is damaged: its SHA-256 is not the one recorded",
         arguments=[*launching.tiny(run_dir, data=data), "--resume"],
         folder=tmp_path,
@@ -270,16 +293,7 @@ def test_a_checkpoint_of_another_model(finished: Path, data: Path, tmp_path: Pat
 )
 def test_a_host_that_differs(data: Path, tmp_path: Path, setting: str, sentence: str, launcher: str) -> None:
     """One rank with another configuration: the message names rank, host and what differs."""
-    script = tmp_path / "differs.py"
-    script.write_text(
-        "import runpy, sys\n"
-        "from horovod_megdet import launched\n"
-        "if launched.rank() == 1:\n"
-        f"    sys.argv += ['--set', {setting!r}]\n"
-        f"sys.argv[0] = {str(launching.PROJECT / 'train.py')!r}\n"
-        f"sys.path.insert(0, {str(launching.PROJECT)!r})\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
+    script = changed(tmp_path, f"if launched.rank() == 1: sys.argv += ['--set', {setting!r}]")
     groups = [] if "bn_size" in setting else ["batch_norm.bn_size=2"]  # for the other ranks
     job = Job(launcher, 2, launching.tiny(tmp_path / "run", *groups, data=data), tmp_path, script)
     assert job.wait(LIMIT) == EXIT_USER_ERROR, job.output
@@ -289,21 +303,32 @@ def test_a_host_that_differs(data: Path, tmp_path: Path, setting: str, sentence:
     assert "Traceback" not in job.output
 
 
+def test_a_checkpoint_of_other_classes_is_not_evaluated(finished: Path, data: Path, tmp_path: Path) -> None:
+    content = json.loads((data / "annotations" / "val.json").read_text())
+    content["categories"][0]["name"] = "renamed"
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    settings = [f"data.val_annotations={tmp_path / 'val.json'}", f"data.val_images={data / 'images' / 'val'}"]
+    expect(
+        EXIT_USER_ERROR,
+        "the checkpoint knows the classes ['",
+        "the validation set has ['renamed', ",
+        arguments=[*launching.tiny(finished, *settings, data=data), "--eval-only"],
+        folder=tmp_path,
+    )
+
+
 def test_a_host_that_does_not_see_the_checkpoint(finished: Path, data: Path, tmp_path: Path) -> None:
     """The run directory is not on a disk that all hosts share: rank 1 says so, and nobody waits for it."""
-    script = tmp_path / "blind.py"
-    script.write_text(
-        "import runpy, sys\n"
-        "from horovod_megdet import launched\n"
-        "from horovod_megdet.engine import checkpoint\n"
-        "from horovod_megdet.errors import UserError\n"
-        "def read(path):\n"
-        "    raise UserError(f'{path}: there is no such checkpoint.')\n"
-        "if launched.rank() == 1:\n"
-        "    checkpoint.read = read\n"
-        f"sys.argv[0] = {str(launching.PROJECT / 'train.py')!r}\n"
-        f"sys.path.insert(0, {str(launching.PROJECT)!r})\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    script = changed(
+        tmp_path,
+        """\
+        from horovod_megdet.engine import checkpoint
+        from horovod_megdet.errors import UserError
+        def read(path):
+            raise UserError(f"{path}: there is no such checkpoint.")
+        if launched.rank() == 1:
+            checkpoint.read = read
+        """,
     )
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
@@ -313,31 +338,54 @@ def test_a_host_that_does_not_see_the_checkpoint(finished: Path, data: Path, tmp
     assert "Traceback" not in job.output
 
 
+@pytest.mark.parametrize("differing", ["training data", "starting weights"])
+def test_a_host_with_other_files(data: Path, tmp_path: Path, differing: str) -> None:
+    """The same relative paths lead to another width of a box, or to another weight, on the second host."""
+    content, network, elsewhere = generated(data), torchvision.models.resnet18(), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for folder in (tmp_path, elsewhere):
+        (folder / "train.json").write_text(json.dumps(content))
+        torch.save(network.state_dict(), folder / "weights.pth")
+        if differing == "training data":
+            content["annotations"][2]["bbox"][2] /= 2
+        else:
+            network.conv1.weight.data[0, 0, 0, 0] += 1e-3
+    settings = ["data.train_annotations=train.json", f"data.train_images={data / 'images' / 'train'}"]
+    arguments = launching.tiny(tmp_path / "run", *settings, "model.weights=weights.pth", data=data)
+    script = changed(tmp_path, f"import os\nif launched.rank() == 1: os.chdir({str(elsewhere)!r})")
+    job = Job("two_hosts", 2, arguments, tmp_path, script)
+    assert job.wait(LIMIT) == EXIT_USER_ERROR, job.output
+    host = re.escape(launched.host())
+    sentence = rf"{differing} differs: (\w+) on rank 1 \({host}\), (\w+) on rank 0 \({host}\)"
+    (differ,) = re.findall(sentence, " ".join(job.output.split()))
+    assert differ[0] != differ[1]
+    assert "Traceback" not in job.output
+
+
+IN_STEP_3_OF_RANK_1 = """\
+from horovod_megdet.models.detector import Detector
+original, calls = Detector.forward_losses, []
+def forward_losses(self, images, targets):
+    losses = original(self, images, targets)
+    calls.append(1)
+    if launched.rank() == 1 and len(calls) == 3:
+        HERE
+    return losses
+Detector.forward_losses = forward_losses
+"""
+"""A change to the process of a rank, whose third step has something else in the place of HERE."""
+
+
 @pytest.mark.parametrize("launcher", ["mpirun", "gloo"])
 def test_one_rank_raising_ends_all(data: Path, tmp_path: Path, launcher: str) -> None:
-    script = tmp_path / "raises.py"
-    script.write_text(
-        "import runpy, sys\n"
-        f"sys.argv[0] = {str(launching.PROJECT / 'train.py')!r}\n"
-        f"sys.path.insert(0, {str(launching.PROJECT)!r})\n"
-        "from horovod_megdet import comm\n"
-        "from horovod_megdet.models.detector import Detector\n"
-        "original, calls = Detector.forward_losses, []\n"
-        "def forward_losses(self, images, targets):\n"
-        "    calls.append(1)\n"
-        "    if comm.rank() == 1 and len(calls) == 3:\n"
-        "        raise ZeroDivisionError('planted')\n"
-        "    return original(self, images, targets)\n"
-        "Detector.forward_losses = forward_losses\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
+    script = changed(tmp_path, IN_STEP_3_OF_RANK_1.replace("HERE", "raise ZeroDivisionError('planted')"))
     job = Job(launcher, 2, launching.tiny(tmp_path / "run", data=data), tmp_path, script)
     assert job.wait(LIMIT) == EXIT_CRASHED, job.output
     assert f"error: rank 1 on {os.uname().nodename} crashed" in job.output
     assert "ZeroDivisionError: planted" in job.output
 
 
-def test_a_loss_that_is_not_finite(finished: Path, data: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite(data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = launching.tiny(run_dir, "solver.base_lr=1e18", "solver.warmup_epochs=0", data=data)
     output = expect(EXIT_NON_FINITE_LOSS, "The loss is not finite at step", arguments=arguments, folder=tmp_path)
@@ -347,18 +395,17 @@ def test_a_loss_that_is_not_finite(finished: Path, data: Path, tmp_path: Path) -
         checkpoint.read(path)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MB, too small for a checkpoint of 90 MB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, b"size=8m") != 0:
-        pytest.skip(f"cannot mount a small tmpfs: {os.strerror(ctypes.get_errno())}")
-    yield folder
-    assert libc.umount(str(folder).encode()) == 0
+def test_a_loss_that_is_not_finite_on_one_rank_names_it_alone(data: Path, tmp_path: Path) -> None:
+    script = changed(tmp_path, IN_STEP_3_OF_RANK_1.replace("HERE", "losses.values['loss_classifier'] *= float('nan')"))
+    job = Job("mpirun", 2, launching.tiny(tmp_path / "run", data=data), tmp_path, script)
+    assert job.wait(LIMIT) == EXIT_NON_FINITE_LOSS, job.output
+    (named,) = re.findall(r"The loss is not finite at step 3: (.*?)\. The last good", job.output)
+    assert re.fullmatch(rf"rank 1 on {re.escape(launched.host())}, images \[\d+, \d+\]", named), job.output
+    assert "Traceback" not in job.output
 
 
+# too small for a checkpoint of 90 MB
+@pytest.mark.parametrize("small_disk", ["8m"], indirect=True)
 def test_a_full_disk(small_disk: Path, data: Path, tmp_path: Path) -> None:
     """Training goes on to the end with a warning at each checkpoint; only the last one that fails is an error."""
     arguments = launching.tiny(small_disk / "run", data=data)

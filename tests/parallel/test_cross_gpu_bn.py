@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.parallel
-
 LAUNCHES = [("mpi", 2), ("mpi", 3), ("mpi", 4), ("gloo", 2)]
 TOLERANCE, HALF_TOLERANCE = 1e-5, 1e-2
 

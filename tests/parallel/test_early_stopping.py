@@ -53,6 +53,6 @@ def test_training_ends_without_a_better_evaluation_and_goes_on_with_more_patienc
     assert len(evaluations(run_dir)) == len(rows), "it did not go on"
 
     job = Job("mpirun", 2, [*arguments, "--resume", "--set", "solver.patience=3"], tmp_path)
-    job.wait_for(lambda: len(evaluations(run_dir)) > len(rows))
+    assert job.wait_for(lambda: len(evaluations(run_dir)) > len(rows)), job.output
     job.kill()
     assert [row["step"] for row in evaluations(run_dir)][: len(rows)] == [row["step"] for row in rows]

@@ -107,12 +107,13 @@ def test_an_evaluation_that_was_due_is_done_after_a_resume(run: Path, data: Path
 
 
 def test_its_checkpoints_resume_elsewhere(run: Path, data: Path, tmp_path: Path) -> None:
-    arguments = [*launching.tiny(run / "run", "solver.epochs=3.5", data=data), "--resume"]
+    copy = Path(shutil.copytree(run / "run", tmp_path / "run"))
+    arguments = [*launching.tiny(copy, "solver.epochs=3.5", data=data), "--resume"]
     code, output = launching.run("python", 1, arguments, tmp_path)
     assert code == 0, output
     assert "Resuming after step" in output
-    assert checkpoint.newest(run / "run", report=pytest.fail).images_seen >= 3.5 * IMAGES
-    assert load_config(run / "run" / "config.yaml").solver.epochs == 3.5
+    assert checkpoint.newest(copy, report=pytest.fail).images_seen >= 3.5 * IMAGES
+    assert load_config(copy / "config.yaml").solver.epochs == 3.5
 
 
 def test_a_mini_batch_that_the_remaining_ranks_cannot_share(data: Path, tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_a_job_below_its_minimum_waits_for_hosts_and_stops_when_it_is_asked_to(d
     os.kill(rank_on(job, "127.0.0.1"), signal.SIGKILL)
     job.wait_for_output("2 -> 2 ranks at epoch", timeout=120)
     find_hosts(tmp_path, "localhost:1")
-    job.wait_for_output("waits for its new place", timeout=90)
+    job.wait_for_output("is waiting for a new rank assignment", timeout=90)
     job.wait_for_output("The state in memory is written")
     os.kill(rank_on(job, "localhost"), signal.SIGUSR1)
     assert job.wait(60) == EXIT_STOPPED, job.output

@@ -13,8 +13,6 @@ import torch
 
 from horovod_megdet.data.synthetic import ensure_synthetic
 
-pytestmark = pytest.mark.parallel
-
 MANY, TWO = 7, 2
 JOBS = ("noisy", "detector", "views", "few images")
 

@@ -3,10 +3,7 @@
 from collections.abc import Callable
 from subprocess import CompletedProcess
 
-import pytest
 from launching import PROJECT
-
-pytestmark = pytest.mark.parallel
 
 
 def test_classifier(run_ranks: Callable[..., CompletedProcess[str]]) -> None:

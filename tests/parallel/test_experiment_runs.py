@@ -1,5 +1,6 @@
 """``make experiments QUICK=1``: tiny runs under the real launcher, from the pre-training to the page."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def driver(folder: Path) -> Iterator[subprocess.Popen[str]]:
     """The driver, started; whatever happens, it and what it started are ended."""
     command = [sys.executable, "-m", "experiments", "--quick", "--only", "*", "--folder", str(folder / "lab")]
@@ -47,10 +49,12 @@ def driver(folder: Path) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    yield process
-    while process.poll() is None:
-        process.terminate()
-        time.sleep(1)
+    try:
+        yield process
+    finally:
+        while process.poll() is None:
+            process.terminate()
+            time.sleep(1)
 
 
 def results(folder: Path) -> list[Row]:
@@ -63,26 +67,54 @@ def run_dir(folder: Path, cell: str) -> Path:
     return found
 
 
-def test_a_stopped_driver_leaves_a_checkpoint(folder: Path, driver: subprocess.Popen[str]) -> None:
+@dataclass(frozen=True)
+class Ended:
+    """What a driver leaves."""
+
+    code: int
+    output: str
+    rows: list[Row]
+    log: str
+    """Of the first cell's run."""
+
+
+def end_of(process: subprocess.Popen[str], folder: Path) -> Ended:
+    output, _ = process.communicate(timeout=SECONDS)
+    return Ended(process.returncode, output, results(folder), (run_dir(folder, "k01_frozen") / "log.txt").read_text())
+
+
+@pytest.fixture(scope="module")
+def stopped(folder: Path) -> Ended:
+    """A driver that is stopped in its first cell."""
     deadline = time.monotonic() + SECONDS
-    while not list((folder / "lab").glob("k01_frozen-*/checkpoints/step_*")):
-        assert driver.poll() is None, driver.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    driver.send_signal(signal.SIGTERM)
-    output, _ = driver.communicate(timeout=SECONDS)
-    assert driver.returncode == 85, output
-    assert "k01_frozen, seed 0: stopped, or another driver has made it or makes it now" in output
-    assert results(folder) == []
-    assert "the checkpoint is written" in (run_dir(folder, "k01_frozen") / "log.txt").read_text()
+    with driver(folder) as process:
+        while not list((folder / "lab").glob("k01_frozen-*/checkpoints/step_*")):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        return end_of(process, folder)
 
 
-def test_the_next_start_goes_on_and_comes_to_the_end(folder: Path, driver: subprocess.Popen[str]) -> None:
-    output, _ = driver.communicate(timeout=SECONDS)
-    assert driver.returncode == 0, output
-    assert "Pre-training" not in output
-    assert "Resuming after step" in (run_dir(folder, "k01_frozen") / "log.txt").read_text()
-    trained, diverged = results(folder)
+@pytest.fixture(scope="module")
+def finished(folder: Path, stopped: Ended) -> Ended:
+    """The next driver, which comes to the end."""
+    with driver(folder) as process:
+        return end_of(process, folder)
+
+
+def test_a_stopped_driver_leaves_a_checkpoint(stopped: Ended) -> None:
+    assert stopped.code == 85, stopped.output
+    assert "k01_frozen, seed 0: stopped, or another driver has made it or makes it now" in stopped.output
+    assert stopped.rows == []
+    assert "the checkpoint is written" in stopped.log
+
+
+def test_the_next_start_goes_on_and_comes_to_the_end(folder: Path, finished: Ended) -> None:
+    assert finished.code == 0, finished.output
+    assert "Pre-training" not in finished.output
+    assert "Resuming after step" in finished.log
+    trained, diverged = finished.rows
     assert (trained["cell"], trained["outcome"], len(trained["evaluations"])) == ("k01_frozen", "finished", 2)
     assert trained["training"][-1]["gradient_variance"] > 0
     assert (diverged["cell"], diverged["outcome"], diverged["evaluations"]) == ("k08_frozen", "diverged", [])
@@ -93,15 +125,17 @@ def test_the_next_start_goes_on_and_comes_to_the_end(folder: Path, driver: subpr
     assert (folder / "lab" / "figures" / "batch-norm.svg").exists()
 
 
-def test_nothing_is_made_twice(folder: Path, driver: subprocess.Popen[str]) -> None:
-    before = results(folder)
-    output, _ = driver.communicate(timeout=SECONDS)
-    assert driver.returncode == 0
-    assert "starts" not in output
-    assert results(folder) == before
+def test_nothing_is_made_twice(folder: Path, finished: Ended) -> None:
+    with driver(folder) as process:
+        again = end_of(process, folder)
+    assert again.code == 0, again.output
+    assert "starts" not in again.output
+    assert again.rows == finished.rows
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_mini_batch_on_all_ranks_has_the_gradients_of_one_process(folder: Path) -> None:
+    """With the weights of the pre-training."""
     settings = [*QUICK, f"model.weights={folder}/lab/backbone.pth", f"data.synthetic_root={folder}/lab/data"]
     settings += ["batch_norm.bn_size=world", "data.images_per_rank=2", "solver.epochs=0.5"]
     settings += ["solver.milestones=[]", "solver.gammas=[]"]

@@ -16,8 +16,6 @@ import yaml
 from horovod_megdet.engine import checkpoint
 from horovod_megdet.report.rows import read_metrics
 
-pytestmark = pytest.mark.parallel
-
 Run = Callable[..., CompletedProcess[str]]
 
 ALONE = """

@@ -17,7 +17,7 @@ from horovod_megdet.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 from horovod_megdet.report.rows import read_metrics
 
 KILLS = int(os.environ.get("MEGDET_TEST_KILLS", "4"))
-"""How often the job is killed; set it higher to look harder."""
+"""How often the job is killed; set it higher to look harder, up to half the number of its checkpoints."""
 
 SETTINGS = [
     "solver.epochs=4",
@@ -57,11 +57,12 @@ def test_killed_at_random_moments_and_resumed_is_bit_identical(undisturbed: Path
         job = Job("mpirun", 2, [*arguments, *(["--resume"] if kill else [])], tmp_path)
         start = newest_step(run_dir)
         # Alternately: a random moment after the next checkpoint, and in the middle of writing one.
-        job.wait_for(lambda start=start: newest_step(run_dir) > start)
+        assert job.wait_for(lambda start=start: newest_step(run_dir) > start), job.output
         if kill % 2:
-            job.wait_for(lambda: any(checkpoint.folder(run_dir).glob(".writing-*")))
+            assert job.wait_for(lambda: any(checkpoint.folder(run_dir).glob(".writing-*"))), job.output
         else:
             time.sleep(chance.uniform(0, 0.5))
+        assert job.process.poll() is None, f"ended before it was killed:\n{job.output}"
         job.kill()
     code, output = launching.run("mpirun", 2, [*arguments, "--resume"], tmp_path)
     assert code == 0, output

@@ -5,11 +5,11 @@ Starting ranks takes seconds, so that each launch measures everything, and the t
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytestmark = pytest.mark.parallel
+import torch
 
 Measured = dict[str, Any]
 
@@ -25,11 +25,17 @@ def measured(
 
 
 @pytest.fixture(scope="module")
-def trained(run_ranks: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Measured:
+def trained_folder(run_ranks: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What solver_trainer.py writes on two ranks."""
+    folder = tmp_path_factory.mktemp("trained")
+    run_ranks("solver_trainer.py", 2, str(folder / "result.json"), timeout=480)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(trained_folder: Path) -> Measured:
     """The numbers of solver_trainer.py on two ranks."""
-    result = tmp_path_factory.mktemp("trained") / "result.json"
-    run_ranks("solver_trainer.py", 2, str(result))
-    return json.loads(result.read_text())
+    return json.loads((trained_folder / "result.json").read_text())
 
 
 def test_a_detector_has_the_variance_of_its_single_images(measured: Measured) -> None:
@@ -75,8 +81,26 @@ def test_a_measured_step_has_one_message_more_and_no_other_step_has(trained: Mea
 
 
 def test_the_noise_is_that_of_gradients_that_are_not_clipped(trained: Measured) -> None:
-    assert trained["clipped"] == trained["not clipped"]
-    assert trained["clipped"]["variance"]["all"] > 0
+    noise = {name: step["noise"] for name, step in trained["clipping"].items()}
+    assert noise["half"] == noise["no limit"]
+    assert noise["half"]["variance"]["all"] > 0
+
+
+def test_averaged_gradients_are_clipped_to_the_limit(trained: Measured) -> None:
+    """Where each rank clipped its own, the average would be shorter than the limit."""
+    lengths = {name: step["length"] for name, step in trained["clipping"].items()}
+    assert lengths["half"] == pytest.approx(lengths["no limit"] / 2, rel=1e-4)
+    assert lengths["twice"] == lengths["no limit"] > 0
+
+
+def test_passes_of_one_process_have_the_gradients_of_as_many_ranks(
+    trained_folder: Path, run_ranks: Callable[..., Any], tmp_path: Path
+) -> None:
+    run_ranks("solver_trainer.py", 1, str(tmp_path / "result.json"), "gradients")
+    of_passes, of_ranks = (torch.load(folder / "gradients.pt") for folder in (tmp_path, trained_folder))
+    assert of_passes.keys() == of_ranks.keys()
+    differences = {name: float((of_passes[name] - of_ranks[name]).norm()) for name in of_ranks}
+    assert not {name for name, difference in differences.items() if not difference <= 1e-5 * of_ranks[name].norm()}
 
 
 @pytest.mark.parametrize("name", ["lars", "adamw", "sgd, channels last"])

@@ -14,6 +14,7 @@ from PIL import Image
 from horovod_megdet import launched
 from horovod_megdet.config import load_config
 from horovod_megdet.engine import checkpoint
+from horovod_megdet.evaluation.metrics import percent
 from horovod_megdet.report.rows import read_metrics
 from horovod_megdet.wording import count
 
@@ -61,18 +62,37 @@ def test_the_launchers_agree_bit_for_bit(runs: dict[str, Path]) -> None:
     assert hashes[0] == hashes[1] == hashes[2]
 
 
-def test_evaluation_of_a_checkpoint_gives_the_metrics_of_the_run(runs: dict[str, Path], tmp_path: Path) -> None:
+TRAIN, MEGDET = launching.PROJECT / "train.py", launching.BIN / "megdet"
+EVALUATIONS = {
+    "megdet evaluate": ("python", MEGDET, ["evaluate", "{run}"]),
+    "--eval-only": ("mpirun", TRAIN, ["--config", "{run}/config.yaml", "--run-dir", "{run}", "--eval-only"]),
+    "--checkpoint": (
+        "python",
+        TRAIN,
+        ["--config", "{run}/config.yaml", "--run-dir", "other", "--eval-only", "--checkpoint", "{checkpoint}"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("launcher", "script", "arguments"), EVALUATIONS.values(), ids=EVALUATIONS)
+def test_evaluation_of_a_checkpoint_gives_the_metrics_of_the_run(
+    runs: dict[str, Path], tmp_path: Path, launcher: str, script: Path, arguments: list[str]
+) -> None:
     """On two ranks what was evaluated on two, and on one process as well: shards are exact."""
-    recorded = read_metrics(runs["mpirun"] / "metrics.jsonl")[-1]
+    run_dir = runs["mpirun"]
+    recorded = read_metrics(run_dir / "metrics.jsonl")[-1]
     assert recorded["kind"] == "evaluation"
-    name = checkpoint.newest(runs["mpirun"], report=pytest.fail).path.name
-    in_run = json.loads((runs["mpirun"] / "evaluation" / f"{name}.json").read_text())
-    for launcher, ranks in [("python", 1), ("mpirun", 2)]:
-        arguments = ["--config", str(runs["mpirun"] / "config.yaml"), "--run-dir", str(runs["mpirun"]), "--eval-only"]
-        code, output = launching.run(launcher, ranks, arguments, tmp_path / launcher)
-        assert code == 0, output
-        again = json.loads((runs["mpirun"] / "checkpoints" / name / "detections.json").read_text())
-        assert again == in_run
+    newest = checkpoint.newest(run_dir, report=pytest.fail).path
+    detections = newest / "detections.json"
+    detections.unlink(missing_ok=True)
+    words = [word.format(run=run_dir, checkpoint=newest) for word in arguments]
+    job = launching.Job(launcher, 1 if launcher == "python" else 2, words, tmp_path, script)
+    assert job.wait() == 0, job.output
+    printed = dict(re.findall(r"^\W*(AP|AP50|AP75)\s.*\s([\d.]+)\W*$", job.output, re.MULTILINE))
+    assert printed == {name: percent(recorded[name]) for name in ("AP", "AP50", "AP75")}
+    in_run = json.loads((run_dir / "evaluation" / f"{newest.name}.json").read_text())
+    assert json.loads(detections.read_text()) == in_run
+    assert not (tmp_path / "other").exists(), "an evaluation is no run"
 
 
 def test_a_checkpoint_folder_says_what_it_is(runs: dict[str, Path], data: Path, tmp_path: Path) -> None:

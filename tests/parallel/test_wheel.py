@@ -14,8 +14,6 @@ import pytest
 
 from horovod_megdet.engine import checkpoint
 
-pytestmark = pytest.mark.parallel
-
 SOURCES = ("horovod_megdet", "setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 

@@ -98,7 +98,7 @@ def test_evaluation_keeps_all_images_and_crowds(folder: Folder) -> None:
 
 
 def test_to_coco_is_what_the_file_says(folder: Folder, capfd: pytest.CaptureFixture[str]) -> None:
-    coco = folder.load(training=False).to_coco()
+    coco = folder.load(training=False).ground_truth.to_coco()
     assert capfd.readouterr().out == ""
     assert sorted(coco.imgs) == [2, 7, 90]
     assert {id: category["name"] for id, category in coco.cats.items()} == {3: "cat", 9: "dog"}
@@ -193,10 +193,6 @@ def swapped_size(folder: Folder, content: Content) -> None:
     content["images"][1].update(width=30, height=40)
 
 
-def no_file_name(folder: Folder, content: Content) -> None:
-    del content["images"][1]["file_name"]
-
-
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -221,7 +217,7 @@ def test_bad_image_is_left_out_with_its_annotations(
     dataset = folder.load(training=False, bad="skip")
     assert dataset.image_ids.tolist() == [7, 90]
     assert len(dataset.problems) == 1
-    assert len(dataset.to_coco().anns) == 3
+    assert len(dataset.ground_truth.to_coco().anns) == 3
 
 
 def test_truncated_file_is_found_by_decoding(folder: Folder) -> None:
@@ -449,4 +445,6 @@ def test_real_data(tmp_path: Path) -> None:
         load_dataset(annotations, images, training=True, cache_dir=tmp_path)
     dataset = load_dataset(annotations, images, training=True, bad="skip", cache_dir=tmp_path)
     assert len(dataset) == 205
-    assert len(dataset.to_coco().anns) == len(json.loads(annotations.read_text())["annotations"]) - len(problems)
+    assert len(dataset.ground_truth.to_coco().anns) == len(json.loads(annotations.read_text())["annotations"]) - len(
+        problems
+    )

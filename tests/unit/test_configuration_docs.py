@@ -34,7 +34,7 @@ def test_every_key_has_one_whole_row() -> None:
         (Annotated[int, Field(gt=0)] | None, "whole number > 0 or `null`"),
         (Literal["world"] | Annotated[int, Field(gt=0)], "`world` or whole number > 0"),
         (Literal["a", "b"], "`a`, `b`"),
-        (tuple[Annotated[float, Field(gt=0)], ...], "list, each a number > 0"),
+        (tuple[Annotated[float, Field(gt=0)], ...], "list of numbers > 0"),
         (bool, "`true`, `false`"),
         (str, "text"),
     ],

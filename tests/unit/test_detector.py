@@ -1,7 +1,6 @@
 """The detector in one process: its parts, frozen stages, losses that can be put together, sampling, recomputation."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,13 +23,7 @@ NORMS = {"cgbn": CrossGPUBatchNorm, "local": CrossGPUBatchNorm, "frozen": Frozen
 ALL_NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads only get into each other's way with tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(channels_last: bool = False, **changes: Any) -> Detector:

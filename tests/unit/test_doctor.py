@@ -231,6 +231,12 @@ FAULTS: list[tuple[str, str, Examination, list[str]]] = [
         ["the GPUs differ: A100 on node0, rank 2 on node1; V100 on rank 3 on node1"],
     ),
     (
+        "a GPU that another process holds",
+        "error",
+        with_fault(3, gpu_failure="RuntimeError: CUDA error: device is busy"),
+        ["the GPU cannot be used on rank 3 on node1: RuntimeError: CUDA error: device is busy"],
+    ),
+    (
         "no GPU where one is asked for",
         "error",
         with_faults(gpus=[], **part(0, "config", device="cuda")),
@@ -548,10 +554,14 @@ def test_limits_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
     assert probes.memory().total != 4 * GIB
 
 
-def test_unknown_names_are_reported() -> None:
-    found = probes.resolve(["localhost", "no-such-host.invalid"])
-    assert found["no-such-host.invalid"] == []
-    assert set(found["localhost"]) & {"127.0.0.1", "::1"}
+def test_unknown_names_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look_up(host: str, port: None, type: int) -> list[Any]:
+        if host != "node0":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [(socket.AF_INET, type, 6, "", (address, 0)) for address in ("10.0.0.2", "10.0.0.1", "10.0.0.2")]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    assert probes.resolve(["node0", "node1"]) == {"node0": ["10.0.0.1", "10.0.0.2"], "node1": []}
 
 
 def test_data_is_read_and_not_generated(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import socket
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import Mock
@@ -199,6 +201,54 @@ def test_what_is_in_the_store_is_never_unpickled(place: Callable[[int], None]) -
     http_client.put_data_into_kvstore(*waiting._url.split("/")[2].split(":"), "megdet_start", "key", Path("/tmp"))
     assert waiting.read("key") is None
     assert waiting.read("another key") is None
+
+
+@pytest.fixture
+def closed_port() -> int:
+    """Nobody listens there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def answer(place: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """``answer("1,2,0,1,1,2")``: what the launcher answers when this process, on hostA, asks for its place."""
+    place(0)
+    monkeypatch.setenv("HOROVOD_HOSTNAME", "hostA")
+    monkeypatch.setenv("HOROVOD_LOCAL_RANK", "0")
+    server = f"127.0.0.1:{os.environ['HOROVOD_GLOO_RENDEZVOUS_PORT']}"
+    url = f"http://{server}/rank_and_size/hostA:0"
+    return lambda text: start.ask_launcher(urllib.request.Request(url, data=text.encode(), method="PUT"), timeout=10)
+
+
+def test_a_process_that_the_launcher_has_no_place_for_leaves_the_job(answer: Callable[[str], None]) -> None:
+    answer("-1,-1,-1,-1,-1,-1")
+    with pytest.raises(comm.RemovedError):
+        elastic._take_new_place(stopping=lambda: False, unsaved=None)
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_a_place(
+    answer: Callable[[str], None], closed_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{closed_port}")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it has the proxies of when it was first used
+    answer("1,2,0,1,1,2")
+    assert elastic._wait_for_place(stopping=lambda: False, unsaved=None) == [1, 2, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_launcher_that_gives_no_place_ends_the_job(
+    answer: Callable[[str], None], closed_port: int, monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    if ended:
+        monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", str(closed_port))
+    reason = "Connection refused" if ended else "404"
+    with pytest.raises(UserError, match=rf"did not assign this process a rank: .*{reason}.* again with --resume\."):
+        elastic._take_new_place(stopping=lambda: False, unsaved=None)
 
 
 def test_one_of_the_ranks_with_the_same_state_saves_it(place: Callable[[int], None]) -> None:

@@ -17,6 +17,7 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.transforms.v2 import functional as F
 
 import horovod_megdet as megdet
+from horovod_megdet import cli
 from horovod_megdet.config import Config, ModelConfig
 from horovod_megdet.data.synthetic import ensure_synthetic
 from horovod_megdet.engine import checkpoint
@@ -272,6 +273,20 @@ def test_torchvision_has_no_backbone_without_norms(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model.backbone_norm is none"):
         export_detector(run_dir, tmp_path / "detector.pth", "torchvision")
     assert not (tmp_path / "detector.pth").exists()
+
+
+def test_the_command_writes_into_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = save_run(tmp_path / "run", NORMS["cgbn"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["megdet", "export", str(run_dir), "--format", "torchvision"])
+    assert cli.main() == 0
+    assert capsys.readouterr().out == "detector.pth\n"
+    export_detector(run_dir, tmp_path / "expected.pth", "torchvision")
+    written, expected = (torch.load(tmp_path / name) for name in ("detector.pth", "expected.pth"))
+    assert list(written) == list(expected)
+    assert all(map(torch.equal, written.values(), expected.values()))
 
 
 def test_onnx_without_its_package_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

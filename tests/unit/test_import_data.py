@@ -368,7 +368,7 @@ def test_boxes_are_clipped_to_their_image(importing: Import, capsys: pytest.Capt
     importing.write(write_voc)
     replace(VOC_BOX, "<xmin>1.5</xmin>", "<xmin>-3</xmin>")(importing.root)
     assert importing.run("--split", "1") == 0
-    assert "Clipped to the edge of the image: 1 of the boxes." in capsys.readouterr().out
+    assert "1 of the boxes clipped to the edge of the image." in capsys.readouterr().out
     assert ("cat", [0, 2, 11.5, 20]) in importing.found()["p0.jpg"]
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -200,7 +201,7 @@ def test_mistakes_about_elastic_jobs(hosts: str, discover: str, tmp_path: Path) 
     assert "is less than --min-ranks 3" in said("--min-ranks", "3", "--max-ranks", "2", "--hostfile", hosts)
     assert "has slots for 4" in said("--min-ranks", "5", "--hostfile", hosts)
     (tmp_path / "one").write_text("far slots=4\n")
-    assert "needs two hosts or more" in said("--min-ranks", "1", "--hostfile", str(tmp_path / "one"))
+    assert "needs at least two hosts" in said("--min-ranks", "1", "--hostfile", str(tmp_path / "one"))
     assert "cannot be run" in said("--min-ranks", "1", "--discover", str(tmp_path / "no-such-program"))
     Path(discover).write_text("#!/bin/sh\necho node01 slots=8\n")
     assert "it printed 'node01'; print one host per line, such as node01:8" in said(
@@ -299,8 +300,15 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port: [] if "." not in host else socket.gethostbyname(host))
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
     return tmp_path / "calls"
+
+
+def look_up(host: str, port: None) -> list[Any]:
+    """What a name server knows: all names but those that end in `.invalid`."""
+    if host.endswith(".invalid"):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    return []
 
 
 def launch_on(tmp_path: Path, mpirun: str, names: str, *words: str) -> int:

@@ -186,14 +186,14 @@ def test_an_image_of_another_size_than_at_the_start_is_named(tmp_path: Path) -> 
     listed = {"images": images, "annotations": [entry], "categories": [{"id": 1, "name": "cat"}]}
     (tmp_path / "a.json").write_text(json.dumps(listed))
     checked = load_dataset(tmp_path / "a.json", tmp_path, training=True, check_images="open")
-    assert checked[0][0].shape == (3, 100, 60)
+    assert checked.read(0)[0].shape == (3, 100, 60)
     trusted = load_dataset(tmp_path / "a.json", tmp_path, training=True, check_images="trust")
     with pytest.raises(ImageFileError, match=r"photo.jpg: the image has 60 x 100 pixels, and not 100 x 60"):
         trusted.read(0)
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_an_error_in_any_view_is_an_error_of_the_image(train_set: CocoDataset, failing: int) -> None:
+def test_an_error_in_any_view_is_an_error_of_the_image(failing: int) -> None:
     readers = [MagicMock() for _ in range(2)]
     for number, reader in enumerate(readers):
         reader.__getitem__.return_value = Batch([], error="cannot be read" if number == failing else None)

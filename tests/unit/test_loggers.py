@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from horovod_megdet.config import Config, load_config
+from horovod_megdet.config import Config, by_dotted_key, load_config
 from horovod_megdet.engine import loggers
 from horovod_megdet.engine.loggers import Logger, Loggers
 from horovod_megdet.errors import UserError
@@ -88,7 +88,7 @@ def test_mlflow_with_its_local_store(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert run.data.metrics == pytest.approx(NUMBERS)
     assert [point.step for point in client.get_metric_history(run.info.run_id, "evaluation/AP")] == [4]
     assert run.data.params["solver.base_lr"] == "0.125"
-    assert len(run.data.params) == len(loggers.dotted(config(run_dir, "mlflow")))
+    assert len(run.data.params) == len(by_dotted_key(config(run_dir, "mlflow").model_dump()))
     assert run.data.tags["checkpoint"] == "/there/step_00000004"
     pictures = {file.path for file in client.list_artifacts(run.info.run_id, "validation")}
     assert pictures == {"validation/1_1.png", "validation/2_2.png"}

@@ -1,8 +1,7 @@
 """ResNets whose normalization layers take the shortcut and the ReLU into their passes, against torchvision's."""
 
 import copy
-from collections.abc import Callable, Iterator
-from unittest import mock
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,19 +20,7 @@ NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d", "r
 PAIR = comm.Group((0, 1), None)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _twins() -> Iterator[None]:
-    """This process is one of two ranks with the same data: each sum is twice its own."""
-    with mock.patch.object(comm, "sum_", lambda tensor, name, group=None: tensor.mul_(2)):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread", "twins")
 
 
 def both(name: str) -> tuple[nn.Module, nn.Module]:

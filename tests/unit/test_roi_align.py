@@ -1,7 +1,6 @@
 """RoIAlign in C, in training on the CPU, against torchvision's operator."""
 
 import platform
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -28,12 +27,7 @@ BOXES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def boxes_of(*kinds: str) -> list[Tensor]:

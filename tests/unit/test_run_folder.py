@@ -105,11 +105,28 @@ def test_a_full_disk_is_a_warning_and_the_next_evaluation_tries_again(
         files.log_evaluation(row(1), evaluation())
         files.wait()
     error = capfd.readouterr().err
-    assert f"{detections_file(tmp_path, 1)}: cannot be written: No space left on device. Training goes on." in error
+    assert f"{detections_file(tmp_path, 1)}: cannot be written: No space left on device. Training" in error
     assert list((tmp_path / "evaluation").iterdir()) == [], "no half file"
     files.log_evaluation(row(2), evaluation())
     files.close()
     assert detections_file(tmp_path, 2).exists()
+
+
+def test_metrics_that_a_full_disk_refuses_are_a_warning_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    files = RunFolder(config(tmp_path))
+    files.open_log(total_images=100, position=Position())
+    log = files._log
+    assert log is not None
+    log._file.close()
+    log._file = Path("/dev/full").open("a", encoding="utf-8", buffering=1)  # noqa: SIM115 - the run folder closes it
+    files.log_evaluation(row(1), evaluation())
+    files.close("Finished.")
+    captured = capfd.readouterr()
+    assert captured.err.count("warning: metrics could not be written: [Errno 28] No space left on device. ") == 2
+    assert "Finished." in captured.out
 
 
 def test_a_bug_in_the_thread_is_not_lost(files: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
 import pip
 import pytest
+from programs import executable, has_ended, wait_until
 
 import setup_env
 from environment import horovod_wheel, machine
@@ -19,13 +19,6 @@ from setup_env import RUNNING, Setup
 
 SCRIPTS = Path(setup_env.__file__).parent
 ALL = ["venv", "packages", "horovod", "project"]
-
-
-def executable(path: Path, script: str) -> None:
-    """A program that runs the shell ``script``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
-    path.chmod(0o755)
 
 
 @pytest.fixture
@@ -198,30 +191,30 @@ class TestSteps:
         environ = {"PATH": "/usr/bin:/bin", "HOME": str(complete)}
         command = [sys.executable, complete / "scripts" / "setup_env.py"]
         process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 30
-        while not (complete / "pid").exists() or not (complete / "pid").read_text(encoding="utf-8"):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        pid = complete / "pid"
+        wait_until(lambda: pid.exists() and pid.read_text(encoding="utf-8"))
         process.terminate()
         _, error = process.communicate(timeout=30)
         assert process.returncode == 128 + signal.SIGTERM
         assert error == b"setup: stopped; the next run goes on from here.\n"
-        child = Path("/proc", (complete / "pid").read_text(encoding="utf-8").strip(), "stat")
-        while child.exists() and " Z " not in child.read_text(encoding="utf-8"):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: has_ended(int(pid.read_text(encoding="utf-8"))))
 
     def test_a_second_set_up_waits_and_finds_nothing_to_do(self, complete):
-        python_of(complete, "sleep 1")
+        # pip works until the second set-up waits for it, or for 30 s
+        wait = "for _ in $(seq 1500); do test -e go && exit 0; sleep 0.02; done; exit 1"
+        python_of(complete, f"cd '{complete}'; touch started; {wait}")
         (complete / "setup.cfg").write_text("changed", encoding="utf-8")
         program = "import sys, pathlib, setup_env; setup_env.set_up({}, pathlib.Path(sys.argv[1]))"
         command = [sys.executable, "-c", program, complete]
-        both = [subprocess.Popen(command, cwd=SCRIPTS, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-        printed = sorted((process.communicate(timeout=30)[0] for process in both), key=lambda text: "waiting" in text)
-        assert [process.returncode for process in both] == [0, 0]
-        assert "as an editable package" in printed[0]
-        assert "another set-up is working on" in printed[1]
-        assert "as an editable package" not in printed[1]
+        first = subprocess.Popen(command, cwd=SCRIPTS, stdout=subprocess.PIPE, text=True)
+        wait_until((complete / "started").exists)
+        second = subprocess.Popen(command, cwd=SCRIPTS, stdout=subprocess.PIPE, text=True)
+        assert second.stdout
+        assert "another set-up is working on" in second.stdout.readline()
+        (complete / "go").touch()
+        assert "as an editable package" in first.communicate(timeout=30)[0]
+        assert "as an editable package" not in second.communicate(timeout=30)[0]
+        assert (first.returncode, second.returncode) == (0, 0)
 
     def test_torch_without_cuda(self, complete):
         python_of(complete, """echo '["2.14.1+cpu", null, "/torch", "cpython-311", "", "/cmake"]'""")

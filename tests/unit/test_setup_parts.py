@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from programs import executable
 
 from environment import horovod_wheel, machine
 from environment.commands import Runner, SetupError, locked
@@ -13,14 +14,6 @@ from environment.options import choose_options, command_environ, path_without, r
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 LOCK = "# comment\nmpi4py==4.1.2\nopenmpi==4.1.8\nPyYAML==6.0.3\nsympy==1.14.0\ntorch==2.14.1\ntorchvision==0.29.1\n"
-
-
-def executable(path: Path, script: str = "exit 0") -> Path:
-    """A program that runs the shell ``script``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
-    path.chmod(0o755)
-    return path
 
 
 class TestOptions:

@@ -48,7 +48,8 @@ def test_one_rank_waits_for_nobody() -> None:
 def test_the_sentence_says_what_the_rank_does() -> None:
     work = [0.6, 0.61, 0.84, 0.59]
     assert describe_slow_rank(2, "node05", work, data=0.01) == (
-        "rank 2 on node05 is 1.4 times slower than the others, which wait for it: it works for 0.84 s of each step, "
-        "they for 0.60 s."
+        "rank 2 on node05 is 1.4 times slower than the others, which wait for it: it works for 0.84 s of each step; "
+        "the others work for 0.60 s."
     )
-    assert "0.84 s of each step, 0.20 s of that waiting for images, they" in describe_slow_rank(2, "a", work, data=0.2)
+    waiting = describe_slow_rank(2, "node05", work, data=0.2)
+    assert "0.84 s of each step, 0.20 s of that waiting for images; the others" in waiting

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from horovod_megdet.config import DataConfig
-from horovod_megdet.data.transforms import DetectionTransform, build_transform, distort, fit_size
+from horovod_megdet.data.transforms import (
+    DetectionTransform,
+    distort,
+    evaluation_transforms,
+    fit_size,
+    training_transform,
+)
+
+Transformed = tuple[Tensor, Tensor]
 
 sides = st.integers(1, 4000)
 
@@ -26,6 +34,11 @@ def white_rectangle(height: int, width: int, box: tuple[int, int, int, int]) -> 
 def box_of_white(image: Tensor) -> list[int]:
     rows, columns = torch.nonzero(image[0] > 127, as_tuple=True)
     return [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
+
+
+def transformed(transform: DetectionTransform, image: Tensor, boxes: Tensor, random: torch.Generator) -> Transformed:
+    size = (image.shape[1], image.shape[2])
+    return transform.apply(image, boxes, size, transform.draw_size(size, random), random)
 
 
 @given(height=sides, width=sides, shorter=st.integers(32, 1000), longer=st.integers(32, 2000))
@@ -49,7 +62,9 @@ def test_fit_size_of_coco() -> None:
 def test_boxes_stay_on_their_objects(flip: float, shorter_side: int) -> None:
     box = (16, 24, 80, 56)
     transform = DetectionTransform((shorter_side,), 1000, horizontal_flip=flip)
-    image, boxes = transform(white_rectangle(128, 192, box), torch.tensor([box], dtype=torch.float32), generator())
+    image, boxes = transformed(
+        transform, white_rectangle(128, 192, box), torch.tensor([box], dtype=torch.float32), generator()
+    )
     assert image.dtype == torch.uint8
     assert image.shape == (3, shorter_side, shorter_side * 3 // 2)
     assert boxes.dtype == torch.float32
@@ -72,18 +87,18 @@ def test_boxes_of_an_image_that_was_decoded_at_half_its_size() -> None:
 
 def test_no_boxes() -> None:
     transform = DetectionTransform((64,), 1000, horizontal_flip=1.0, photometric=True)
-    image, boxes = transform(white_rectangle(100, 100, (1, 1, 9, 9)), torch.empty(0, 4), generator())
+    image, boxes = transformed(transform, white_rectangle(100, 100, (1, 1, 9, 9)), torch.empty(0, 4), generator())
     assert image.shape == (3, 64, 64)
     assert boxes.shape == (0, 4)
 
 
 def test_randomness_comes_from_the_generator_alone() -> None:
     data = DataConfig(shorter_side_train=(40, 50, 60), longer_side_train=200, photometric=True)
-    transform = build_transform(data, training=True)
+    transform = training_transform(data)
     original = torch.randint(0, 256, (3, 30, 45), dtype=torch.uint8, generator=generator())
     boxes = torch.tensor([[3.0, 4.0, 20.0, 25.0]])
     state = torch.get_rng_state()
-    results = [transform(original, boxes, generator(seed)) for seed in (*range(20), *range(20))]
+    results = [transformed(transform, original, boxes, generator(seed)) for seed in (*range(20), *range(20))]
     assert torch.equal(torch.get_rng_state(), state)
     for (image, moved), (same_image, same_moved) in zip(results[:20], results[20:], strict=True):
         assert torch.equal(image, same_image)
@@ -96,10 +111,11 @@ def test_randomness_comes_from_the_generator_alone() -> None:
 
 
 def test_evaluation_is_not_random() -> None:
-    transform = build_transform(DataConfig(shorter_side_test=50, longer_side_test=70, photometric=True), training=False)
+    data = DataConfig(shorter_side_test=50, longer_side_test=70, photometric=True)
+    (transform,) = evaluation_transforms(data, scales=())
     original = torch.randint(0, 256, (3, 30, 45), dtype=torch.uint8, generator=generator())
-    first, _ = transform(original, torch.empty(0, 4), generator(1))
-    second, _ = transform(original, torch.empty(0, 4), generator(2))
+    first, _ = transformed(transform, original, torch.empty(0, 4), generator(1))
+    second, _ = transformed(transform, original, torch.empty(0, 4), generator(2))
     assert torch.equal(first, second)
     assert first.shape == (3, 47, 70)
 

@@ -7,15 +7,17 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from programs import has_ended, wait_until
 
 from horovod_megdet import launched
 from horovod_megdet.cluster.watchdog import watchdog
-from horovod_megdet.cluster.watchdog.diagnosis import StallTimer, find_lost_ranks, find_stall, name_ranks
+from horovod_megdet.cluster.watchdog.diagnosis import Stall, StallTimer, find_lost_ranks, find_stall, name_ranks
 from horovod_megdet.cluster.watchdog.heartbeats import Heartbeat, Heartbeats, LastWords
 from horovod_megdet.cluster.watchdog.watchdog import Watchdog, beat_interval
 from horovod_megdet.errors import EXIT_STALLED, UserError
@@ -223,13 +225,6 @@ def waiting() -> Iterator[None]:
     progress.finished_waiting()
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
 def test_a_stalled_job_ends_with_a_sentence_and_stacks(
     tmp_path: Path, ended: list[int], waiting: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,16 +260,25 @@ def first_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOROVOD_SIZE", "2")
 
 
-def test_a_rank_waits_for_a_busy_one(tmp_path: Path, ended: list[int], waiting: None, first_of_two: None) -> None:
+def test_a_rank_waits_for_a_busy_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: list[int], waiting: None, first_of_two: None
+) -> None:
     """Its own timer expires, but the other rank's heartbeats tell of progress."""
+    verdicts: list[Stall | None] = []
+
+    def note(beats: list[Heartbeat], timeout: float) -> Stall | None:
+        verdicts.append(find_stall(beats, timeout))
+        return verdicts[-1]
+
+    monkeypatch.setattr(watchdog, "find_stall", note)
+    Heartbeats(tmp_path).write(beat(1, size=2, doing="evaluating", idle=0.0))
+    later = time.time() + 1000  # the newest of all, as if the rank wrote all the time
+    os.utime(tmp_path / "heartbeats" / "rank_00001.json", (later, later))
     dog = Watchdog(tmp_path, stall_timeout=0.5)
     dog.start()
-    for _ in range(15):
-        Heartbeats(tmp_path).write(beat(1, size=2, doing="evaluating", idle=0.0))
-        time.sleep(0.1)
-    own = Heartbeats(tmp_path).read()[0]
+    wait_until(lambda: len(verdicts) >= 3)
     dog.stop()
-    assert own.stuck_for > 0.5
+    assert set(verdicts) == {None}
     assert not ended
 
 
@@ -307,15 +311,29 @@ def sigterm_is_harmless() -> Iterator[None]:
 
 
 def test_a_rank_that_receives_sigterm_and_waits_only_later_says_who_is_lost(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], first_of_two: None, sigterm_is_harmless: None
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    first_of_two: None,
+    sigterm_is_harmless: None,
 ) -> None:
-    """As when the other rank is lost while this one writes a checkpoint."""
+    """As when the other rank is lost while this one writes a checkpoint: that is, between the first two looks."""
+    waits_for, looked, waits = Watchdog._waits_for, threading.Event(), threading.Event()
+
+    def look(seconds: float) -> bool:
+        found = waits_for(seconds)
+        looked.set()
+        assert waits.wait(30)
+        return found
+
+    monkeypatch.setattr(Watchdog, "_waits_for", staticmethod(look))
     Heartbeats(tmp_path).write(beat(1, size=2, doing="computing"))
     dog = Watchdog(tmp_path, stall_timeout=20.0)
     dog.start()
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(1.5 * watchdog.TIME_FOR_LAST_WORDS / 4)
+    assert looked.wait(30)
     progress.wait_for("losses")
+    waits.set()
     wait_until((tmp_path / "heartbeats" / "reported-").exists)
     progress.finished_waiting()
     dog.stop()
@@ -354,8 +372,7 @@ def test_a_rank_ends_with_its_launcher(tmp_path: Path) -> None:
     # The rank holds the other end of this pipe until it ends.
     assert "ends because" in process.stderr.read()
     process.wait()
-    with pytest.raises(ProcessLookupError):
-        _wait_until_gone(pid)
+    wait_until(lambda: has_ended(pid))
 
 
 def _first_word(process: subprocess.Popen[str]) -> int:
@@ -364,12 +381,6 @@ def _first_word(process: subprocess.Popen[str]) -> int:
     while not word.endswith(" "):
         word += process.stdout.read(1)
     return int(word)
-
-
-def _wait_until_gone(pid: int) -> None:
-    for _ in range(50):
-        os.kill(pid, 0)
-        time.sleep(0.1)
 
 
 def test_srun_without_pmi_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
