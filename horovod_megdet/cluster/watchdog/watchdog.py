@@ -41,6 +41,10 @@ TIME_FOR_LAST_WORDS = 0.4
 """Seconds that ranks have for their last words before one of them sums up. A launcher that has sent SIGTERM sends
 SIGKILL after a second."""
 
+LOOKS, LOOK = 7, 0.1
+"""How often, and for how many seconds each, a rank that received SIGTERM looks whether it waits for others. One that
+still computes by then is killed before it can report anything."""
+
 TIME_FOR_STACKS = 3.0
 """Seconds that ranks have to print their stacks before one of them ends the job."""
 
@@ -97,15 +101,17 @@ class Watchdog:
         self.reason = reason
         self._beat()
 
-    def report_lost_ranks(self, on_each_host: bool = False) -> bool:
+    def report_lost_ranks(self, on_each_host: bool = False, noticed: float | None = None) -> bool:
         """Reports which ranks were lost, as soon as the remaining ones have left their last words.
 
-        One rank of the job reports, or one of each host: what the ranks of another host print may not arrive. Returns
-        whether ranks were lost, and others than this one survived that.
+        They have noticed it, as this one, at the time ``noticed`` of the monotonic clock (default: now). One rank of
+        the job reports, or one of each host: what the ranks of another host print may not arrive. Returns whether ranks
+        were lost, and others than this one survived that.
         """
         if self.heartbeats is None:
             return False
-        time.sleep(TIME_FOR_LAST_WORDS)
+        passed = 0.0 if noticed is None else time.monotonic() - noticed
+        time.sleep(max(LOOK, TIME_FOR_LAST_WORDS - passed))
         try:
             lost = find_lost_ranks(self.heartbeats.read())
         except (OSError, ValueError) as error:
@@ -173,12 +179,12 @@ class Watchdog:
     def _handle_sigterm(self) -> None:
         """The launcher ends this rank. If that is because another rank is lost, the main thread waits for that one in a
         collective and never returns, so it cannot report."""
-        self.received_sigterm = True
+        self.received_sigterm, noticed = True, time.monotonic()
         self._beat()
-        # It may still have something to do before it waits, such as writing a checkpoint.
-        if any(self._waits_for(TIME_FOR_LAST_WORDS / 4) for _ in range(4)):
+        # It may still have something to do before it waits, such as a forward pass, or writing a checkpoint.
+        if any(self._waits_for(LOOK) for _ in range(LOOKS)):
             self.last_words(LastWords.WAITED)
-            if self.report_lost_ranks():
+            if self.report_lost_ranks(noticed=noticed):
                 # Open MPI would take a second for each rank of the host.
                 os._exit(EXIT_CRASHED)
             self.reason = None  # it may have been a request to stop, and the other ranks are just slower
