@@ -17,6 +17,9 @@ from horovod_megdet.layers.float32_products import use_float32_products
 
 _AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
+Masks = list[tuple[str, list[int]]]
+"""For each rank, its host and the cores that it may use."""
+
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -86,12 +89,12 @@ def keep_freed_memory() -> None:
     mallopt(_M_MMAP_MAX, 0)  # nor take large blocks from elsewhere
 
 
-def core_masks() -> list[tuple[str, list[int]]]:
-    """The host and the cores that each rank may use. Collective."""
+def core_masks() -> Masks:
+    """Those of all ranks. Collective."""
     return comm.gather_objects((launched.host(), sorted(os.sched_getaffinity(0))), "cores")
 
 
-def bind_to_cores(masks: list[tuple[str, list[int]]]) -> None:
+def bind_to_cores(masks: Masks) -> None:
     """Gives this rank cores of its own, where the launcher lets several ranks of a host run on the same.
 
     Otherwise the scheduler moves ranks about and now and then puts two on one core; with cross-GPU BN all ranks then
@@ -103,12 +106,12 @@ def bind_to_cores(masks: list[tuple[str, list[int]]]) -> None:
             os.sched_setaffinity(int(thread.name), cores)
 
 
-def threads_per_rank(masks: list[tuple[str, list[int]]], rank: int) -> int:
+def threads_per_rank(masks: Masks, rank: int) -> int:
     """One thread for each core of a rank; the same number for all ranks that share cores, if need be one too few."""
     return max(1, len(masks[rank][1]) // masks.count(masks[rank]))
 
 
-def own_cores(masks: list[tuple[str, list[int]]], rank: int) -> set[int]:
+def own_cores(masks: Masks, rank: int) -> set[int]:
     """This rank's part of the cores that it shares, from the host and the cores of each rank.
 
     All of them, where no other rank has the same or where there are more ranks than cores.

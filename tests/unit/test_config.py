@@ -147,6 +147,7 @@ def test_the_configurations_of_the_project_are_valid(path: Path) -> None:
             "run.yaml: `data.shorter_side_train`: input should be greater than 0, not 0.",
         ),
         ("solver: {milestones: 8}", "run.yaml: `solver.milestones`: should be a list such as [8, 10], not 8."),
+        ("data: {shorter_side_train: []}", "run.yaml: `data.shorter_side_train`: the list must not be empty."),
         ("solver: 5", "run.yaml: `solver`: should be a section with keys below it, not 5."),
         ("output: {run_dir: }", "run.yaml: `output.run_dir`: input should be a valid string, not None."),
         ("batch_norm: {bn_size: 0}", "run.yaml: `batch_norm.bn_size`: input should be greater than 0, not 0."),

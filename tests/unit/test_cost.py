@@ -55,6 +55,7 @@ def test_passes_and_groups_cost_time() -> None:
     messages, gradients = COST.step(8, one)
     assert messages == pytest.approx(2 * 10 * 3 * 1e-4, rel=0.01)
     assert COST.step(8, replace(one, passes=4)) == (4 * messages, gradients)
+    assert COST.step(8, replace(one, layer_messages=3))[0] == pytest.approx(1.5 * messages, rel=0.01)
     assert COST.step(8, replace(one, group=2))[0] == pytest.approx(messages / 3, rel=0.01)
 
 

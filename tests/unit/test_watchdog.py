@@ -55,6 +55,12 @@ def test_a_silent_rank_is_named_before_those_that_wait_for_it() -> None:
     )
 
 
+def test_how_long_each_rank_has_made_no_progress_is_told_apart() -> None:
+    found = find_stall([beat(0, idle=12.0), beat(1, idle=21.0)], timeout=20.0)
+    assert found is not None
+    assert found.sentence.startswith("no rank has made progress for 12 s, and one for 20 s (runtime.stall_timeout). ")
+
+
 def test_a_rank_in_its_loader_is_named() -> None:
     sentence = stall([beat(0), beat(1, doing="waiting for the data loader"), beat(2), beat(3)])
     assert sentence.startswith("A rank is stuck: rank 1 on node0: waiting for the data loader for 30 s; ranks 0 on ")

@@ -118,7 +118,7 @@ def _measure(examination: Examination, config: Config | None, bare_mpi: dict[int
     examination.timings = [measurements.Timing(size, seconds, bare_mpi.get(size)) for size, seconds in horovod.items()]
 
 
-def _probe_more(mine: Facts, config: Config | None, masks: list[tuple[str, list[int]]], with_data: bool) -> Facts:
+def _probe_more(mine: Facts, config: Config | None, masks: hardware.Masks, with_data: bool) -> Facts:
     """Adds what needs Horovod, or takes time. One rank of each host looks at what belongs to the host."""
     wanted: dict[str, Callable[[], object]] = {"build": probes.build}
     if config:
@@ -143,7 +143,7 @@ def _sizes(config: Config) -> tuple[int, int]:
 
 
 def _gradient_device(examination: Examination, config: Config | None) -> torch.device:
-    """Where the gradients are; the CPU if some rank cannot use a GPU. Collective."""
+    """Where the gradients are; the CPU if some rank cannot use a GPU, which the examination then says. Collective."""
     device, failure = torch.device("cpu"), ""
     if config:
         try:
