@@ -16,7 +16,7 @@ import numpy as np
 from horovod_megdet import launched
 from horovod_megdet.data import annotation_cache
 from horovod_megdet.data.annotation_cache import Cache, JsonState, Listed, Source
-from horovod_megdet.data.annotation_json import read_annotation_file
+from horovod_megdet.data.annotation_json import AnnotationFile, read_annotation_file
 from horovod_megdet.data.annotations import Annotations
 from horovod_megdet.data.image_files import CheckedFiles, check_files, list_files
 from horovod_megdet.errors import UserError
@@ -110,57 +110,88 @@ class _Reading:
         return digest
 
 
+@dataclass(frozen=True)
+class _ParsedSource:
+    """An annotation file, and what is known about the image files that it lists before they are checked."""
+
+    file: AnnotationFile
+    state: JsonState
+    listed: Listed
+    unchecked: list[int]
+    """Indices of the image files that have to be checked."""
+
+    @classmethod
+    def of(cls, source: Source, earlier: Cache | None) -> "_ParsedSource":
+        """Reads the JSON; image files that have not changed since an ``earlier`` cache count as checked."""
+        state = JsonState.of(source.annotations)  # before reading, so that a later change will be noticed
+        file = read_annotation_file(source.annotations)
+        names = [image.file for image in file.images]
+        if source.check_images == "trust":
+            listed = Listed(names, np.zeros((len(names), 2), np.int64), file.sizes_as_written())
+        else:
+            listed = Listed(names, list_files(source.images, names), CheckedFiles.unknown(len(names)))
+            if earlier:
+                listed.take_over(earlier.listed())
+        return cls(file, replace(state, sha256=file.sha256), listed, listed.checked.unchecked())
+
+    def names(self) -> list[str]:
+        """The image files that have to be checked."""
+        return [self.listed.names[index] for index in self.unchecked]
+
+    def finish(self, parts: list[CheckedFiles]) -> _Reading:
+        """The whole, with what the members of a team found out about their shares of :meth:`names`."""
+        for place, part in enumerate(parts):
+            self.listed.checked.put(self.unchecked[place :: len(parts)], part)
+        return _Reading(self.file.pack(self.listed.checked), self.listed, self.state)
+
+
 class _Leader:
-    """What one rank does for all that see the same files."""
+    """What one rank does for all that see the same files: :meth:`begin`, and :meth:`finish` if that has no digest."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self.started = time.monotonic()
-        self.reading: _Reading
+        self.parsed: _ParsedSource | None = None
+        self.reading: _Reading | None = None
 
     def begin(self) -> _Plan:
         """Finds a cache that is up to date, or else parses the JSON and finds out which image files to check."""
-        source = self.source
-        stale = None
-        for cache in annotation_cache.caches(source):
-            if self._is_up_to_date(cache):
+        earlier = None
+        for cache in annotation_cache.caches(self.source):
+            self.reading = _up_to_date(self.source, cache)
+            if self.reading:
                 return _Plan(cache.mapping.digest, [])
-            stale = stale or cache
-        self.state = JsonState.of(source.annotations)  # before reading, so that a later change will be noticed
-        self.file = read_annotation_file(source.annotations)
-        names = [image.file for image in self.file.images]
-        if source.check_images == "trust":
-            self.listed = Listed(names, np.zeros((len(names), 2), np.int64), self.file.sizes_as_written())
-        else:
-            self.listed = Listed(names, list_files(source.images, names), CheckedFiles.unknown(len(names)))
-            if stale:
-                self.listed.take_over(stale.listed())
-        self.unchecked = self.listed.checked.unchecked()
-        return _Plan(None, [names[index] for index in self.unchecked])
+            earlier = earlier or cache
+        self.parsed = _ParsedSource.of(self.source, earlier)
+        return _Plan(None, self.parsed.names())
 
     def finish(self, parts: list[CheckedFiles]) -> str:
         """Puts together what the members found out about the files, and writes the cache; returns its digest."""
-        for place, part in enumerate(parts):
-            self.listed.checked.put(self.unchecked[place :: len(parts)], part)
-        state = replace(self.state, sha256=self.file.sha256)
-        self.reading = _Reading(self.file.pack(self.listed.checked), self.listed, state)
-        del self.file
-        return self.reading.keep(self.source, time.monotonic() - self.started)
+        assert self.parsed is not None
+        self.reading = self.parsed.finish(parts)
+        self.parsed = None
+        return self.keep(self.reading)
 
-    def _is_up_to_date(self, cache: Cache) -> bool:
-        source, recorded, listed = self.source, cache.json, cache.listed()
-        state = JsonState.of(source.annotations)
-        if not state.shows_no_change_since(recorded):
-            state = replace(state, sha256=sha256(source.annotations))
-            if state.sha256 != recorded.sha256:
-                return False
-            recorded = state
-        if source.check_images != "trust" and not listed.is_unchanged(list_files(source.images, listed.names)):
-            return False
-        self.reading = _Reading(cache.annotations(), listed, recorded)
-        if recorded != cache.json:
-            annotation_cache.save(source, self.reading.found, listed, recorded)
-        return True
+    def keep(self, reading: _Reading) -> str:
+        """Writes a cache where this rank can; returns its digest, which is empty if there is none."""
+        return reading.keep(self.source, time.monotonic() - self.started)
+
+
+def _up_to_date(source: Source, cache: Cache) -> _Reading | None:
+    """What the cache holds, or None if the annotation file or an image file has changed since."""
+    listed, state = cache.listed(), JsonState.of(source.annotations)
+    if state.shows_no_change_since(cache.json):
+        state = cache.json
+    else:
+        state = replace(state, sha256=sha256(source.annotations))
+        if state.sha256 != cache.json.sha256:
+            return None
+    if source.check_images != "trust" and not listed.is_unchanged(list_files(source.images, listed.names)):
+        return None
+    reading = _Reading(cache.annotations(), listed, state)
+    if state != cache.json:
+        annotation_cache.save(source, reading.found, listed, state)
+    return reading
 
 
 class _Team:
@@ -206,28 +237,35 @@ class _Team:
         A rank may not see the cache: it could not be written, or it is in a folder that each host has for itself. Then
         one rank of each such host writes a cache of its own.
         """
-        ranks, host = self.ranks, launched.host()
-        cache = annotation_cache.find(self.source, digest) if digest else None
-        views = ranks.gather_objects((host, cache is not None), "data: see the cache")
+        cache = self._cache(digest)
+        views = self.ranks.gather_objects((launched.host(), cache is not None), "data: see the cache")
         if all(sees for _, sees in views):
             assert cache is not None
             return cache.annotations()
         blind = [member for member in self.members if not views[member][1]]
-        reading = ranks.gather_objects(leader.reading if self.leads and blind else None, "data: annotations")
-        mine = reading[self.members[0]]
-        writer = next((member for member in blind if views[member][0] == host), None)
-        failed_here = not digest and host == views[self.members[0]][0]
-        kept = ""
-        if writer == ranks.rank() and not failed_here:
-            assert mine is not None
-            kept = mine.keep(self.source, time.monotonic() - leader.started)
-        digests = ranks.gather_objects(kept, "data: caches of other hosts")
-        if cache is None and writer is not None and digests[writer]:
-            cache = annotation_cache.find(self.source, digests[writer])
+        copies = self.ranks.gather_objects(leader.reading if self.leads and blind else None, "data: annotations")
+        copy = copies[self.members[0]]
+        writers = {views[member][0]: member for member in reversed(blind)}
+        if not digest:
+            writers.pop(views[self.members[0]][0], None)  # the leader's host, where writing has failed
+        kept = self._kept_copies(copy, leader, writers.get(launched.host()))
+        cache = cache or self._cache(kept)
         if cache is not None:
             return cache.annotations()
-        assert mine is not None
-        return mine.found
+        assert copy is not None
+        return copy.found
+
+    def _kept_copies(self, copy: _Reading | None, leader: _Leader, writer: int | None) -> str:
+        """The rank ``writer`` writes a cache of its host; returns that of this host, or "". Collective."""
+        mine = ""
+        if writer == self.ranks.rank():
+            assert copy is not None
+            mine = leader.keep(copy)
+        digests = self.ranks.gather_objects(mine, "data: caches of other hosts")
+        return "" if writer is None else digests[writer]
+
+    def _cache(self, digest: str) -> Cache | None:
+        return annotation_cache.find(self.source, digest) if digest else None
 
 
 def _identity(source: Source) -> tuple[tuple[int, ...], tuple[int, ...]]:
