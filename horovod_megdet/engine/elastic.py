@@ -226,7 +226,7 @@ class ElasticRun:
         if self.config.fingerprint() != ranks[first][2]:
             raise UserError("its configuration is not that of the run, so that it cannot join. Use the same files.")
         if latest != behind and any(progress != latest for _, progress, _, _ in ranks):
-            received = comm.broadcast_large_object(self.snapshot if comm.rank() == first else None, "snapshot", first)
+            received = comm.broadcast_object(self.snapshot if comm.rank() == first else None, "snapshot", first)
             self.snapshot = self.snapshot if mine == latest else received
         self.checked = all(checked for _, _, _, checked in ranks)
         return tuple(host for host, _, _, _ in ranks)
