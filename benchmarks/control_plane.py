@@ -115,7 +115,8 @@ def keeping(folder: Path) -> tuple[float, float]:
     """Seconds of a step with 2 images of R50-FPN, and of keeping the state after it as an elastic job does."""
     from horovod_megdet.config import load_config
     from horovod_megdet.engine.elastic import ElasticTrainer
-    from horovod_megdet.engine.startup import lay_foundation, start_horovod, start_trainer
+    from horovod_megdet.engine.foundation import lay_foundation
+    from horovod_megdet.engine.startup import start_horovod, start_trainer
 
     class Timed(ElasticTrainer):
         def train_step(self, batches: Any) -> None:

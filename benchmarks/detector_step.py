@@ -136,7 +136,7 @@ def train_ours(variants: dict[str, list[str]], config: Path, steps: int, result:
     train: dict[str, Callable[[], None]] = {}
     for name, settings in variants.items():
         trainer = build_trainer(load_config(config, [*settings, f"output.run_dir={result}.{name}"]), resume=False)
-        batches = iter(trainer._train_loader())
+        batches = iter(trainer.train_loader())
         train[name] = lambda trainer=trainer, batches=batches: trainer.train_step(batches)  # type: ignore[misc]
     timings = take_turns(train, turns=steps, warm_up=WARM_UP)
     peak = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10])

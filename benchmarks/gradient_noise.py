@@ -38,12 +38,12 @@ def measured_steps(model: ModelConfig, images: int, size: tuple[int, int]) -> Te
     rows = []
     for number in range(WARM_UP + STEPS):
         comm.barrier()
-        noise._seconds, started = 0.0, time.perf_counter()
+        noise.cost_seconds, started = 0.0, time.perf_counter()
         with noise.measuring(number):
             loss, _ = weigh_losses(batch, detector.forward_losses(batch.images, batch.targets))
             loss.backward()
         comm.synchronize(optimizer)
-        hooks, updating = noise._seconds, time.perf_counter()
+        hooks, updating = noise.cost_seconds, time.perf_counter()
         noise.update(number, images, loss_scale=1.0, step_seconds=updating - started)
         updated = time.perf_counter()
         with optimizer.skip_synchronize():

@@ -66,7 +66,7 @@ def copy_rate() -> float:
 def count(config: Path, settings: tuple[str, ...]) -> dict[str, float]:
     """Operations of a step, and the bytes that batch normalization and the optimizer move. Collective."""
     trainer = build_trainer(load_config(config, list(settings)), resume=False)
-    batches = iter(trainer._train_loader())
+    batches = iter(trainer.train_loader())
     normalized = 0
 
     def add(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

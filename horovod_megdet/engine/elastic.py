@@ -24,20 +24,15 @@ from horovod_megdet.config import Config
 from horovod_megdet.data.loader import Batch
 from horovod_megdet.engine import checkpoint
 from horovod_megdet.engine.checkpoint import TrainingState
+from horovod_megdet.engine.foundation import Foundation, lay_foundation
 from horovod_megdet.engine.signals import StopRequest
-from horovod_megdet.engine.startup import (
-    Foundation,
-    assemble,
-    begin_run,
-    check_start,
-    find_run,
-    lay_foundation,
-    start_trainer,
-)
+from horovod_megdet.engine.startup import assemble, check_start, find_run, start_trainer, write_run_config
 from horovod_megdet.engine.trainer import Trainer
 from horovod_megdet.errors import EXIT_NOT_SAVED, EXIT_STOPPED, UserError
+from horovod_megdet.models.detector import Detector
 from horovod_megdet.printing import say
 from horovod_megdet.run_files import CONFIG_FILE
+from horovod_megdet.solver.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -60,11 +55,28 @@ class Snapshot:
         return self.state.position.step, self.state.unfinished is None
 
 
+@dataclass(frozen=True)
+class RankReport:
+    """What a rank tells the others when they meet."""
+
+    host: str
+    progress: tuple[int, bool]
+    """Of its snapshot; :data:`BEHIND` without one."""
+    fingerprint: str
+    """Of its configuration."""
+    checked: bool
+    """Whether it has been compared with the ranks of the session before."""
+
+
+BEHIND = (-1, False)
+"""The progress of a rank without a snapshot, less than that of any."""
+
+
 class ElasticTrainer(Trainer):
     """A trainer for one session, which keeps the state after each step."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, foundation: Foundation, detector: Detector, schedule: Schedule) -> None:
+        super().__init__(foundation, detector, schedule)
         self._statistics = list(self.detector.buffers())
         self._kept_statistics = [value.clone() for value in self._statistics]
         self._kept_position = replace(self.position)
@@ -112,10 +124,13 @@ class ElasticTrainer(Trainer):
         self._kept_position = replace(self.position)
         torch._foreach_copy_(self._kept_statistics, self._statistics)
 
-    def snapshot(self, hosts: tuple[str, ...]) -> Snapshot:
-        """The state that was kept last, without communication."""
+    def rewind(self) -> None:
+        """Puts the trainer back to the last whole step."""
         torch._foreach_copy_(self._statistics, self._kept_statistics)
         self.position = self._kept_position
+
+    def snapshot(self, hosts: tuple[str, ...]) -> Snapshot:
+        """The state as it is now, without communication. ``hosts``: of the ranks."""
         state = self.state(random_states=[])
         return Snapshot(
             weights=_on_cpu(self.evaluated_detector.state_dict()),
@@ -209,6 +224,7 @@ class ElasticRun:
         except (comm.LostRankError, comm.HostsChanged) as change:
             if isinstance(change, comm.LostRankError):
                 comm.hang_up()  # before the loggers are closed, which may take half a minute
+            trainer.rewind()
             self.snapshot = trainer.snapshot(hosts)
             trainer.run_folder.close()
             raise
@@ -218,18 +234,18 @@ class ElasticRun:
 
         A rank may have taken a step in which others lost contact, and new ranks have no state.
         """
-        behind = (-1, False)
-        mine = self.snapshot.progress if self.snapshot else behind
-        ranks = comm.gather_objects((launched.host(), mine, self.config.fingerprint(), self.checked), "meet")
-        latest = max(progress for _, progress, _, _ in ranks)
-        first = next(number for number, rank in enumerate(ranks) if rank[1] == latest)
-        if self.config.fingerprint() != ranks[first][2]:
+        progress = self.snapshot.progress if self.snapshot else BEHIND
+        mine = RankReport(launched.host(), progress, self.config.fingerprint(), self.checked)
+        reports = comm.gather_objects(mine, "meet")
+        latest = max(report.progress for report in reports)
+        first = next(rank for rank, report in enumerate(reports) if report.progress == latest)
+        if mine.fingerprint != reports[first].fingerprint:
             raise UserError("its configuration is not that of the run, so that it cannot join. Use the same files.")
-        if latest != behind and any(progress != latest for _, progress, _, _ in ranks):
+        if latest != BEHIND and any(report.progress != latest for report in reports):
             received = comm.broadcast_object(self.snapshot if comm.rank() == first else None, "snapshot", first)
-            self.snapshot = self.snapshot if mine == latest else received
-        self.checked = all(checked for _, _, _, checked in ranks)
-        return tuple(host for host, _, _, _ in ranks)
+            self.snapshot = self.snapshot if progress == latest else received
+        self.checked = all(report.checked for report in reports)
+        return tuple(report.host for report in reports)
 
     def _start(self) -> ElasticTrainer:
         """Starts the run, or goes on from a checkpoint. If a rank is lost in the middle of it, all start once more."""
@@ -261,7 +277,7 @@ class ElasticRun:
                     unsaved.save()
             raise
         trainer.go_on(snapshot, hosts)
-        begin_run(self.foundation)  # the disk of another rank 0 may be another one
+        write_run_config(self.foundation)  # the disk of another rank 0 may be another one
         return trainer
 
 

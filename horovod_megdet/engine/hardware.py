@@ -24,17 +24,17 @@ Masks = list[tuple[str, list[int]]]
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
-def choose(runtime: RuntimeConfig) -> torch.device:
-    """Returns this rank's device and sets its cores and threads. Collective; raises as :func:`choose_device`."""
+def set_up_process(runtime: RuntimeConfig) -> torch.device:
+    """Binds cores, sets threads and the device, which is returned. Collective; raises as :func:`set_up_device`."""
     masks = core_masks()
     if runtime.bind_cores:
         bind_to_cores(masks)
     torch.set_num_threads(runtime.threads_per_rank or threads_per_rank(masks, comm.rank()))
-    return choose_device(runtime)
+    return set_up_device(runtime)
 
 
-def choose_device(runtime: RuntimeConfig) -> torch.device:
-    """Returns this rank's device, set up; on a GPU host rank i of the host gets GPU i.
+def set_up_device(runtime: RuntimeConfig) -> torch.device:
+    """Sets this process up for its device, and returns it; on a GPU host rank i of the host gets GPU i.
 
     Raises :class:`UserError` where there is no GPU for this rank.
     """
@@ -90,7 +90,7 @@ def keep_freed_memory() -> None:
 
 
 def core_masks() -> Masks:
-    """Those of all ranks. Collective."""
+    """The host and usable cores of each rank, in rank order. Collective."""
     return comm.gather_objects((launched.host(), sorted(os.sched_getaffinity(0))), "cores")
 
 
@@ -147,7 +147,7 @@ def loss_scaler(runtime: RuntimeConfig, device: torch.device) -> torch.amp.GradS
 
 
 def memory_mb(device: torch.device) -> float:
-    """Peak memory of this rank in MB: allocated on its GPU, or resident on the host."""
+    """Peak memory of this rank in MiB: allocated on its GPU, or resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

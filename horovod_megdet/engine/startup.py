@@ -12,12 +12,11 @@ import torch
 
 from horovod_megdet import comm, launched
 from horovod_megdet.config import Config
-from horovod_megdet.data.coco import CocoDataset, check_same_classes
+from horovod_megdet.data.coco import CocoDataset
 from horovod_megdet.data.configured import load_split, make_synthetic
-from horovod_megdet.data.loader import image_stream
 from horovod_megdet.data.sampler import ImageStream
 from horovod_megdet.engine import checkpoint, hardware, precision, random_state
-from horovod_megdet.engine.checkpoint import RunDescription
+from horovod_megdet.engine.foundation import Foundation, lay_foundation
 from horovod_megdet.engine.run_folder import find_checkpoint, write_config
 from horovod_megdet.engine.signals import StopRequest
 from horovod_megdet.engine.trainer import Trainer
@@ -34,31 +33,6 @@ from horovod_megdet.versions import NUMERICAL, versions
 from horovod_megdet.wording import some
 
 T = TypeVar("T", bound=Trainer)
-
-
-@dataclass(frozen=True)
-class Foundation:
-    """What a trainer is built on and that does not depend on the number of ranks."""
-
-    config: Config
-    """With the precision in the place of ``auto``."""
-    precision_choice: str
-    device: torch.device
-    train_set: CocoDataset
-    val_set: CocoDataset
-    stream: ImageStream
-    stop_request: StopRequest | None
-
-    @property
-    def description(self) -> RunDescription:
-        """What the run trains, for its checkpoints."""
-        return RunDescription(
-            config=self.config.model_dump(mode="json"),
-            class_names=self.train_set.class_names,
-            category_ids=self.train_set.category_ids,
-            training_data=self.train_set.fingerprint,
-            versions=versions(NUMERICAL),
-        )
 
 
 def start_horovod(get_config: Callable[[], Config]) -> Config:
@@ -92,21 +66,6 @@ def find_run(config: Config, resume: bool) -> checkpoint.Checkpoint | None:
         return find_checkpoint(Path(config.output.run_dir), resume)
 
 
-def lay_foundation(config: Config, stop_request: StopRequest | None, earlier: Config | None) -> Foundation:
-    """Chooses device and precision and loads the data sets. Collective.
-
-    ``earlier`` is the configuration with which the run was trained until now, if it was, on rank 0 or on all.
-    """
-    with comm.agreement("device"):
-        device = hardware.choose(config.runtime)
-    # Compared before with `auto` in it: what it stands for follows from what all ranks know, so that it is equal, too.
-    config, why = precision.decide(config, device, earlier)
-    train_set, val_set = load_datasets(config)
-    with comm.agreement("image stream"):
-        stream = image_stream(train_set, config.data, config.runtime.seed)
-    return Foundation(config, why, device, train_set, val_set, stream, stop_request)
-
-
 def assemble(foundation: Foundation, kind: type[T], load: bool) -> T:
     """Builds what depends on the number of ranks, and a trainer of it. Collective.
 
@@ -118,16 +77,7 @@ def assemble(foundation: Foundation, kind: type[T], load: bool) -> T:
         check_agvm(config, schedule)
         check_best_metric(config, train_set.class_names)
     detector = start_detector(config, len(train_set.class_names), foundation.device, load)
-    return kind(
-        config,
-        detector,
-        train_set,
-        foundation.val_set,
-        schedule,
-        foundation.device,
-        foundation.stop_request,
-        foundation.description,
-    )
+    return kind(foundation, detector, schedule)
 
 
 def start_trainer(foundation: Foundation, resume: bool, saved: checkpoint.Checkpoint | None, kind: type[T]) -> T:
@@ -136,13 +86,13 @@ def start_trainer(foundation: Foundation, resume: bool, saved: checkpoint.Checkp
     if resume:
         with comm.agreement("resume"):
             resume_from(trainer, saved)
-    begin_run(foundation)
+    write_run_config(foundation)
     if comm.is_main():
         _print_start(trainer, foundation.precision_choice, foundation.stream)
     return trainer
 
 
-def begin_run(foundation: Foundation) -> None:
+def write_run_config(foundation: Foundation) -> None:
     """Writes the configuration into the run directory. Collective."""
     with comm.agreement("configuration file"):
         if comm.is_main():
@@ -157,6 +107,15 @@ def resume_from(trainer: Trainer, found: checkpoint.Checkpoint | None) -> None:
     with comm.agreement("checkpoint to resume"):  # another host may not see it, or see it damaged
         saved = found or checkpoint.read(path)
     comm.check_same({"checkpoint": str(saved.bits())}, "checkpoint to resume")
+    _check_continues(trainer, saved)
+    trainer.resume(saved)
+    before, now = saved.config.output.best_metric, trainer.config.output.best_metric
+    if comm.is_main() and now != before and now == trainer.position.best_metric:
+        say(f"output.best_metric changed from {before} to {now}; the search for the best checkpoint starts over.")
+
+
+def _check_continues(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
+    """Raises :class:`UserError` if the trainer cannot go on from the checkpoint."""
     if saved.run.training_data != trainer.train_set.fingerprint:
         raise UserError(
             f"{saved.path}: {trainer.config.data.train_annotations} is not the training data that this checkpoint was "
@@ -176,23 +135,6 @@ def resume_from(trainer: Trainer, found: checkpoint.Checkpoint | None) -> None:
             f"{saved.path}: this checkpoint has the state of solver.optimizer: {theirs}, which {ours} cannot continue. "
             f"Use {theirs}, or start a new run with model.weights set to this checkpoint."
         )
-    trainer.resume(saved)
-    before, now = saved.config.output.best_metric, trainer.config.output.best_metric
-    if before != now == trainer.position.best_metric and comm.is_main():
-        say(f"output.best_metric changed from {before} to {now}; the search for the best checkpoint starts over.")
-
-
-def load_datasets(config: Config) -> tuple[CocoDataset, CocoDataset]:
-    """Loads training and validation set on every rank and checks that all ranks see the same."""
-    data = config.data
-    with comm.agreement("synthetic data"):
-        make_synthetic(data)
-    train_set = load_split(data, training=True, ranks=comm)
-    val_set = load_split(data, training=False, ranks=comm)
-    with comm.agreement("classes"):
-        check_same_classes(train_set, val_set)
-    comm.check_same({"training data": train_set.fingerprint, "validation data": val_set.fingerprint}, "data")
-    return train_set, val_set
 
 
 def start_detector(config: Config, num_classes: int, device: torch.device, load: bool = True) -> Detector:
@@ -228,7 +170,7 @@ def weights_hash(detector: Detector) -> str:
 
 
 @dataclass(frozen=True)
-class ToEvaluate:
+class EvaluationSetup:
     """A checkpoint's detector, and what it is evaluated on."""
 
     config: Config
@@ -240,13 +182,13 @@ class ToEvaluate:
     """The folder of the checkpoint."""
 
 
-def build_for_evaluation(config: Config, path: Path) -> ToEvaluate:
+def build_for_evaluation(config: Config, path: Path) -> EvaluationSetup:
     """Builds the detector of a checkpoint, and the validation set of a configuration. Collective.
 
     ``path`` is a checkpoint folder or a run directory. Raises :class:`UserError`.
     """
     with comm.agreement("device"):
-        device = hardware.choose(config.runtime)
+        device = hardware.set_up_process(config.runtime)
     with comm.agreement("synthetic data"):
         make_synthetic(config.data)
     val_set = load_split(config.data, training=False, ranks=comm)
@@ -267,7 +209,7 @@ def build_for_evaluation(config: Config, path: Path) -> ToEvaluate:
     detector = build_detector(config.model, config.batch_norm, classes, group=comm.world(), channels_last=layout)
     with comm.agreement("checkpoint"):
         load_checkpoint(detector, saved.path)
-    return ToEvaluate(config, detector.to(device).eval(), val_set, device, saved.path)
+    return EvaluationSetup(config, detector.to(device).eval(), val_set, device, saved.path)
 
 
 def _print_start(trainer: Trainer, precision_choice: str, stream: ImageStream) -> None:

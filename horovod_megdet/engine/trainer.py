@@ -18,15 +18,13 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from horovod_megdet import comm, launched
-from horovod_megdet.config import Config
-from horovod_megdet.data.coco import CocoDataset
 from horovod_megdet.data.loader import Batch, build_train_loader
 from horovod_megdet.engine import checkpoint, hardware, random_state
-from horovod_megdet.engine.checkpoint import Position, RunDescription, TrainingState
+from horovod_megdet.engine.checkpoint import Position, TrainingState
+from horovod_megdet.engine.foundation import Foundation
 from horovod_megdet.engine.losses import PassReport, agree_on_step, weigh_losses
 from horovod_megdet.engine.metrics import Window
 from horovod_megdet.engine.run_folder import RunFolder
-from horovod_megdet.engine.signals import StopRequest
 from horovod_megdet.engine.slow_rank import SlowRank, describe_slow_rank
 from horovod_megdet.engine.validation import evaluate_detector, in_one_view, note_evaluation, with_all_views
 from horovod_megdet.errors import EXIT_NOT_SAVED, EXIT_STOPPED, UserError
@@ -46,24 +44,14 @@ from horovod_megdet.solver.schedule import Schedule
 class Trainer:
     """Trains a detector on all ranks; see :func:`horovod_megdet.engine.startup.build_trainer`."""
 
-    def __init__(
-        self,
-        config: Config,
-        detector: Detector,
-        train_set: CocoDataset,
-        val_set: CocoDataset,
-        schedule: Schedule,
-        device: torch.device,
-        stop_request: StopRequest | None,
-        description: RunDescription,
-    ) -> None:
-        self.config = config
+    def __init__(self, foundation: Foundation, detector: Detector, schedule: Schedule) -> None:
+        self.config = config = foundation.config
+        self.device = device = foundation.device
+        self.train_set, self.val_set = foundation.train_set, foundation.val_set
+        self.stop_request = foundation.stop_request
+        self.description = foundation.description
         self.detector = detector
-        self.train_set, self.val_set = train_set, val_set
         self.schedule = schedule
-        self.device = device
-        self.stop_request = stop_request
-        self.description = description
         with comm.agreement("optimizer"):
             optimizer = build_optimizer(detector, config.solver)
         self.optimizer = comm.distributed_optimizer(
@@ -108,27 +96,31 @@ class Trainer:
         self.open_log()
         # A full collection would scan all that the imports made, and every other rank waits for it.
         gc.freeze()
-        batches = iter(self._train_loader())
+        batches = iter(self.train_loader())
         evaluation = None if self.unfinished is None else self.after_step(self.unfinished)
         while not (self.stopping or self.done):
-            before = self.position.images_seen
+            images_before = self.position.images_seen
             self.train_step(batches)
-            evaluation = self.after_step(before) or evaluation
+            evaluation = self.after_step(images_before) or evaluation
         return self.finish(evaluation)
 
     def open_log(self) -> None:
         """Opens the log of metrics where this position in training is."""
         self.run_folder.open_log(self.schedule.total_images, self.position, self.unfinished is not None)
 
-    def after_step(self, before: int) -> Evaluation | None:
-        """What is due after a step that began at the position ``before``: metrics, an evaluation, a checkpoint."""
+    def after_step(self, images_before: int) -> Evaluation | None:
+        """What is due after a step: metrics, an evaluation, a checkpoint. ``images_before`` had been seen before it."""
         schedule, output, seen = self.schedule, self.config.output, self.position.images_seen
+
+        def due(every_images: int) -> bool:
+            return schedule.due(every_images, images_before, seen)
+
         evaluation = None
-        log_due = schedule.due(output.log_every_images, before, seen)
-        save_due = self.stopping or schedule.due(schedule.images(output.checkpoint_every_epochs), before, seen)
+        log_due = due(output.log_every_images)
+        save_due = self.stopping or due(schedule.images(output.checkpoint_every_epochs))
         if log_due and self.window.steps:
             self.write_metrics()
-        if schedule.due(schedule.images(output.evaluate_every_epochs), before, seen):
+        if due(schedule.images(output.evaluate_every_epochs)):
             evaluation, is_best = self.evaluate()
             save_due = save_due or is_best or self.done
         if save_due or (self.unsaved and log_due):
@@ -137,32 +129,32 @@ class Trainer:
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step: ``accumulation`` forward and backward passes, averaged gradients."""
-        started, waited_before = time.perf_counter(), progress.waited_seconds
+        began, collectives_before = time.perf_counter(), progress.waited_seconds
         progress.step = self.position.step + 1
         lr = self.schedule.lr(self.position.images_seen)
         set_lr(self.optimizer, lr, self.agvm.factors)
-        waited, reports = 0.0, []
+        data_seconds, reports = 0.0, []
         with self.noise.measuring(self.position.step):
             for _ in range(self.schedule.accumulation):
-                waiting = time.perf_counter()
+                data_began = time.perf_counter()
                 progress.set("waiting for the data loader")
                 batch = next(batches).to(self.device)
                 progress.set("computing")
-                waited += time.perf_counter() - waiting
+                data_seconds += time.perf_counter() - data_began
                 loss, report = self.forward(batch)
                 self.scaler.scale(loss / self.schedule.accumulation).backward()
                 reports.append(report)
         self.agree(reports)
         comm.synchronize(self.optimizer)
         images = sum(report.images_read for report in reports)
-        self.noise.update(self.position.step, images, self.scaler.get_scale(), time.perf_counter() - started)
+        self.noise.update(self.position.step, images, self.scaler.get_scale(), time.perf_counter() - began)
         self.apply_gradients()
-        before = self.position.images_seen
+        images_before = self.position.images_seen
         self.position.step += 1
         self.position.images_seen += self.schedule.mini_batch
-        self.follow_step(before)
-        seconds, in_collectives = time.perf_counter() - started, progress.waited_seconds - waited_before
-        self.window.add_step(lr, self.schedule.mini_batch, seconds, in_collectives, waited)
+        self.update_solver(images_before)
+        seconds, collective_seconds = time.perf_counter() - began, progress.waited_seconds - collectives_before
+        self.window.add_step(lr, self.schedule.mini_batch, seconds, collective_seconds, data_seconds)
 
     def forward(self, batch: Batch) -> tuple[Tensor, PassReport]:
         """A forward pass: this rank's part of the loss, and what all ranks agree on at the end of the step."""
@@ -189,9 +181,9 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad()
 
-    def follow_step(self, before: int) -> None:
-        """What follows a step that began at ``before``: factors of the learning rate, and the averaged weights."""
-        if self.schedule.warmup_ends(before, self.position.images_seen):
+    def update_solver(self, images_before: int) -> None:
+        """Updates what the solver keeps between steps: averages of the noise, AGVM's factors, averaged weights."""
+        if self.schedule.warmup_ends(images_before, self.position.images_seen):
             self.noise.averages.restart()  # the noise of lower rates and of the first weights says nothing about these
         if self.config.solver.lr_modulation == "agvm":
             epochs = self.schedule.epoch(self.position.images_seen) - self.config.solver.warmup_epochs
@@ -274,7 +266,7 @@ class Trainer:
         try:
             with comm.agreement("checkpoint"):
                 if comm.is_main():
-                    self._write_checkpoint(random_states)
+                    self.write_checkpoint(random_states)
             self.unsaved, self.best_saved = False, self.position.best
         except UserError as error:
             self.position.best = self.best_saved
@@ -296,7 +288,8 @@ class Trainer:
             weights=self.detector.state_dict() if self.averaged else None,
         )
 
-    def _write_checkpoint(self, random_states: list[dict[str, Any]]) -> None:
+    def write_checkpoint(self, random_states: list[dict[str, Any]]) -> None:
+        """Writes a checkpoint and removes those that are no longer kept; on rank 0. Raises :class:`UserError`."""
         state = self.state(random_states)
         run_dir, epoch = self.run_folder.path, self._where()["epoch"]
         saved = checkpoint.save(run_dir, self.evaluated_detector.state_dict(), state, self.description, epoch)
@@ -333,7 +326,10 @@ class Trainer:
         )
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
-        """Goes on where a checkpoint was written. Collective only through what its callers agree on."""
+        """Goes on where a checkpoint was written. It does not communicate: call it within :func:`comm.agreement`.
+
+        Raises :class:`UserError`.
+        """
         load_checkpoint(self.detector, saved.path)
         self.take_over(saved.state(), saved.path)
 
@@ -363,7 +359,8 @@ class Trainer:
         seen = self.position.images_seen
         return {"step": self.position.step, "images_seen": seen, "epoch": self.schedule.epoch(seen)}
 
-    def _train_loader(self) -> DataLoader[Batch]:
+    def train_loader(self) -> DataLoader[Batch]:
+        """This rank's batches from here to the end of training."""
         start, mini_batch = self.position.images_seen, self.schedule.mini_batch
         steps = math.ceil((self.schedule.total_images - start) / mini_batch)
         return build_train_loader(

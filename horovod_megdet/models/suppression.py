@@ -23,7 +23,7 @@ def not_suppressed(
     # Evaluation has the operator that exported models have: with few boxes it rounds overlaps otherwise.
     if training and boxes.dtype == torch.float32:
         return _in_c(boxes, level_sizes, threshold)
-    return _image_by_image(boxes, scores, level_sizes, threshold)
+    return image_by_image(boxes, scores, level_sizes, threshold)
 
 
 def _in_c(boxes: Tensor, level_sizes: list[int], threshold: float) -> Tensor:
@@ -32,7 +32,8 @@ def _in_c(boxes: Tensor, level_sizes: list[int], threshold: float) -> Tensor:
     return kept
 
 
-def _image_by_image(boxes: Tensor, scores: Tensor, level_sizes: list[int], threshold: float) -> Tensor:
+def image_by_image(boxes: Tensor, scores: Tensor, level_sizes: list[int], threshold: float) -> Tensor:
+    """As :func:`not_suppressed`, by torchvision's operator."""
     level = torch.cat([boxes.new_full((size,), number) for number, size in enumerate(level_sizes)])
     kept = torch.zeros_like(scores, dtype=torch.bool)
     for of_image, image_boxes, image_scores in zip(kept, boxes, scores, strict=True):

@@ -131,7 +131,8 @@ class GradientNoise:
         self.averages = NoiseAverages()
         self._noted: dict[str, list[Tensor]] | None = None
         """Row norms of the gradients of this rank's passes by module, in a step that is measured."""
-        self._seconds = 0.0
+        self.cost_seconds = 0.0
+        """What measuring took on this rank since the last message, in seconds."""
 
     @property
     def enabled(self) -> bool:
@@ -161,7 +162,7 @@ class GradientNoise:
     def _note(self, noted: list[Tensor], gradient: Tensor) -> None:
         started = time.perf_counter()
         noted.append(_row_norms(gradient))
-        self._seconds += time.perf_counter() - started
+        self.cost_seconds += time.perf_counter() - started
 
     def update(self, step: int, images: int, loss_scale: float, step_seconds: float) -> None:
         """Takes in the step, if it is measured: after its gradients are averaged, before they are clipped. Collective.
@@ -176,7 +177,7 @@ class GradientNoise:
         # Each pass has 1 / accumulation of the loss, so that the gradient of a unit is larger than what was noted.
         of_units = _squares(self._noted) * (self.accumulation / loss_scale) ** 2 / self.units
         of_mean = _squares(self._averaged_gradients()) / loss_scale**2 / comm.size()
-        counts = torch.tensor([images, self._seconds, step_seconds], dtype=torch.float64)
+        counts = torch.tensor([images, self.cost_seconds, step_seconds], dtype=torch.float64)
         # |G|^2 is the same on every rank but for rounding; from the message all have the same bits.
         message = comm.sum_(torch.cat([of_units, of_mean, counts]), "gradient_noise")
         all_images, measuring_seconds, all_seconds = message[-len(counts) :].tolist()
@@ -185,7 +186,7 @@ class GradientNoise:
         automatic = max(1, math.ceil(measuring_seconds / all_seconds / COST_LIMIT))
         self.averages.next_step = step + (automatic if self.interval == "auto" else int(self.interval))
         # The time that this took goes into the next message.
-        self._noted, self._seconds = None, time.perf_counter() - started
+        self._noted, self.cost_seconds = None, time.perf_counter() - started
 
     def _averaged_gradients(self) -> dict[str, list[Tensor]]:
         return {

@@ -29,7 +29,7 @@ def start(name: str, device: str, *settings: str, resume: bool = False) -> Train
 
 def train(trainer: Trainer, steps: int) -> None:
     """Takes steps from where the trainer is."""
-    batches = iter(trainer._train_loader())
+    batches = iter(trainer.train_loader())
     for _ in range(steps):
         trainer.train_step(batches)
 

@@ -59,7 +59,7 @@ def same_on_all_ranks(tensors: dict[str, Tensor]) -> bool:
 def training(*settings: str) -> dict[str, Any]:
     """Four steps: whether all ranks have the same weights, and all of these have moved and are finite."""
     trainer = start("_".join(("training", *settings)), *settings)
-    before, batches = weights(trainer), iter(trainer._train_loader())
+    before, batches = weights(trainer), iter(trainer.train_loader())
     for _ in range(4):
         trainer.train_step(batches)
     after = weights(trainer)
@@ -77,7 +77,7 @@ def overflow() -> list[dict[str, Any]]:
     # so small that nothing else overflows
     trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {"scale": 64.0})
     parameter = trainer.detector.roi_heads.box_predictor.cls_score.weight
-    batches, steps = iter(trainer._train_loader()), []
+    batches, steps = iter(trainer.train_loader()), []
     for overflows in (False, True, False):
         before = weights(trainer)
         factor = math.inf if overflows and comm.rank() == comm.size() - 1 else 1.0

@@ -45,7 +45,7 @@ forward, train_step, evaluate, write = (
     Trainer.forward,
     ElasticTrainer.train_step,
     Trainer.evaluate,
-    Trainer._write_checkpoint,
+    Trainer.write_checkpoint,
 )
 
 
@@ -93,7 +93,7 @@ ENDS = bool(taken("--ends", 1))
 FULL = int((taken("--full", 2) or "2")[-1])
 Trainer.forward = forward_and_note  # type: ignore[method-assign]
 Trainer.evaluate = evaluate_and_note  # type: ignore[method-assign]
-Trainer._write_checkpoint = write_and_note  # type: ignore[method-assign]
+Trainer.write_checkpoint = write_and_note  # type: ignore[method-assign]
 ElasticTrainer.train_step = step_and_note  # type: ignore[method-assign]
 sys.argv[0] = str(PROJECT / "train.py")
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -32,7 +32,7 @@ def start(name: str, *settings: str) -> Trainer:
 
 def messages(trainer: Trainer) -> list[list[str]]:
     """The names of the sums of each step."""
-    batches = iter(trainer._train_loader())
+    batches = iter(trainer.train_loader())
     found = []
     for _ in range(STEPS):
         with common.messages() as names:
@@ -68,7 +68,7 @@ def averaged_gradients(name: str, *settings: str) -> dict[str, torch.Tensor]:
         found.update({key: each.grad.clone() for key, each in trainer.detector.named_parameters()})
 
     with mock.patch.object(trainer, "apply_gradients", note):
-        trainer.train_step(iter(trainer._train_loader()))
+        trainer.train_step(iter(trainer.train_loader()))
     return found
 
 
@@ -85,7 +85,7 @@ def first_step(name: str, *settings: str) -> dict[str, Any]:
     """The noise, and the length of SGD's update, which starts at the gradient, over the learning rate."""
     trainer = start(name, "solver.weight_decay=0", *settings)
     before = parameters_to_vector(trainer.detector.parameters()).detach()
-    trainer.train_step(iter(trainer._train_loader()))
+    trainer.train_step(iter(trainer.train_loader()))
     after = parameters_to_vector(trainer.detector.parameters()).detach()
     assert all(torch.equal(after, other) for other in comm.gather_objects(after, "test.after")), "ranks differ"
     length = float((after - before).double().norm()) / trainer.schedule.lr(0)

@@ -136,7 +136,7 @@ def test_an_automatic_interval_keeps_the_cost_under_a_hundredth() -> None:
     def measure(step: int, step_seconds: float, measuring_seconds: float) -> int:
         with noise.measuring(step):
             module.loss(torch.randn(2, 3)).backward()
-        noise._seconds = measuring_seconds
+        noise.cost_seconds = measuring_seconds
         noise.update(step, images=1, loss_scale=1.0, step_seconds=step_seconds)
         return noise.averages.next_step - step
 

@@ -80,9 +80,9 @@ def test_a_rank_without_a_gpu_is_an_error_unless_tests_share_it(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     runtime = RuntimeConfig(device="cuda", bind_cores=False, threads_per_rank=torch.get_num_threads())
     with pytest.raises(UserError, match="Local rank 1 has no GPU"):
-        hardware.choose(runtime)
+        hardware.set_up_process(runtime)
     monkeypatch.setenv("HOROVOD_MEGDET_SHARE_GPU", "1")
-    assert hardware.choose(runtime) == torch.device("cuda", 0)
+    assert hardware.set_up_process(runtime) == torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize(("flags", "replaced"), [("avx2", 1), ("avx512_bf16 amx_bf16", 0)])

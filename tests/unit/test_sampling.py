@@ -207,7 +207,7 @@ def test_the_boxes_kept_are_those_of_torchvision(threads: int, threshold: float)
         kept = suppression.not_suppressed(boxes, falling, valid, sizes, threshold, training=True)
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(kept, suppression._image_by_image(boxes, falling, sizes, threshold))
+    assert torch.equal(kept, suppression.image_by_image(boxes, falling, sizes, threshold))
     assert kept.any()
     assert not kept.all()
     assert suppression.not_suppressed(boxes[:0], falling[:0], valid[:0], sizes, threshold, training=True).shape[0] == 0

@@ -24,11 +24,11 @@ def test_the_best_checkpoint_is_one_that_was_written(training: MagicMock) -> Non
     training.position.best = (0.30, "step_00000100")
     Trainer.save(training)
     training.position.best = (0.35, "step_00000200")
-    training._write_checkpoint.side_effect = NotSavedError("No space left on device.")
+    training.write_checkpoint.side_effect = NotSavedError("No space left on device.")
     Trainer.save(training)
     assert training.unsaved
     assert training.position.best == (0.30, "step_00000100")
-    training._write_checkpoint.side_effect = None
+    training.write_checkpoint.side_effect = None
     training.position.best = (0.33, "step_00000300")
     Trainer.save(training)
     assert not training.unsaved

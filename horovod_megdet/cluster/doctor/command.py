@@ -147,7 +147,7 @@ def _gradient_device(examination: Examination, config: Config | None) -> torch.d
     device, failure = torch.device("cpu"), ""
     if config:
         try:
-            device = hardware.choose_device(config.runtime)
+            device = hardware.set_up_device(config.runtime)
         except UserError:
             pass  # this rank has no GPU, which check_gpus says
         except Exception as error:  # CUDA raises all kinds
