@@ -29,8 +29,8 @@ typedef struct {
     ptrdiff_t outer, channels, inner;
 } Shape;
 
-/* What is added up: the input itself, or the gradient of the output, which the ReLU may have stopped. */
-typedef enum { INPUT, GRADIENT, GRADIENT_BY_INPUT, GRADIENT_BY_OUTPUT } Summand;
+/* What is added up: the input, the input less the center, or the gradient of the output behind the ReLU. */
+typedef enum { INPUT, DIFFERENCE, GRADIENT, GRADIENT_BY_INPUT, GRADIENT_BY_OUTPUT } Summand;
 
 /* Of each channel. The output is scale * (x - center) + shift, before the shortcut and the ReLU; the gradient of the
  * input is of_input * (x - center) + (of_gradient * dz + constant). */
@@ -61,6 +61,7 @@ INLINE float gradient_behind(float dy, float z) { return z <= 0 ? 0 : dy; }
 INLINE float summand_at(const Job *j, ptrdiff_t i, float x, float center, float scale, float shift, Type type,
                         Summand summand) {
     if (summand == INPUT) return x;
+    if (summand == DIFFERENCE) return x - center;
     float dy = get(j->other, i, type);
     if (summand == GRADIENT_BY_INPUT) return gradient_behind(dy, affine(x, center, scale, shift));
     if (summand == GRADIENT_BY_OUTPUT) {
@@ -151,6 +152,7 @@ INLINE void sum_part(Job j, ptrdiff_t part, Type type, Summand summand) {
 INLINE void sum_part_of(Job j, ptrdiff_t part, Type type) {
     switch (j.summand) {
         case INPUT: sum_part(j, part, type, INPUT); break;
+        case DIFFERENCE: sum_part(j, part, type, DIFFERENCE); break;
         case GRADIENT: sum_part(j, part, type, GRADIENT); break;
         case GRADIENT_BY_INPUT: sum_part(j, part, type, GRADIENT_BY_INPUT); break;
         case GRADIENT_BY_OUTPUT: sum_part(j, part, type, GRADIENT_BY_OUTPUT); break;
@@ -307,23 +309,35 @@ static int sum(Job j, Type type, const double *center, int threads, double *sums
     return 0;
 }
 
-/* sums = [sum x, sum x * (x - center)], (2, C); center may be NULL, and is 0 then. */
-int megdet_sums(const void *x, int type, const double *center, ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner,
-                int threads, double *sums) {
+/* message = [count, sum x, sum x^2], 2 C + 1 values. */
+int megdet_moments(const void *x, int type, ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, int threads,
+                   double *message) {
     Coefficients k = new_coefficients(channels);
     if (!k.center) return 1;
-    for (ptrdiff_t c = 0; center && c < channels; c++) k.center[c] = (float)center[c];
     Job j = {.x = x, .k = k, .s = {outer, channels, inner}, .summand = INPUT};
-    int failed = sum(j, (Type)type, center, threads, sums);
+    message[0] = (double)(outer * inner);
+    int failed = sum(j, (Type)type, NULL, threads, message + 1);
     free(k.center);
     return failed;
 }
 
-/* message = [count, sum x, sum x^2], 2 C + 1 values. */
-int megdet_moments(const void *x, int type, ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner, int threads,
-                   double *message) {
-    message[0] = (double)(outer * inner);
-    return megdet_sums(x, type, NULL, outer, channels, inner, threads, message + 1);
+/*
+ * sums[c] = sum (x - mean)^2; sums has room for (2, C). With d the part of the mean that float32 cannot hold, the squares
+ * are (x - center) (x - mean) - d (x - mean), and nothing that is large cancels.
+ */
+int megdet_squared_differences(const void *x, int type, const double *mean, ptrdiff_t outer, ptrdiff_t channels,
+                               ptrdiff_t inner, int threads, double *sums) {
+    Coefficients k = new_coefficients(channels);
+    if (!k.center) return 1;
+    for (ptrdiff_t c = 0; c < channels; c++) k.center[c] = (float)mean[c];
+    Job j = {.x = x, .k = k, .s = {outer, channels, inner}, .summand = DIFFERENCE};
+    int failed = sum(j, (Type)type, mean, threads, sums);
+    for (ptrdiff_t c = 0; c < channels; c++) {
+        double d = mean[c] - k.center[c];
+        sums[c] = sums[channels + c] - d * (sums[c] - d * (double)(outer * inner));
+    }
+    free(k.center);
+    return failed;
 }
 
 /* statistics from message = [count, sum x, sum x^2], both sums over all ranks. */

@@ -21,7 +21,7 @@ _WITHOUT_STATUS = {
 }
 _WITH_STATUS = {
     "moments": [_TENSOR, _INT, *_EXTENTS, _TENSOR],
-    "sums": [_TENSOR, _INT, _TENSOR, *_EXTENTS, _TENSOR],
+    "squared_differences": [_TENSOR, _INT, _TENSOR, *_EXTENTS, _TENSOR],
     "normalize": [_TENSOR, _INT, *[_TENSOR] * 4, _INT, *_EXTENTS, _TENSOR],
     "gradient_sums": [*[_TENSOR] * 2, _INT, *[_TENSOR] * 3, _INT, _TENSOR, *_EXTENTS, *[_TENSOR] * 2],
     "input_gradient": [*[_TENSOR] * 2, _INT, *[_TENSOR] * 3, _INT, _TENSOR, *_EXTENTS, _TENSOR],

@@ -224,6 +224,17 @@ def test_compiled_kernels_agree_with_plain_operators_in_float64(
         torch.testing.assert_close(ours.double(), reference.double(), rtol=1e-2 if half else 1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("mean", [0.1, 1e4, 3e7])
+def test_squared_differences_do_not_cancel(mean: float, layout: torch.memory_format) -> None:
+    """Of channels with one value that is one bit off, far from zero, and from a mean that is no float32 number."""
+    x = torch.full((2, 3, 33, 31), mean).contiguous(memory_format=layout)
+    x[0, :, 4, 5] = torch.nextafter(x[0, :, 4, 5], torch.tensor(torch.inf))
+    mean_of_ranks = x.double().mean((0, 2, 3)) - 1e-9 * mean
+    ours, reference = (kernels.squared_differences(x, mean_of_ranks) for kernels in (kernels_for(x), PlainKernels()))
+    torch.testing.assert_close(ours, reference, rtol=1e-6, atol=0)
+
+
 def test_a_checkout_without_compiled_kernels_says_what_to_do_when_they_are_needed() -> None:
     c_library.library.cache_clear()
     with (

@@ -63,7 +63,8 @@ def _sums(mean, invstd, message, eps: tl.float64, count: tl.int64, channels, BLO
     n = count.to(tl.float64)
     average = tl.load(mean + channel, mask, 0).to(tl.float64)
     inverse = tl.load(invstd + channel, mask, 1).to(tl.float64)
-    variance = tl.maximum(1.0 / (inverse * inverse) - eps, 0.0)
+    variance = 1.0 / (inverse * inverse) - eps
+    variance = tl.where(variance < 0.0, 0.0, variance)  # NaN passes
     tl.store(message + 1 + channel, average * n, mask)
     tl.store(message + 1 + channels + channel, (variance + average * average) * n, mask)
     tl.store(message + channel, n, channel == 0)
@@ -75,7 +76,8 @@ def _statistics(sums, values, narrow, eps: tl.float64, channels, BLOCK: tl.const
     mask = channel < channels
     count = tl.load(sums)
     mean = tl.load(sums + 1 + channel, mask, 0) / count
-    variance = tl.maximum(tl.load(sums + 1 + channels + channel, mask, 1) / count - mean * mean, 0.0)
+    variance = tl.load(sums + 1 + channels + channel, mask, 1) / count - mean * mean
+    variance = tl.where(variance < 0.0, 0.0, variance)  # NaN passes
     inverse = 1.0 / tl.sqrt(variance + eps)
     tl.store(values + channel, count, channel == 0)
     tl.store(values + 1 + channel, mean, mask)

@@ -30,10 +30,9 @@ class CompiledKernels(PlainKernels):
 
     def squared_differences(self, x: Tensor, mean: Tensor) -> Tensor:
         x = dense(x)
-        first, second = result = mean.new_empty(2, len(mean))
-        call("sums", x, TYPES[x.dtype], mean, *_extents(x), result)
-        # sum (x - m)^2 = sum x (x - m) - m sum (x - m)
-        return second - mean * (first - mean * (x.numel() // x.shape[1]))
+        sums = mean.new_empty(2, len(mean))
+        call("squared_differences", x, TYPES[x.dtype], mean, *_extents(x), sums)
+        return sums[0]
 
     def statistics(self, sums: Tensor, eps: float) -> Statistics:
         channels = len(sums) // 2
