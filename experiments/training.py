@@ -24,7 +24,7 @@ from experiments.results import Results, Row
 from horovod_megdet.cluster.launch.launcher import find_program
 from horovod_megdet.config import Config
 from horovod_megdet.engine.precision import has_amx
-from horovod_megdet.errors import EXIT_NON_FINITE_LOSS, UserError
+from horovod_megdet.errors import EXIT_NOT_FINITE, UserError
 from horovod_megdet.report.rows import read_metrics
 from horovod_megdet.run_files import CONFIG_FILE, CURVES_FILE, METRICS_FILE
 from horovod_megdet.versions import versions
@@ -122,9 +122,9 @@ class Laboratory:
             command = launch(RANKS, PROJECT / "train.py", run.cell.path, run_dir, settings)
             command += ["--resume"] if resumes else []
             exit_code = self.stop.run(command, log, lock, _news(run_dir, progress))
-            if self.stop.requested and exit_code not in (0, EXIT_NON_FINITE_LOSS):
+            if self.stop.requested and exit_code not in (0, EXIT_NOT_FINITE):
                 return None
-            if exit_code not in (0, EXIT_NON_FINITE_LOSS):
+            if exit_code not in (0, EXIT_NOT_FINITE):
                 raise RunFailed(
                     f"{run}: exit code {exit_code}; the end of {run_dir / LOG}: {_last_line(run_dir / LOG)}"
                 )
@@ -184,8 +184,8 @@ def describe(run: Run, run_dir: Path, exit_code: int, seconds: float | None) -> 
         "cell": run.cell.name,
         "seed": run.seed,
         "hash": run.cell.hash,
-        "outcome": "diverged" if exit_code == EXIT_NON_FINITE_LOSS else "finished",
-        "diverged_at_step": _diverged_at(run_dir / LOG) if exit_code == EXIT_NON_FINITE_LOSS else None,
+        "outcome": "diverged" if exit_code == EXIT_NOT_FINITE else "finished",
+        "diverged_at_step": _diverged_at(run_dir / LOG) if exit_code == EXIT_NOT_FINITE else None,
         "ranks": RANKS,
         "mini_batch": config.solver.mini_batch or RANKS * config.data.images_per_rank * config.solver.accumulation,
         "evaluations": [_some(row, EVALUATED) for row in evaluations],
@@ -228,7 +228,7 @@ def _last_before(training: list[Row], evaluations: list[Row]) -> list[Row]:
 
 
 def _diverged_at(log: Path) -> int | None:
-    found = re.findall(r"loss is not finite at step (\d+)", log.read_text(errors="replace"))
+    found = re.findall(r"not finite (?:at|after) step (\d+)", log.read_text(errors="replace"))
     return int(found[-1]) if found else None
 
 

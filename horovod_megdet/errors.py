@@ -6,8 +6,8 @@ EXIT_CRASHED = 1
 EXIT_USER_ERROR = 2
 """Bad configuration, data or checkpoint. One sentence is printed, without a stack trace."""
 
-EXIT_NON_FINITE_LOSS = 3
-"""The loss became NaN or infinite; the last good checkpoint is kept."""
+EXIT_NOT_FINITE = 3
+"""The loss, the weights or the gradients became NaN or infinite; the last good checkpoint is kept."""
 
 EXIT_NOT_SAVED = 4
 """Training ended, but its checkpoint could not be written (disk full, read-only)."""
@@ -33,11 +33,17 @@ class UserError(Exception):
     """True when all ranks raise it together, so that they can end in an orderly way; see ``comm.agreement``."""
 
 
-class NonFiniteLossError(UserError):
-    """The loss of at least one rank is NaN or infinite."""
+class NotFiniteError(UserError):
+    """Losses, weights or gradients are NaN or infinite; all ranks know it. ``what`` is the sentence without its end."""
 
-    exit_code = EXIT_NON_FINITE_LOSS
+    exit_code = EXIT_NOT_FINITE
     on_all_ranks = True
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}. The last good checkpoint is kept. Lower solver.base_lr, lengthen solver.warmup_epochs, set "
+            "solver.clip_gradient_norm, or look at the images."
+        )
 
 
 class NotSavedError(UserError):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from horovod_megdet import comm, launched
 from horovod_megdet.data.loader import Batch
-from horovod_megdet.errors import NonFiniteLossError, UserError
+from horovod_megdet.errors import NotFiniteError, UserError
 from horovod_megdet.models.detector import COUNT_OF_LOSS, Losses
 from horovod_megdet.printing import say
 
@@ -68,7 +68,7 @@ def agree_on_step(reports: list[PassReport], stop_requested: bool, step: int, sk
     """Puts together what the ranks found out in the passes of a step, in one message. Collective.
 
     Raises a :class:`UserError` on all ranks if any of them could not read an image, unless those are skipped, and a
-    :class:`NonFiniteLossError` if a loss of any of them is not finite.
+    :class:`NotFiniteError` if a loss of any of them is not finite.
     """
     errors = [report.error for report in reports if report.error is not None]
     # All that the host has to know of a step is fetched here, when the device has nothing else to do for it.
@@ -94,7 +94,4 @@ def _raise_not_finite(reports: list[PassReport], step: int) -> None:
     images = [image for report in bad for image in report.image_ids]
     mine = f"rank {comm.rank()} on {launched.host()}, images {images}" if images else None
     ranks = [where for where in comm.gather_objects(mine, "not_finite") if where]
-    raise NonFiniteLossError(
-        f"The loss is not finite at step {step}: {'; '.join(ranks)}. The last good checkpoint is kept. Lower "
-        "solver.base_lr, lengthen solver.warmup_epochs, set solver.clip_gradient_norm, or look at the images."
-    )
+    raise NotFiniteError(f"The loss is not finite at step {step}: {'; '.join(ranks)}")

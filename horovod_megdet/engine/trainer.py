@@ -27,7 +27,7 @@ from horovod_megdet.engine.metrics import Window
 from horovod_megdet.engine.run_folder import RunFolder
 from horovod_megdet.engine.slow_rank import SlowRank, describe_slow_rank
 from horovod_megdet.engine.validation import evaluate_detector, in_one_view, note_evaluation, with_all_views
-from horovod_megdet.errors import EXIT_NOT_SAVED, EXIT_STOPPED, UserError
+from horovod_megdet.errors import EXIT_NOT_SAVED, EXIT_STOPPED, NotFiniteError, UserError
 from horovod_megdet.evaluation.coco import Evaluation
 from horovod_megdet.layers.cross_gpu_bn import average_running_statistics
 from horovod_megdet.models.detector import Detector
@@ -39,6 +39,9 @@ from horovod_megdet.solver.averaging import averaged_model
 from horovod_megdet.solver.gradient_noise import GradientNoise
 from horovod_megdet.solver.optimizer import build_optimizer, load_optimizer, set_lr
 from horovod_megdet.solver.schedule import Schedule
+
+SKIPPED_STEPS = 32
+"""How many steps in a row float16 may skip: each halves the loss scale, which starts at 2^16."""
 
 
 class Trainer:
@@ -78,6 +81,8 @@ class Trainer:
         """Whether the last checkpoint could not be written."""
         self.best_saved = self.position.best
         """The best evaluation whose checkpoint was written."""
+        self.skipped_steps = 0
+        """How many steps in a row float16 has skipped."""
         self.window = Window()
         self.slow_rank = SlowRank()
         self.run_folder = RunFolder(config)
@@ -118,9 +123,12 @@ class Trainer:
         evaluation = None
         log_due = due(output.log_every_images)
         save_due = self.stopping or due(schedule.images(output.checkpoint_every_epochs))
+        evaluation_due = due(schedule.images(output.evaluate_every_epochs))
         if log_due and self.window.steps:
             self.write_metrics()
-        if due(schedule.images(output.evaluate_every_epochs)):
+        if evaluation_due or save_due:
+            self.check_weights()
+        if evaluation_due:
             evaluation, is_best = self.evaluate()
             save_due = save_due or is_best or self.done
         if save_due or (self.unsaved and log_due):
@@ -156,6 +164,14 @@ class Trainer:
         seconds, collective_seconds = time.perf_counter() - began, progress.waited_seconds - collectives_before
         self.window.add_step(lr, self.schedule.mini_batch, seconds, collective_seconds, data_seconds)
 
+    def check_weights(self) -> None:
+        """Raises :class:`NotFiniteError` on all ranks, which have the same weights, if those are not finite.
+
+        The last update may have made them so, after a loss that was finite: nobody can go on from their checkpoint.
+        """
+        if not torch.stack([weight.isfinite().all() for weight in self.detector.parameters()]).all():
+            raise NotFiniteError(f"The weights are not finite after step {self.position.step}")
+
     def forward(self, batch: Batch) -> tuple[Tensor, PassReport]:
         """A forward pass: this rank's part of the loss, and what all ranks agree on at the end of the step."""
         with hardware.autocast(self.config.runtime, self.device):
@@ -178,8 +194,24 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(parameters, self.config.solver.clip_gradient_norm)
         with self.optimizer.skip_synchronize():
             self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.update_loss_scale()
         self.optimizer.zero_grad()
+
+    def update_loss_scale(self) -> None:
+        """Lowers the loss scale of float16 after a step that it skipped, as all ranks do, for an infinite gradient.
+
+        Raises :class:`NotFiniteError` if it skips one after the other, so that no scale is low enough.
+        """
+        if not self.scaler.is_enabled():
+            return
+        scale = self.scaler.get_scale()
+        self.scaler.update()
+        self.skipped_steps = self.skipped_steps + 1 if self.scaler.get_scale() < scale else 0
+        if self.skipped_steps > SKIPPED_STEPS:
+            raise NotFiniteError(
+                f"The gradients are not finite in {self.skipped_steps} steps in a row, up to step "
+                f"{self.position.step + 1}, however small the loss scale of float16 is"
+            )
 
     def update_solver(self, images_before: int) -> None:
         """Updates what the solver keeps between steps: averages of the noise, AGVM's factors, averaged weights."""
@@ -223,6 +255,8 @@ class Trainer:
         }
         if self.noise.enabled:  # a run that measures no longer has averages from its checkpoint
             row |= self.noise.averages.row()
+        if self.scaler.is_enabled():
+            row["loss_scale"] = self.scaler.get_scale()
         if self.config.solver.lr_modulation == "agvm":
             row |= {f"lr_factor_{module}": factor for module, factor in self.agvm.factors.items()}
         self.run_folder.log_training(self._where() | row)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from horovod_megdet import launched
 from horovod_megdet.engine import checkpoint
-from horovod_megdet.errors import EXIT_CRASHED, EXIT_NON_FINITE_LOSS, EXIT_NOT_SAVED, EXIT_USER_ERROR
+from horovod_megdet.errors import EXIT_CRASHED, EXIT_NOT_FINITE, EXIT_NOT_SAVED, EXIT_USER_ERROR
 
 LIMIT = 60.0
 """Seconds within which all ranks have to end; on an idle machine they need a third of it."""
@@ -388,17 +388,29 @@ def test_one_rank_raising_ends_all(data: Path, tmp_path: Path, launcher: str) ->
 def test_a_loss_that_is_not_finite(data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = launching.tiny(run_dir, "solver.base_lr=1e18", "solver.warmup_epochs=0", data=data)
-    output = expect(EXIT_NON_FINITE_LOSS, "The loss is not finite at step", arguments=arguments, folder=tmp_path)
+    output = expect(EXIT_NOT_FINITE, "The loss is not finite at step", arguments=arguments, folder=tmp_path)
     assert f"on {os.uname().nodename}, images [" in output
     assert "Lower solver.base_lr" in output
     for path in checkpoint.folder(run_dir).glob("step_*"):
         checkpoint.read(path)
 
 
+def test_weights_that_are_not_finite_are_not_saved(data: Path, tmp_path: Path) -> None:
+    """An update makes them so, after a loss that was finite."""
+    change = "losses.values['loss_classifier'].register_hook(lambda gradient: gradient * float('inf'))"
+    script = changed(tmp_path, IN_STEP_3_OF_RANK_1.replace("HERE", change))
+    run_dir = tmp_path / "run"
+    arguments = launching.tiny(run_dir, "output.checkpoint_every_epochs=0.1", data=data)
+    job = Job("mpirun", 2, arguments, tmp_path, script)
+    assert job.wait(LIMIT) == EXIT_NOT_FINITE, job.output
+    assert "The weights are not finite after step 3. The last good checkpoint is kept. Lower" in job.output
+    assert {path.name for path in checkpoint.folder(run_dir).iterdir()} == {"step_00000001", "step_00000002"}
+
+
 def test_a_loss_that_is_not_finite_on_one_rank_names_it_alone(data: Path, tmp_path: Path) -> None:
     script = changed(tmp_path, IN_STEP_3_OF_RANK_1.replace("HERE", "losses.values['loss_classifier'] *= float('nan')"))
     job = Job("mpirun", 2, launching.tiny(tmp_path / "run", data=data), tmp_path, script)
-    assert job.wait(LIMIT) == EXIT_NON_FINITE_LOSS, job.output
+    assert job.wait(LIMIT) == EXIT_NOT_FINITE, job.output
     (named,) = re.findall(r"The loss is not finite at step 3: (.*?)\. The last good", job.output)
     assert re.fullmatch(rf"rank 1 on {re.escape(launched.host())}, images \[\d+, \d+\]", named), job.output
     assert "Traceback" not in job.output

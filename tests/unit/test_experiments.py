@@ -22,7 +22,7 @@ from experiments.training import Laboratory, Stop, describe, prune
 from experiments.verdicts import KS, NOT_REPRODUCED, REPRODUCED, UNDECIDED, cgbn, frozen, half_rate, no_warmup
 from horovod_megdet.config import load_config
 from horovod_megdet.data.synthetic import CLASSES
-from horovod_megdet.errors import EXIT_NON_FINITE_LOSS, UserError
+from horovod_megdet.errors import EXIT_NOT_FINITE, UserError
 from horovod_megdet.models.modules import MODULES
 from horovod_megdet.solver.gradient_noise import NoiseAverages
 from horovod_megdet.solver.schedule import make_schedule
@@ -186,8 +186,11 @@ def run(tmp_path: Path) -> Run:
     return Run(Cell("k08_frozen", path, overrides, load_config(path, list(overrides))), 1)
 
 
-def test_a_diverged_run_is_described_with_its_step(tmp_path: Path, run: Run) -> None:
-    (tmp_path / "log.txt").write_text("step 20\nerror: The loss is not finite at step 24: rank 1 on a, images [3].\n")
+@pytest.mark.parametrize(
+    "error", ["The loss is not finite at step 24: rank 1", "The weights are not finite after step 24."]
+)
+def test_a_diverged_run_is_described_with_its_step(tmp_path: Path, run: Run, error: str) -> None:
+    (tmp_path / "log.txt").write_text(f"step 20\nerror: {error}\n")
     rows = [
         {
             "kind": "train",
@@ -202,7 +205,7 @@ def test_a_diverged_run_is_described_with_its_step(tmp_path: Path, run: Run) -> 
         | {"memory_mb": 950, "gradient_variance": 3.0, "squared_gradient": 0.5, "noise_scale": 6.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    row = describe(run, tmp_path, EXIT_NON_FINITE_LOSS, 61.0)
+    row = describe(run, tmp_path, EXIT_NOT_FINITE, 61.0)
     assert (row["outcome"], row["diverged_at_step"], row["evaluations"]) == ("diverged", 24, [])
     assert (row["hash"], row["seed"], row["mini_batch"]) == (*run.key, 64)
     assert row["training"] == [

@@ -1,14 +1,17 @@
 """Parts of the trainer that need neither ranks nor a detector."""
 
 import contextlib
+import math
 from unittest.mock import MagicMock
 
 import pytest
+import torch
+from torch import nn
 
 from horovod_megdet.engine import trainer
 from horovod_megdet.engine.checkpoint import NotSavedError, Position
 from horovod_megdet.engine.trainer import Trainer
-from horovod_megdet.errors import UserError
+from horovod_megdet.errors import NotFiniteError, UserError
 
 
 @pytest.fixture
@@ -33,6 +36,28 @@ def test_the_best_checkpoint_is_one_that_was_written(training: MagicMock) -> Non
     Trainer.save(training)
     assert not training.unsaved
     assert training.best_saved == (0.33, "step_00000300")
+
+
+def test_float16_may_skip_steps_but_not_all(training: MagicMock) -> None:
+    training.scaler = torch.amp.GradScaler("cpu")
+    training.scaler.scale(torch.ones(()))
+    weight = nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    training.skipped_steps = 0
+
+    def step(gradient: float) -> None:
+        weight.grad = torch.tensor(gradient)
+        training.scaler.step(optimizer)
+        Trainer.update_loss_scale(training)
+
+    for _ in range(trainer.SKIPPED_STEPS):
+        step(math.inf)
+    assert weight == 1
+    step(0.0)
+    for _ in range(trainer.SKIPPED_STEPS):
+        step(math.inf)
+    with pytest.raises(NotFiniteError, match=rf"in {trainer.SKIPPED_STEPS + 1} steps in a row"):
+        step(math.inf)
 
 
 @pytest.mark.parametrize("agreed", [True, False])
