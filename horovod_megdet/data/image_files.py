@@ -73,12 +73,12 @@ def list_files(folder: Path, names: Sequence[str]) -> NDArray[np.int64]:
         # A folder that cannot be listed, or a link that leads nowhere: its files are missing.
         with contextlib.suppress(OSError), os.scandir(folder / parent) as entries:
             for entry in entries:
+                progress.advance()
                 name = prefix + entry.name
                 if name in wanted:
                     with contextlib.suppress(OSError):
                         state = entry.stat()
                         found[name] = state.st_size, state.st_mtime_ns
-        progress.advance()
     states = np.array([found.get(name, (MISSING, MISSING)) for name in names], np.int64).reshape(-1, 2)
     states[now - states[:, 1] < TIME_RESOLUTION, 1] = TOO_RECENT
     return states

@@ -10,7 +10,9 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from programs import has_ended, wait_until
@@ -206,11 +208,17 @@ def test_the_folder_of_a_run_is_never_removed(tmp_path: Path) -> None:
 def test_only_one_rank_reports(tmp_path: Path) -> None:
     beats = Heartbeats(tmp_path)
     beats.write(beat(0))
-    assert [beats.claim_report("rank 1 lost") for _ in range(3)] == [True, False, False]
-    assert [beats.claim_report("rank 1 lost", "node1") for _ in range(2)] == [True, False]
+    assert [beats.claim_report() for _ in range(3)] == [True, False, False]
+    assert [beats.claim_report("node1") for _ in range(2)] == [True, False]
+    assert not beats.is_reported()
+    beats.drop_claim()
+    assert beats.claim_report()
+    beats.report("rank 1 lost")
+    assert beats.is_reported()
+    assert not beats.is_reported("node1")
     assert beats.take_report() == "rank 1 lost"
     assert beats.take_report() == ""
-    assert beats.claim_report("rank 2 lost")
+    assert beats.claim_report()
 
 
 @pytest.fixture
@@ -249,7 +257,7 @@ def test_a_stalled_job_ends_with_a_sentence_and_stacks(
 def test_the_next_start_says_how_the_job_ended(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     heartbeats = Heartbeats(tmp_path)
     heartbeats.write(beat(0))
-    heartbeats.claim_report("rank 1 lost.")
+    heartbeats.report("rank 1 lost.")
     for _ in range(2):
         dog = Watchdog(tmp_path, stall_timeout=0.0)
         dog.start()
@@ -344,6 +352,24 @@ def test_a_rank_that_receives_sigterm_and_waits_only_later_says_who_is_lost(
     progress.finished_waiting()
     dog.stop()
     assert "rank 1 on node0 lost at step 17 (last seen: computing); rank 0" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_one_rank_reads_the_heartbeats_of_all_and_reports(
+    is_lost: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str], first_of_two: None
+) -> None:
+    """If it finds nothing, the next one looks: the last words of some may still have been missing."""
+    for rank in range(2):
+        Heartbeats(tmp_path).write(beat(rank, size=3, last_words=LastWords.WAITED))
+    Heartbeats(tmp_path).write(beat(2, size=3, received_sigterm=not is_lost))
+    dogs = [Watchdog(tmp_path, stall_timeout=20.0) for _ in range(3)]
+    read = mock.patch.object(Heartbeats, "read", autospec=True, side_effect=Heartbeats.read)
+    with read as reads, ThreadPoolExecutor() as threads:
+        survived = list(threads.map(Watchdog.report_lost_ranks, dogs))
+    assert survived == [is_lost] * 3
+    assert reads.call_count == (1 if is_lost else 3)
+    assert capfd.readouterr().err.count("rank 2 on node1 lost") == is_lost
+    assert Heartbeats(tmp_path).is_reported() == is_lost
 
 
 def test_a_full_disk_is_a_warning_once(tmp_path: Path, capfd: pytest.CaptureFixture[str], ended: list[int]) -> None:

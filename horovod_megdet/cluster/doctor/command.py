@@ -37,8 +37,8 @@ from horovod_megdet.report.tables import console
 from horovod_megdet.solver.optimizer import state_bytes
 from horovod_megdet.wording import some
 
-START_LIMIT = 60
-"""Seconds within which the ranks must find each other."""
+START_LIMIT = 180
+"""Seconds within which the ranks must find each other; large jobs start their hosts a minute apart."""
 
 COCO_CLASSES = 80
 """Used where the size of the detector matters, which hardly depends on the number of classes."""

@@ -101,19 +101,38 @@ class Heartbeats:
         # An earlier job with more ranks may have left some behind.
         return [replace(beat, age=newest - written) for written, beat in found if beat.rank < size]
 
-    def claim_report(self, sentence: str, host: str = "") -> bool:
-        """True for the first rank that asks, or the first of a host: that one tells the user what happened.
+    def claim_report(self, host: str = "") -> bool:
+        """True for the first rank that asks, or the first of a host: that one finds out what happened, and reports it.
 
-        The sentence is kept for the next start: a launcher that ends may lose what ranks print at that moment.
+        Of hundreds of ranks that each read the heartbeats of all, none might be done before the launcher kills them.
         """
         try:
-            with (self.folder / f"{_REPORT}{host}").open("x", encoding="utf-8") as file:
-                file.write(sentence)
+            self._report(host).touch(exist_ok=False)
         except FileExistsError:
             return False
         except OSError:
             return True  # Ranks cannot find out who reports: better twice than not at all.
         return True
+
+    def report(self, sentence: str, host: str = "") -> None:
+        """Keeps what the rank that claimed the report tells the user, for the other ranks and for the next start.
+
+        A launcher that ends may lose what ranks print at that moment.
+        """
+        with contextlib.suppress(OSError):
+            self._report(host).write_text(sentence, encoding="utf-8")
+
+    def drop_claim(self, host: str = "") -> None:
+        """Gives up the claim of a rank that has nothing to report (yet), so that another may look."""
+        with contextlib.suppress(OSError):
+            self._report(host).unlink(missing_ok=True)
+
+    def is_reported(self, host: str = "") -> bool:
+        """Whether the rank that claimed the report has reported."""
+        try:
+            return self._report(host).stat().st_size > 0
+        except OSError:
+            return False
 
     def take_report(self) -> str:
         """Returns what the previous job reported, and removes it: empty if that job reported nothing.
@@ -142,6 +161,9 @@ class Heartbeats:
                         path.unlink(missing_ok=True)
             self.folder.rmdir()
             self.run_dir.rmdir()  # a start that failed leaves no run behind
+
+    def _report(self, host: str) -> Path:
+        return self.folder / f"{_REPORT}{host}"
 
     def _path(self, rank: int) -> Path:
         return self.folder / f"rank_{rank:05d}.json"

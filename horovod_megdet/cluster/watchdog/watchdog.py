@@ -112,15 +112,26 @@ class Watchdog:
             return False
         passed = 0.0 if noticed is None else time.monotonic() - noticed
         time.sleep(max(LOOK, TIME_FOR_LAST_WORDS - passed))
+        host = launched.host() if on_each_host else ""
+        for _ in range(LOOKS):
+            if self.heartbeats.claim_report(host):
+                return self._report_lost_ranks(self.heartbeats, host)
+            if self.heartbeats.is_reported(host):
+                return True  # the rank that reports has survived
+            time.sleep(LOOK / 2)
+        return False
+
+    def _report_lost_ranks(self, heartbeats: Heartbeats, host: str) -> bool:
         try:
-            lost = find_lost_ranks(self.heartbeats.read())
+            lost = find_lost_ranks(heartbeats.read())
         except (OSError, ValueError) as error:
             say(f"warning: it is unknown which rank was lost, because the heartbeats cannot be read: {error}")
-            return False
+            lost = None
         if lost is None:
+            heartbeats.drop_claim(host)
             return False
-        if self.heartbeats.claim_report(lost.sentence, launched.host() if on_each_host else ""):
-            say(f"error: {lost.sentence}")
+        heartbeats.report(lost.sentence, host)
+        say(f"error: {lost.sentence}")
         return bool(lost.survivors - {self.rank})
 
     def _watch(self) -> None:
@@ -142,8 +153,8 @@ class Watchdog:
             os._exit(EXIT_CRASHED)
         if now - self._wrote_at >= self.beat_every:
             self._beat()
-        if self.timer.expired(now):
-            self._end_if_stalled()
+            if self.timer.expired(now):  # then too, reading the files of all ranks every second would be too much
+                self._end_if_stalled()
 
     def _beat(self) -> None:
         """Writes the heartbeat; a full disk must not end the training."""
@@ -197,14 +208,15 @@ class Watchdog:
         return progress.waiting_for is not None and progress.notes == notes
 
     def _end_if_stalled(self) -> None:
-        self._beat()
         if self.heartbeats is None and launched.size() > 1 and progress.waiting_for is not None:
             return  # what the others do is not known: they may have a good reason to let this rank wait
         stall = find_stall(self._all_heartbeats(), self.stall_timeout)
         if stall is None:
             return
-        reporter = self.heartbeats is None or self.heartbeats.claim_report(stall.sentence)
+        reporter = self.heartbeats is None or self.heartbeats.claim_report()
         if reporter:
+            if self.heartbeats:
+                self.heartbeats.report(stall.sentence)
             say(f"error: {stall.sentence} The job ends; resume it with --resume. Stacks, innermost call first:")
         if self.rank in stall.witnesses:
             self._print_stacks()
