@@ -35,8 +35,14 @@ class Ranks(Protocol):
     def rank(self) -> int:
         """This rank."""
 
+    def size(self) -> int:
+        """How many there are."""
+
     def gather_objects(self, value: T, name: str) -> list[T]:
         """The ranks' values, in rank order, on every rank."""
+
+    def exchange_objects(self, values: list[T], name: str) -> list[T]:
+        """Sends ``values[r]`` to each rank r; returns what the ranks sent to this one."""
 
     def agreement(self, name: str) -> AbstractContextManager[None]:
         """A :class:`UserError` in the block on any rank becomes one on all of them."""
@@ -48,8 +54,14 @@ class _Alone:
     def rank(self) -> int:
         return 0
 
+    def size(self) -> int:
+        return 1
+
     def gather_objects(self, value: T, name: str) -> list[T]:
         return [value]
+
+    def exchange_objects(self, values: list[T], name: str) -> list[T]:
+        return values
 
     @contextlib.contextmanager
     def agreement(self, name: str) -> Iterator[None]:
@@ -68,27 +80,26 @@ def read_annotations(source: Source, ranks: Ranks = ALONE) -> Annotations:
     """
     team = _Team(source, ranks)
     leader = _Leader(source)
-    plan = team.by_leader(leader.begin, "data: look for the cache")
+    plan = team.by_leader(lambda: leader.begin(team.size), "data: look for the cache")
     digest = plan.digest
     # All ranks take part if one has to: hosts with copies of the data may differ in what they have kept.
     if any(ranks.gather_objects(digest is None, "data: anything to read")):
-        mine = check_files(source.images, plan.names[team.place :: team.size], source.check_images, team.show_progress)
-        parts = ranks.gather_objects(mine, "data: checked image files")
-        digest = team.by_leader(
-            lambda: plan.digest or leader.finish([parts[rank] for rank in team.members]), "data: build the cache"
+        checked = team.to_leader(
+            check_files(source.images, plan.names, source.check_images, team.show_progress), "data: checked image files"
         )
+        digest = team.by_leader(lambda: [plan.digest or leader.finish(checked)] * team.size, "data: build the cache")
     assert digest is not None
     return team.share(digest, leader)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the leader of a team tells its members."""
+    """What the leader of a team tells one of its members."""
 
     digest: str | None
     """Of a cache that is up to date; None if there is none."""
     names: list[str]
-    """Image files that have to be checked first."""
+    """Image files that this member has to check first."""
 
 
 @dataclass(frozen=True)
@@ -154,16 +165,20 @@ class _Leader:
         self.parsed: _ParsedSource | None = None
         self.reading: _Reading | None = None
 
-    def begin(self) -> _Plan:
-        """Finds a cache that is up to date, or else parses the JSON and finds out which image files to check."""
+    def begin(self, members: int) -> list[_Plan]:
+        """Finds a cache that is up to date, or else parses the JSON and divides the image files that are to be checked.
+
+        Returns the plan of each member.
+        """
         earlier = None
         for cache in annotation_cache.caches(self.source):
             self.reading = _up_to_date(self.source, cache)
             if self.reading:
-                return _Plan(cache.mapping.digest, [])
+                return [_Plan(cache.mapping.digest, [])] * members
             earlier = earlier or cache
         self.parsed = _ParsedSource.of(self.source, earlier)
-        return _Plan(None, self.parsed.names())
+        names = self.parsed.names()
+        return [_Plan(None, names[place::members]) for place in range(members)]
 
     def finish(self, parts: list[CheckedFiles]) -> str:
         """Puts together what the members found out about the files, and writes the cache; returns its digest."""
@@ -207,23 +222,36 @@ class _Team:
         self.leads = self.place == 0
         self.shown = time.monotonic()
 
-    def by_leader(self, work: Callable[[], T], name: str) -> T:
-        """Every leader does the work; returns, or raises, on each rank what its own did. Collective."""
-        value: T | None = None
+    def by_leader(self, work: Callable[[], list[T]], name: str) -> T:
+        """Every leader does the work, which gives a value for each of its members; returns, or raises, this one's.
+
+        Collective.
+        """
+        values: list[T] = []
         error = ""
         if self.leads:
             try:
-                value = work()
+                values = work()
             except UserError as caught:
                 error = str(caught)
-        results = self.ranks.gather_objects((value, error), name)
-        value, error = results[self.members[0]]
-        if any(error for _, error in results):
+        errors = self.ranks.gather_objects(error, f"{name}: errors")
+        if any(errors):
             with self.ranks.agreement(name):
-                if error:
+                if error := errors[self.members[0]]:
                     raise UserError(error)
+        sent = dict(zip(self.members, values, strict=True)) if self.leads else {}
+        value = self._exchange(sent, name)[self.members[0]]
         assert value is not None
         return value
+
+    def to_leader(self, value: T, name: str) -> list[T]:
+        """Returns the values of all members on their leader; on other ranks nothing. Collective."""
+        received = self._exchange({self.members[0]: value}, name)
+        return [part for member in self.members if (part := received[member]) is not None]
+
+    def _exchange(self, sent: dict[int, T], name: str) -> list[T | None]:
+        """Sends a value to some ranks; returns what each rank sent to this one."""
+        return self.ranks.exchange_objects([sent.get(rank) for rank in range(self.ranks.size())], name)
 
     def show_progress(self, count: int) -> None:
         """Says how far the check of image files has come, from time to time."""

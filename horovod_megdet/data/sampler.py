@@ -76,14 +76,15 @@ class ImageStream:
             shuffled = random.permutation(np.repeat(shuffled, self.factors.draw(shuffled, random)))
         groups = [shuffled[~self.portrait[shuffled]], shuffled[self.portrait[shuffled]]]
         length = self.images_per_rank
-        runs = [group[at : at + length] for group in groups for at in range(0, len(group) - length + 1, length)]
-        rest = np.concatenate([group[len(group) - len(group) % length :] for group in groups])
+        whole = [len(group) - len(group) % length for group in groups]
+        runs = np.concatenate([group[:end].reshape(-1, length) for group, end in zip(groups, whole, strict=True)])
+        rest = np.concatenate([group[end:] for group, end in zip(groups, whole, strict=True)])
         # If the number of images is not a multiple of the run length, the epoch starts in the middle of a run.
         head = min(-(epoch * len(self)) % length, len(self))
-        runs = [runs[at] for at in random.permutation(len(runs))]
+        runs = runs[random.permutation(len(runs))]
         if len(rest) < head:
-            rest = np.concatenate([rest, runs.pop()])
-        return np.concatenate([rest[:head], *runs, rest[head:]])
+            rest, runs = np.concatenate([rest, runs[-1]]), runs[:-1]
+        return np.concatenate([rest[:head], runs.ravel(), rest[head:]])
 
 
 class GroupedBatchSampler(Sampler[list[PlannedImage]]):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from horovod_megdet import comm
-from horovod_megdet.config import Config
+from horovod_megdet.config import Config, DataConfig
 from horovod_megdet.data.coco import CocoDataset, check_same_classes
 from horovod_megdet.data.configured import load_split, make_synthetic
 from horovod_megdet.data.loader import image_stream
@@ -59,11 +59,17 @@ def lay_foundation(config: Config, stop_request: StopRequest | None, earlier: Co
 def load_datasets(config: Config) -> tuple[CocoDataset, CocoDataset]:
     """Loads training and validation set on every rank and checks that all ranks see the same."""
     data = config.data
-    with comm.agreement("synthetic data"):
-        make_synthetic(data)
+    generate_data(data)
     train_set = load_split(data, training=True, ranks=comm)
     val_set = load_split(data, training=False, ranks=comm)
     with comm.agreement("classes"):
         check_same_classes(train_set, val_set)
     comm.check_same({"training data": train_set.fingerprint, "validation data": val_set.fingerprint}, "data")
     return train_set, val_set
+
+
+def generate_data(data: DataConfig) -> None:
+    """Generates the synthetic data set where it is configured and missing, once for all ranks of a host. Collective."""
+    with comm.agreement("synthetic data"):
+        if comm.local_rank() == 0:
+            make_synthetic(data)

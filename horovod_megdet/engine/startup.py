@@ -13,10 +13,10 @@ import torch
 from horovod_megdet import comm, launched
 from horovod_megdet.config import Config
 from horovod_megdet.data.coco import CocoDataset
-from horovod_megdet.data.configured import load_split, make_synthetic
+from horovod_megdet.data.configured import load_split
 from horovod_megdet.data.sampler import ImageStream
 from horovod_megdet.engine import checkpoint, hardware, precision, random_state
-from horovod_megdet.engine.foundation import Foundation, lay_foundation
+from horovod_megdet.engine.foundation import Foundation, generate_data, lay_foundation
 from horovod_megdet.engine.run_folder import find_checkpoint, write_config
 from horovod_megdet.engine.signals import StopRequest
 from horovod_megdet.engine.trainer import Trainer
@@ -24,7 +24,7 @@ from horovod_megdet.engine.validation import check_best_metric
 from horovod_megdet.errors import UserError
 from horovod_megdet.models.detector import Detector, build_detector
 from horovod_megdet.models.norms import bn_group
-from horovod_megdet.models.weights import load_checkpoint, load_weights
+from horovod_megdet.models.weights import download_weights, load_checkpoint, load_weights
 from horovod_megdet.printing import say
 from horovod_megdet.report.tables import console, two_columns
 from horovod_megdet.solver.agvm import check_agvm
@@ -142,6 +142,10 @@ def start_detector(config: Config, num_classes: int, device: torch.device, load:
 
     Without ``load`` it gets other weights later, so that none are read.
     """
+    if load:
+        with comm.agreement("download of weights"):
+            if comm.local_rank() == 0:  # once for all ranks of a host
+                download_weights(config.model)
     random_state.seed(config.runtime.seed)
     with comm.agreement("model"):
         group = bn_group(config.batch_norm, config.data.images_per_rank)
@@ -189,8 +193,7 @@ def build_for_evaluation(config: Config, path: Path) -> EvaluationSetup:
     """
     with comm.agreement("device"):
         device = hardware.set_up_process(config.runtime)
-    with comm.agreement("synthetic data"):
-        make_synthetic(config.data)
+    generate_data(config.data)
     val_set = load_split(config.data, training=False, ranks=comm)
     with comm.agreement("checkpoint to evaluate"):  # a training may write a newer one meanwhile
         newest = str(checkpoint.read(path).path) if comm.is_main() else ""

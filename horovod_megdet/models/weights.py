@@ -63,6 +63,12 @@ def load_weights(detector: Detector, model: ModelConfig) -> list[str]:
     return _load(detector, weights, expected, path)
 
 
+def download_weights(model: ModelConfig) -> None:
+    """Puts the ImageNet weights into the hub cache, if they are configured and missing. Raises :class:`UserError`."""
+    if model.weights == "imagenet":
+        imagenet_file(model.backbone)
+
+
 def load_checkpoint(detector: Detector, path: str | Path) -> None:
     """Loads the weights of one of our own checkpoints, all of them: the detector has to be the one that was saved.
 

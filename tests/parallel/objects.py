@@ -37,5 +37,7 @@ with mock.patch.object(hvd, "allgather", wraps=hvd.allgather) as allgather:
 right = len(gathered) == comm.size() and all(same(gathered[rank], of_rank(rank)) for rank in ranks)
 for root in (*ranks, *reversed(ranks)):  # longer, then shorter ones under the same name
     right = right and same(comm.broadcast_object(mine if comm.rank() == root else None, "sent", root), of_rank(root))
+sent = comm.exchange_objects([(comm.rank(), of_rank(rank)) for rank in ranks], "exchanged")
+right = right and [sender for sender, _ in sent] == list(ranks) and all(same(each, mine) for _, each in sent)
 say(f"rank {comm.rank()}: right: {right}, gathered in {allgather.call_count} message")
 comm.shutdown()

@@ -65,6 +65,12 @@ class Rank:
         assert len(names) == 1, f"ranks are in different collectives: {names}"
         return values
 
+    def size(self) -> int:
+        return self.job.size
+
+    def exchange_objects(self, values: list[T], name: str) -> list[T]:
+        return [sent[self.number] for sent in self.gather_objects(values, name)]
+
     @contextmanager
     def agreement(self, name: str) -> Iterator[None]:
         mine = None

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -108,7 +109,10 @@ def _measure(examination: Examination, config: Config | None, bare_mpi: dict[int
     """
     mine = dataclasses.replace(examination.ranks[0], place=probes.place_by_horovod(), settings=comm.launch_settings())
     masks = hardware.core_masks()
-    examination.ranks = comm.gather_objects(_probe_more(mine, config, masks, with_data), "doctor.facts")
+    mine = _probe_more(mine, config, masks)
+    if with_data:
+        mine = _probe_inputs(mine, config)
+    examination.ranks = comm.gather_objects(mine, "doctor.facts")
     if config:
         sizes, examination.failures = probes.run_probes({"size of the detector": lambda: _sizes(config)})
         examination.gradient_bytes, examination.checkpoint_bytes = sizes.get("size of the detector", (0, 0))
@@ -118,8 +122,8 @@ def _measure(examination: Examination, config: Config | None, bare_mpi: dict[int
     examination.timings = [measurements.Timing(size, seconds, bare_mpi.get(size)) for size, seconds in horovod.items()]
 
 
-def _probe_more(mine: Facts, config: Config | None, masks: hardware.Masks, with_data: bool) -> Facts:
-    """Adds what needs Horovod, or takes time. One rank of each host looks at what belongs to the host."""
+def _probe_more(mine: Facts, config: Config | None, masks: hardware.Masks) -> Facts:
+    """Adds what needs Horovod. One rank of each host looks at what belongs to the host."""
     wanted: dict[str, Callable[[], object]] = {"build": probes.build}
     if config:
         threads = config.runtime.threads_per_rank or hardware.threads_per_rank(masks, comm.rank())
@@ -127,9 +131,23 @@ def _probe_more(mine: Facts, config: Config | None, masks: hardware.Masks, with_
     if mine.place.local_rank == 0:
         hosts = list(dict.fromkeys(host for host, _ in masks))
         wanted["resolved"] = lambda: probes.resolve(hosts)
-        if config and with_data:
-            wanted["data"] = lambda: inputs.data_sets(config)
-            wanted["weights"] = lambda: inputs.starting_weights(config)
+    return _with_probes(mine, wanted)
+
+
+def _probe_inputs(mine: Facts, config: Config | None) -> Facts:
+    """Adds what training reads, as one rank of each host sees it. Collective.
+
+    The first host goes ahead: where all share a file system, the others find what it has kept.
+    """
+    for turn in (True, False):
+        if config and mine.place.local_rank == 0 and comm.is_main() == turn:
+            data, weights = partial(inputs.data_sets, config), partial(inputs.starting_weights, config)
+            mine = _with_probes(mine, {"data": data, "weights": weights})
+        comm.barrier()
+    return mine
+
+
+def _with_probes(mine: Facts, wanted: dict[str, Callable[[], object]]) -> Facts:
     found, failures = probes.run_probes(wanted)
     return dataclasses.replace(mine, **found, failures=mine.failures | failures)
 
