@@ -174,11 +174,11 @@ def _wait_for_place(stopping: Callable[[], object], unsaved: Unsaved | None) -> 
     # A daemon, unlike the threads of an executor: it does not keep a process that ends.
     asking = threading.Thread(target=ask, name="place", daemon=True)
     asking.start()
-    waiting, saving, next_attempt = start.Waiting(), _Saving(unsaved), QUIET_SECONDS
+    store, saving, next_attempt = start.RendezvousStore(), _Saving(unsaved), QUIET_SECONDS
     while not answer.done():
         asking.join(POLL_SECONDS)
         progress.advance()  # a rank that waits for hosts has not stalled
-        if waiting.seconds > next_attempt:
+        if store.seconds > next_attempt:
             if next_attempt == QUIET_SECONDS:
                 say(
                     f"Rank {launched.rank()} on {launched.host()} is waiting for a new rank assignment: either another "
@@ -186,8 +186,8 @@ def _wait_for_place(stopping: Callable[[], object], unsaved: Unsaved | None) -> 
                     "waits for hosts."
                 )
             saving.attempt()
-            next_attempt = waiting.seconds + LONGEST_SAVING
-        if waiting.seconds > start.TIMEOUT_TO_STOP and waiting.to_stop(stopping):
+            next_attempt = store.seconds + LONGEST_SAVING
+        if store.seconds > start.TIMEOUT_TO_STOP and store.to_stop(stopping):
             saved = saving.finish()
             if not answer.done():  # otherwise it stops where the others wait for it
                 raise StoppedError(saved, placed=False)
@@ -204,23 +204,23 @@ class _Saving:
 
     def attempt(self) -> bool | None:
         """Whether what this rank has is saved now; None where another rank sees to it."""
-        waiting = start.Waiting()
-        if self._unsaved is None or waiting.read(f"{self._key}.done"):
+        store = start.RendezvousStore()
+        if self._unsaved is None or store.read(f"{self._key}.done"):
             return True
-        if not waiting.is_first(self._key):
+        if not store.claim(self._key):
             return None
         if self._unsaved.save():
-            waiting.write(f"{self._key}.done", True)
+            store.write(f"{self._key}.done", True)
             return True
-        waiting.give_up(self._key)
+        store.release(self._key)
         return False
 
     def finish(self) -> bool:
         """The same at the end of the job: if the other rank does not come to an end with it, this one saves."""
-        saved, waiting = self.attempt(), start.Waiting()
-        while saved is None and waiting.seconds < LONGEST_SAVING:
+        saved, store = self.attempt(), start.RendezvousStore()
+        while saved is None and store.seconds < LONGEST_SAVING:
             time.sleep(POLL_SECONDS)
-            saved = waiting.read(f"{self._key}.done")
+            saved = store.read(f"{self._key}.done")
         if saved is None and self._unsaved:
             return self._unsaved.save()
         return bool(saved)

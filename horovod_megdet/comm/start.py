@@ -19,7 +19,7 @@ from horovod_megdet.comm.collectives import size, waiting_for
 from horovod_megdet.comm.defaults import launch_defaults, set_launch_defaults
 from horovod_megdet.errors import UserError
 
-GLOO_TIMEOUT = "10"
+GLOO_TIMEOUT = 10
 """Seconds without an answer after which Gloo considers a rank lost. A rank does not answer while it computes.
 Horovod's default, 30, is for ranks that start late; :func:`init` waits for those itself."""
 
@@ -56,12 +56,12 @@ def _any_rank_needs(groups: bool) -> bool:
     cannot be read, have to start it, too, so that all can say so.
     """
     if launched.by_horovodrun():
-        waiting = Waiting()
-        waiting.write(f"groups.{launched.rank()}", groups)
+        store = RendezvousStore()
+        store.write(f"groups.{launched.rank()}", groups)
         meet()
         if launched.rank() == 0:
-            waiting.write("groups", any(waiting.wait_for(f"groups.{rank}") for rank in range(launched.size())))
-        return bool(waiting.wait_for("groups"))
+            store.write("groups", any(store.wait_for(f"groups.{rank}") for rank in range(launched.size())))
+        return bool(store.wait_for("groups"))
     if launched.by_mpi() and launched.size() > 1 and hvd.mpi_built():
         return BareMPI().largest(float(groups)) > 0
     return groups
@@ -86,7 +86,15 @@ def prepare(deterministic: bool, groups: bool) -> None:
         # A process that no launcher started is alone. MPI could start that way too, but only with its daemon beside it.
         os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = "gloo"
     if launched.by_horovodrun():
-        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", GLOO_TIMEOUT)
+        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(gloo_timeout(launched.size())))
+
+
+def gloo_timeout(ranks: int) -> int:
+    """Seconds that Gloo waits for an answer in a job of so many ranks.
+
+    In the beginning every rank asks horovodrun's server, which answers one after the other, for the addresses of all.
+    """
+    return max(GLOO_TIMEOUT, ranks // 4)
 
 
 def _check_running(deterministic: bool, groups: bool) -> None:
@@ -108,28 +116,28 @@ def meet(timeout: float = math.inf, stopping: Callable[[], object] = lambda: Fal
     meet at horovodrun's own store of keys and values. Rank 0 gives up after ``timeout`` seconds, or
     :data:`TIMEOUT_TO_STOP` if any rank is ``stopping()``; the others wait twice as long, in case it does not come.
     """
-    waiting, main = Waiting(), launched.rank() == 0
+    store, main = RendezvousStore(), launched.rank() == 0
 
     def wait_for(key: str) -> Any:
         """The value of a key; None if it does not come."""
-        while (value := waiting.read(key)) is None:
-            stop = waiting.seconds > TIMEOUT_TO_STOP and waiting.to_stop(stopping)
-            if waiting.seconds > timeout * (1 if main else 2) or (stop and main):
+        while (value := store.read(key)) is None:
+            stop = store.seconds > TIMEOUT_TO_STOP and store.to_stop(stopping)
+            if store.seconds > timeout * (1 if main else 2) or (stop and main):
                 break
             time.sleep(0.2)
         return value
 
     with waiting_for("start"):
         if not main:
-            waiting.write(str(launched.rank()), True)
+            store.write(str(launched.rank()), True)
             return wait_for("meeting") or "incomplete"
         complete = all(wait_for(str(other)) for other in range(1, launched.size()))
-        meeting: Meeting = "complete" if complete else "stopped" if waiting.to_stop(stopping) else "incomplete"
-        waiting.write("meeting", meeting)
+        meeting: Meeting = "complete" if complete else "stopped" if store.to_stop(stopping) else "incomplete"
+        store.write("meeting", meeting)
         return meeting
 
 
-class Waiting:
+class RendezvousStore:
     """What ranks tell each other while they wait for others, at horovodrun's own store of keys and values.
 
     An elastic job's store is emptied when its ranks get new places.
@@ -174,10 +182,10 @@ class Waiting:
         self.write("stopping", True)
         return True
 
-    def is_first(self, key: str) -> bool:
+    def claim(self, key: str) -> bool:
         """Whether this is the first of the ranks that ask for ``key``, which are some of those that were there before.
 
-        A rank that does not do what the first one is to do calls :meth:`give_up`.
+        A rank that does not do what the first one is to do calls :meth:`release`.
         """
         mine = launched.rank()
         self.write(f"{key}.{mine}", True)
@@ -187,8 +195,8 @@ class Waiting:
         self.write(f"{key}.first", mine)
         return True
 
-    def give_up(self, key: str) -> None:
-        """Undoes :meth:`is_first`."""
+    def release(self, key: str) -> None:
+        """Undoes :meth:`claim`."""
         self.write(f"{key}.first", None)
 
 

@@ -191,16 +191,20 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     store.stop()
 
 
+def test_many_ranks_have_longer_to_find_each_other() -> None:
+    assert [start.gloo_timeout(ranks) for ranks in (2, 40, 128)] == [10, 10, 32]
+
+
 def test_what_is_in_the_store_is_never_unpickled(place: Callable[[int], None]) -> None:
     """Whoever reaches the launcher's port can write to the store."""
     place(0)
-    waiting = start.Waiting()
+    store = start.RendezvousStore()
     for value in (True, None, 7, "complete"):
-        waiting.write("key", value)
-        assert waiting.read("key") == value
-    http_client.put_data_into_kvstore(*waiting._url.split("/")[2].split(":"), "megdet_start", "key", Path("/tmp"))
-    assert waiting.read("key") is None
-    assert waiting.read("another key") is None
+        store.write("key", value)
+        assert store.read("key") == value
+    http_client.put_data_into_kvstore(*store._url.split("/")[2].split(":"), "megdet_start", "key", Path("/tmp"))
+    assert store.read("key") is None
+    assert store.read("another key") is None
 
 
 @pytest.fixture
@@ -271,7 +275,7 @@ def test_a_rank_saves_if_the_one_that_is_to_do_so_does_not(
     place: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place(0)
-    assert start.Waiting().is_first("saving.7"), "and is lost"
+    assert start.RendezvousStore().claim("saving.7"), "and is lost"
     place(1)
     saves = [False, True]
     saving = elastic._Saving(comm.Unsaved(7, saves.pop))
