@@ -140,7 +140,7 @@ def train_ours(variants: dict[str, list[str]], config: Path, steps: int, result:
         train[name] = lambda trainer=trainer, batches=batches: trainer.train_step(batches)  # type: ignore[misc]
     timings = take_turns(train, turns=steps, warm_up=WARM_UP)
     peak = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10])
-    peak_mb = comm.gather(peak, "benchmark.peak").max().item()
+    peak_mb = comm.all_gather(peak, "benchmark.peak").max().item()
     if comm.is_main():
         seconds = {name: timing.seconds for name, timing in timings.items()}
         result.write_text(json.dumps({"seconds": seconds, "peak_mb": peak_mb}))

@@ -9,7 +9,6 @@ compared with those whole steps. Figures are medians over the steps, in each of 
 
 import math
 import time
-from pathlib import Path
 
 import torch
 from cross_gpu_bn import NOISE_HEADING
@@ -17,14 +16,13 @@ from document import machine, measure_section
 from torch import Tensor
 
 from horovod_megdet import comm
-from horovod_megdet.config import BatchNormConfig, ModelConfig, SolverConfig, load_config
+from horovod_megdet.config import DEMO, BatchNormConfig, ModelConfig, SolverConfig, load_config
 from horovod_megdet.data.loader import Batch
 from horovod_megdet.engine.losses import weigh_losses
 from horovod_megdet.models.detector import build_detector
 from horovod_megdet.solver.gradient_noise import COST_LIMIT, GradientNoise
 from horovod_megdet.solver.optimizer import build_optimizer
 
-DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
 WARM_UP, STEPS = 3, 15
 
 
@@ -50,7 +48,7 @@ def measured_steps(model: ModelConfig, images: int, size: tuple[int, int]) -> Te
             optimizer.step()
         optimizer.zero_grad()
         mine = torch.tensor([hooks, updated - updating, time.perf_counter() - started], dtype=torch.float64)
-        rows.append(comm.gather(mine, "benchmark.noise").amax(0))
+        rows.append(comm.all_gather(mine, "benchmark.noise").amax(0))
     assert noise.averages.variance_of() > 0, "every step was measured"
     return torch.stack(rows[WARM_UP:])
 

@@ -143,7 +143,7 @@ def messages() -> dict[str, float]:
 
 
 def _largest(value: float) -> float:
-    return comm.gather(torch.tensor([value], dtype=torch.float64), "benchmark.largest").max().item()
+    return comm.all_gather(torch.tensor([value], dtype=torch.float64), "benchmark.largest").max().item()
 
 
 def _seconds_of_one(call: Callable[[], object], largest: Callable[[float], float], repetitions: int = 200) -> float:
@@ -269,7 +269,7 @@ def overlap() -> dict[str, Any]:
 def _message_times(times: list[tuple[float, float]], phase: str) -> dict[str, float]:
     """From the start and end of each message on this rank; all ranks of a machine read the same clock."""
     flat = torch.tensor(times, dtype=torch.float64).flatten()
-    starts, ends = comm.gather(flat, f"benchmark.{phase}").view(comm.size(), -1, 2).unbind(-1)
+    starts, ends = comm.all_gather(flat, f"benchmark.{phase}").view(comm.size(), -1, 2).unbind(-1)
     last = starts.max(0).values
     return {
         "median": (ends - starts)[comm.rank()].median().item(),

@@ -40,5 +40,5 @@ def take_turns(variants: Mapping[str, Callable[[], object]], turns: int, warm_up
             start = time.perf_counter()
             variants[name]()
             mine = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
-            seconds[name].append(comm.gather(mine, "benchmark.seconds").max().item())
+            seconds[name].append(comm.all_gather(mine, "benchmark.seconds").max().item())
     return {name: Timing(values) for name, values in seconds.items()}

@@ -19,7 +19,7 @@ from pathlib import Path
 from experiments.cells import CELLS, Cell, Run, choose_runs, load_cells
 from experiments.page import write_page
 from experiments.results import Results, Row
-from experiments.training import PROJECT, Laboratory, RunFailed, Stop
+from experiments.training import PROJECT, Laboratory, ProcessRunner, RunFailed
 from horovod_megdet.arguments import positive
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_STOPPED, UserError
 
@@ -87,12 +87,12 @@ def run_all(arguments: argparse.Namespace) -> int:
     if arguments.list:
         print_list(runs, results.rows())
         return 0
-    laboratory = Laboratory(runs_dir, Stop(), say)
+    laboratory = Laboratory(runs_dir, ProcessRunner(), say)
     failures = 0
     if missing(runs, results.rows()):
         laboratory.pretrain(runs_dir / "backbone.pth", QUICK_CROPS if arguments.quick else [])
     for run in missing(runs, results.rows()):
-        if laboratory.stop.requested:
+        if laboratory.processes.stop_requested:
             break
         left = missing(runs, results.rows())
         say(f"{run} starts; left: {len(left)} runs, about {duration(left, results.rows())}")
@@ -105,7 +105,7 @@ def run_all(arguments: argparse.Namespace) -> int:
         say(f"{run}: {outcome(row)}" if row else f"{run}: stopped, or another driver has made it or makes it now")
         update_page(cells, results, docs)
     update_page(cells, results, docs)
-    return EXIT_STOPPED if laboratory.stop.requested else EXIT_CRASHED if failures else 0
+    return EXIT_STOPPED if laboratory.processes.stop_requested else EXIT_CRASHED if failures else 0
 
 
 def update_page(cells: list[Cell], results: Results, docs: Path) -> None:

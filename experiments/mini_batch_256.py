@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from experiments.results import Row
-from experiments.training import PROJECT, Laboratory, Stop, launch, made_with
+from experiments.training import PROJECT, Laboratory, ProcessRunner, launch, made_with
 from horovod_megdet.config import load_config
 from horovod_megdet.errors import UserError
 from horovod_megdet.files import atomic_write
@@ -50,12 +50,12 @@ def run(ranks: int, overrides: list[str], scratch: Path) -> Row:
     folder = scratch / "mini_batch_256"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    config, stop = load_config(CONFIG, overrides), Stop()
-    Laboratory(scratch, stop=stop, say=print).pretrain(Path(config.model.weights), [])
+    config, processes = load_config(CONFIG, overrides), ProcessRunner()
+    Laboratory(scratch, processes, say=print).pretrain(Path(config.model.weights), [])
     for program, settings in (("train.py", ()), ("experiments/compare_gradients.py", FROZEN)):
         command = launch(ranks, PROJECT / program, CONFIG, folder / Path(program).stem, [*overrides, *settings])
         log = folder / f"{Path(program).stem}.txt"
-        if code := stop.run(command, log):
+        if code := processes.run(command, log):
             raise UserError(f"{program} on {ranks} ranks ended with exit code {code}; its output is in {log}.")
     rows = [row for row in read_metrics(folder / "train" / METRICS_FILE) if row["kind"] == "train"]
     return {

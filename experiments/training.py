@@ -38,17 +38,17 @@ KEPT = (CONFIG_FILE, METRICS_FILE, LOG, CURVES_FILE, "lock")
 POLL_SECONDS = 2.0
 
 
-class Stop:
-    """Ctrl-C, SIGTERM and SIGHUP: passed on to the process that runs, which ends in good order, and kept in mind."""
+class ProcessRunner:
+    """Runs one process after the other. Ctrl-C, SIGTERM and SIGHUP are passed on to it, and it ends in good order."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.stop_requested = False
         self._process: subprocess.Popen[bytes] | None = None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.stop_requested = True
         if self._process:
             self._process.terminate()
 
@@ -70,7 +70,7 @@ class Stop:
                 start_new_session=True,
                 pass_fds=[lock.fileno()] if lock else [],
             )
-        if self.requested:
+        if self.stop_requested:
             self._process.terminate()
         while True:
             try:
@@ -89,7 +89,7 @@ class Laboratory:
 
     runs: Path
     """Scratch: the backbone, the data set and the run directories."""
-    stop: Stop
+    processes: ProcessRunner
     say: Callable[[str], None]
 
     def pretrain(self, weights: Path, arguments: list[str]) -> None:
@@ -102,7 +102,7 @@ class Laboratory:
             self.say(f"Pre-training the backbone, two minutes with AMX and eight without: {weights}")
             log = self.runs / "backbone.log"
             command = [sys.executable, "-m", "experiments.pretraining", str(weights), *arguments]
-            if self.stop.run(command, log, lock) and not self.stop.requested:
+            if self.processes.run(command, log, lock) and not self.processes.stop_requested:
                 raise RunFailed(f"The backbone was not made; the end of {log}: {_last_line(log)}")
 
     def make(self, run: Run, results: Results, progress: Callable[[Row], None]) -> Row | None:
@@ -121,10 +121,10 @@ class Laboratory:
             settings = [*run.cell.overrides, f"runtime.seed={run.seed}"]
             command = launch(RANKS, PROJECT / "train.py", run.cell.path, run_dir, settings)
             command += ["--resume"] if resumes else []
-            exit_code = self.stop.run(command, log, lock, _news(run_dir, progress))
-            if self.stop.requested and exit_code not in (0, EXIT_NOT_FINITE):
-                return None
+            exit_code = self.processes.run(command, log, lock, _news(run_dir, progress))
             if exit_code not in (0, EXIT_NOT_FINITE):
+                if self.processes.stop_requested:
+                    return None
                 raise RunFailed(
                     f"{run}: exit code {exit_code}; the end of {run_dir / LOG}: {_last_line(run_dir / LOG)}"
                 )

@@ -19,12 +19,9 @@ from horovod_megdet.arguments import (
     positive_number,
 )
 from horovod_megdet.cluster.launch import command as launch
-from horovod_megdet.config import Config
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
+from horovod_megdet.evaluation.metrics import DRAWN_SCORE
 from horovod_megdet.wording import count
-
-DRAWN_SCORE = 0.5
-"""Lowest score of what ``megdet predict`` finds and draws."""
 
 Commands = argparse._SubParsersAction  # argparse has no public name for it
 
@@ -131,59 +128,13 @@ def _add_plan(commands: Commands) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from horovod_megdet.models.detector import build_detector
-    from horovod_megdet.report.tables import console, two_columns
-    from horovod_megdet.solver.cost import MessageCost, Traffic, communication_table
-    from horovod_megdet.solver.gradient_noise import gain_table
-    from horovod_megdet.solver.schedule import make_schedule
+    from horovod_megdet.plan import print_plan, read_noise_scale
+    from horovod_megdet.solver.cost import MessageCost
 
-    config = config_of(arguments)
-    noise_scale = _noise_scale(arguments.noise_of) if arguments.noise_of else arguments.noise_scale
-    images = arguments.images or _training_images(config)
-    schedule = make_schedule(config.solver, images, arguments.ranks, config.data.images_per_rank)
-    console().print(two_columns("Schedule", schedule.table()))
+    noise_scale = read_noise_scale(arguments.noise_of) if arguments.noise_of else arguments.noise_scale
     cost = MessageCost(arguments.latency_us * 1e-6, arguments.bandwidth_gbs * 1e9)
-    detector = build_detector(config.model, config.batch_norm, num_classes=80)
-    traffic = Traffic.of(detector, config, schedule)
-    rows = communication_table(cost, traffic, arguments.ranks, arguments.step_seconds)
-    console().print(two_columns("Communication, predicted", rows))
-    if noise_scale is not None:
-        gains = gain_table(noise_scale, schedule.mini_batch, config.solver.reference_batch_size)
-        console().print(two_columns("Mini-batch, predicted", gains))
+    print_plan(config_of(arguments), arguments.ranks, arguments.images, cost, arguments.step_seconds, noise_scale)
     return 0
-
-
-def _noise_scale(run_dir: Path) -> float:
-    """The newest noise scale that a run has measured at its full learning rate."""
-    from horovod_megdet.report.rows import noise_at_full_rate, read_metrics
-    from horovod_megdet.run_files import METRICS_FILE
-
-    rows = [row for row in read_metrics(run_dir / METRICS_FILE) if row["kind"] == "train"]
-    newest = noise_at_full_rate(rows)
-    if newest is None:
-        lost = any("noise_scale" in row for row in rows)
-        why = (
-            "so far the noise hides the gradient"
-            if lost
-            else "the run has one rank and one pass per step, solver.measure_noise: never, or so far too few steps"
-        )
-        raise UserError(f"{run_dir / METRICS_FILE}: no noise scale in it: {why}. Give --noise-scale, or another run.")
-    print(
-        f"Noise scale of {run_dir}: {newest['noise_scale']:.3g} images, measured at epoch {newest['epoch']:.2f}, the "
-        "last time at the full learning rate"
-    )
-    return float(newest["noise_scale"])
-
-
-def _training_images(config: Config) -> int:
-    from horovod_megdet.data.configured import load_split, make_synthetic
-    from horovod_megdet.data.loader import image_stream
-
-    try:
-        make_synthetic(config.data)
-        return len(image_stream(load_split(config.data, training=True), config.data, config.runtime.seed))
-    except UserError as error:
-        raise UserError(f"{error}\nTo plan without the data, give the number of its images: --images N.") from None
 
 
 def _add_import_data(commands: Commands) -> None:
@@ -380,10 +331,11 @@ def _add_predict(commands: Commands) -> None:
 def _predict(arguments: argparse.Namespace) -> int:
     import torch
 
+    from horovod_megdet.inference import sets_score
     from horovod_megdet.predict import predict_images
 
     score = arguments.score
-    if score is None and not any(setting.startswith("model.score_threshold") for setting in arguments.overrides):
+    if score is None and not sets_score(arguments.overrides):
         score = DRAWN_SCORE
     results = predict_images(
         arguments.checkpoint,

@@ -18,7 +18,7 @@ from horovod_megdet.engine import checkpoint as checkpoints
 from horovod_megdet.errors import UserError
 from horovod_megdet.evaluation.detections import Arrays, Detections
 from horovod_megdet.evaluation.views import Views, in_view
-from horovod_megdet.models.detector import Detector, build_detector
+from horovod_megdet.models.detector import SIZE_DIVISIBLE, Detector, build_detector
 from horovod_megdet.models.weights import load_checkpoint
 from horovod_megdet.report.pictures import draw_detections
 
@@ -180,9 +180,9 @@ class _View:
 
     @property
     def padded_size(self) -> Size:
-        """That of the network's input, in units of its largest stride, 32."""
+        """That of the network's input, in units of :data:`SIZE_DIVISIBLE`."""
         height, width = _size(self.pixels)
-        return -(-height // 32), -(-width // 32)
+        return -(-height // SIZE_DIVISIBLE), -(-width // SIZE_DIVISIBLE)
 
 
 def load(
@@ -205,7 +205,7 @@ def load(
         raise UserError(f"The lowest score must be between 0 and 1, not {score_threshold:g}.")
     saved = checkpoints.read(checkpoint)
     if score_threshold is not None:
-        if any(setting.startswith("model.score_threshold") for setting in settings):
+        if sets_score(settings):
             raise UserError("Give the lowest score once: as score_threshold (--score), or as model.score_threshold.")
         settings = [*settings, f"model.score_threshold={score_threshold}"]
     config, run = override(saved.config, list(settings)), saved.run
@@ -214,6 +214,11 @@ def load(
     load_checkpoint(detector, saved.path)
     detector.to(_checked(device)).eval()
     return TrainedDetector(detector, config, run.class_names, run.category_ids)
+
+
+def sets_score(settings: Sequence[str]) -> bool:
+    """Whether settings such as ``evaluation.flip=true`` give the lowest score of a detection."""
+    return any(setting.startswith("model.score_threshold") for setting in settings)
 
 
 def _checked(device: str | torch.device) -> torch.device:

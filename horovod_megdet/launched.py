@@ -33,7 +33,7 @@ def elastic() -> bool:
     return os.environ.get("HOROVOD_ELASTIC") == "1"
 
 
-def move(rank: int, size: int, local_rank: int, local_size: int, cross_rank: int, cross_size: int) -> None:
+def set_place(rank: int, size: int, local_rank: int, local_size: int, cross_rank: int, cross_size: int) -> None:
     """Notes the new place of this process in an elastic job, for Horovod, too."""
     names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
     numbers = (rank, size, local_rank, local_size, cross_rank, cross_size)

@@ -29,13 +29,19 @@ def say(text: str) -> None:
     """Writes a line to standard error in one system call, so that the lines of many ranks do not tear.
 
     A reader that is gone is no error: it must not keep a rank from what it does next, such as ending the job. Within
-    :func:`quietly`, the line goes to the logger ``horovod_megdet`` of ``logging`` instead: a program that sets up
-    nothing sees the warnings.
+    :func:`quietly`, the line goes to the logger ``horovod_megdet`` of ``logging`` instead.
     """
+    _write(text, text, logging.INFO)
+
+
+def warn(sentence: str) -> None:
+    """As :func:`say`, for what a user should look at; a program that sets up no logging sees it even when quiet."""
+    _write(f"warning: {sentence}", sentence, logging.WARNING)
+
+
+def _write(text: str, logged: str, level: int) -> None:
     if _quiet:
-        is_warning = text.startswith("warning: ")
-        level = logging.WARNING if is_warning else logging.INFO
-        logging.getLogger("horovod_megdet").log(level, text.removeprefix("warning: "))
+        logging.getLogger("horovod_megdet").log(level, logged)
         return
     with contextlib.suppress(OSError):
         sys.stdout.flush()

@@ -22,7 +22,7 @@ from horovod_megdet.engine.startup import build_for_evaluation, build_trainer, s
 from horovod_megdet.engine.validation import evaluate_detector
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from horovod_megdet.evaluation.table import loss_in_words, render
-from horovod_megdet.printing import say
+from horovod_megdet.printing import say, warn
 from horovod_megdet.progress import progress
 from horovod_megdet.report.tables import console
 
@@ -102,7 +102,7 @@ def run_ranks(
 def _report_thread(failure: threading.ExceptHookArgs) -> None:
     """Says in a sentence why a library's thread could not write or read, such as TensorBoard's on a full disk."""
     if isinstance(failure.exc_value, OSError):
-        say(f"warning: a thread of this process has ended: {failure.exc_value}.")
+        warn(f"a thread of this process has ended: {failure.exc_value}.")
     else:
         threading.__excepthook__(failure)
 

@@ -16,7 +16,7 @@ from horovod_megdet.engine.validation import evaluate_detector
 from horovod_megdet.evaluation.coco import Evaluation
 from horovod_megdet.evaluation.metrics import METRICS
 from horovod_megdet.printing import quietly
-from horovod_megdet.report.rows import read_metrics
+from horovod_megdet.report.rows import finite, read_metrics
 from horovod_megdet.run_files import METRICS_FILE
 
 
@@ -103,10 +103,6 @@ def _result(run_dir: Path, position: checkpoints.Position) -> TrainingResult:
     return TrainingResult(
         run_dir,
         checkpoints.folder(run_dir) / str(position.best_checkpoint),
-        {name: _number(row.get(name)) for name in METRICS},
-        {name: _number(value) for name, value in row.get("per_class", {}).items()},
+        {name: finite(row.get(name)) for name in METRICS},
+        {name: finite(value) for name, value in row.get("per_class", {}).items()},
     )
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value

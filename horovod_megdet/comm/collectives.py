@@ -113,13 +113,12 @@ def sum_(tensor: Tensor, name: str, group: Group | None = None) -> Tensor:
     if group.size == 1:
         return tensor
     message = tensor.cpu() if gpu_is_shared() else tensor
-    progress.wait_for(name)
-    hvd.allreduce_(message, op=hvd.Sum, name=name, process_set=group.process_set)
-    progress.finished_waiting()
+    with waiting_for(name):
+        hvd.allreduce_(message, op=hvd.Sum, name=name, process_set=group.process_set)
     return tensor if message is tensor else tensor.copy_(message)
 
 
-def gather(tensor: Tensor, name: str) -> Tensor:
+def all_gather(tensor: Tensor, name: str) -> Tensor:
     """Returns the ranks' 1-d float tensors, all of one length, as the rows of a (size, length) tensor."""
     if size() == 1:
         return tensor[None].clone()
@@ -150,10 +149,10 @@ def exchange_objects(values: list[T], name: str) -> list[T]:
     return _unpickled(received)
 
 
-def collect(rows: Tensor, name: str) -> Tensor | None:
+def gather_to_main(rows: Tensor, name: str) -> Tensor | None:
     """Returns the ranks' rows below each other, in rank order, on rank 0; None on the other ranks.
 
-    ``rows`` (n, ...) may have another n on each rank, also 0. Unlike :func:`gather`, only rank 0 receives anything.
+    ``rows`` (n, ...) may have another n on each rank, alx :func:`all_gather`.
     """
     if size() == 1:
         return rows.clone()
@@ -193,7 +192,8 @@ def _unpickled(message: Tensor) -> list[Any]:
 def broadcast_(tensor: Tensor, name: str) -> None:
     """Replaces ``tensor`` by rank 0's."""
     if size() > 1:
-        hvd.broadcast_(tensor, root_rank=0, name=name)
+        with waiting_for(name):
+            hvd.broadcast_(tensor, root_rank=0, name=name)
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
@@ -294,6 +294,5 @@ class _ThroughHost:
 
 def synchronize(optimizer: DistributedOptimizer) -> None:
     """Waits until the gradients of ``optimizer`` are averaged over the ranks."""
-    progress.wait_for("gradients")
-    optimizer.synchronize()
-    progress.finished_waiting()
+    with waiting_for("gradients"):
+        optimizer.synchronize()

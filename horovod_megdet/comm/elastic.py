@@ -154,7 +154,7 @@ def _take_new_place(stopping: Callable[[], object], unsaved: Unsaved | None) -> 
             place = _wait_for_place(stopping, unsaved)
         if place[0] == REMOVED:
             raise RemovedError
-        launched.move(*place)
+        launched.set_place(*place)
         meeting = start.meet(LONGEST_START, stopping)
         if meeting == "stopped":
             raise StoppedError(_Saving(unsaved).finish(), placed=True)

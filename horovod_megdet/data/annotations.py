@@ -36,6 +36,11 @@ class Problem:
         return f"{', '.join(where)}: {self.message}" if where else self.message
 
 
+def to_corners(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n, 4) x1, y1, x2, y2 of (n, 4) x, y, width, height."""
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+
+
 @dataclass(frozen=True)
 class Annotations:
     """The valid entries of an annotation file, as arrays. Boxes are sorted by image."""
@@ -73,6 +78,15 @@ class Annotations:
             return from_mapping, (self.mapping,)
         return Annotations, tuple(getattr(self, field.name) for field in fields(self) if field.name != "mapping")
 
+    @property
+    def image_of_box(self) -> NDArray[np.int64]:
+        """(m,), the index of each box's image."""
+        return np.repeat(np.arange(len(self.image_ids)), np.diff(self.first_box))
+
+    def boxes_of(self, image: int) -> slice:
+        """Where the boxes of an image are in :attr:`boxes`, :attr:`labels`, ...; ``image`` is its index."""
+        return slice(self.first_box[image], self.first_box[image + 1])
+
     def select(self, keep: NDArray[np.bool_]) -> "Annotations":
         """The images for which ``keep`` (n,) is true, with their boxes."""
         counts = np.diff(self.first_box)
@@ -84,7 +98,7 @@ class Annotations:
 
     def to_coco(self) -> COCO:
         """For pycocotools. Annotation ids count from 1: to pycocotools, a match with annotation 0 is no match."""
-        image_of_box = np.repeat(self.image_ids, np.diff(self.first_box)).tolist()
+        image_of_box = self.image_ids[self.image_of_box].tolist()
         boxes, areas, crowd = self.boxes.tolist(), self.areas.tolist(), self.crowd.tolist()
         coco = COCO()
         coco.dataset = {

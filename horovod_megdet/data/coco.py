@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from horovod_megdet.data.annotation_cache import Source
-from horovod_megdet.data.annotations import Annotations, Problem
+from horovod_megdet.data.annotations import Annotations, Problem, to_corners
 from horovod_megdet.data.image_files import CheckImages
 from horovod_megdet.data.images import FRACTIONS, ImageFileError, read_image
 from horovod_megdet.data.reading import ALONE, Ranks, read_annotations
@@ -77,18 +77,16 @@ class CocoDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
                 "as at the start"
             )
         found, place = self._found, self._place(index)
-        rows = slice(found.first_box[place], found.first_box[place + 1])
+        rows = found.boxes_of(place)
         boxes, labels = found.boxes[rows], found.labels[rows]
         if self.training:
             boxes, labels = boxes[~found.crowd[rows]], labels[~found.crowd[rows]]
-        corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-        corners = corners.clip(0, [width, height, width, height])
+        corners = to_corners(boxes).clip(0, [width, height, width, height])
         return image, torch.from_numpy(corners.astype(np.float32)), torch.from_numpy(labels.copy())
 
     def crowd(self, index: int) -> NDArray[np.bool_]:
         """Which boxes of an image in a set for evaluation are crowd regions, in the order of :meth:`read`."""
-        place = self._place(index)
-        return self._found.crowd[self._found.first_box[place] : self._found.first_box[place + 1]]
+        return self._found.crowd[self._found.boxes_of(self._place(index))]
 
     def path(self, index: int) -> Path:
         """The image file."""
@@ -202,8 +200,7 @@ def describe_problems(source: Source, problems: list[Problem]) -> str:
 
 def _trainable(found: Annotations, keep_empty: bool) -> NDArray[np.int64]:
     """Indices of the images to train on."""
-    image_of_box = np.repeat(np.arange(len(found.image_ids)), np.diff(found.first_box))
-    objects = np.bincount(image_of_box[~found.crowd], minlength=len(found.image_ids))
+    objects = np.bincount(found.image_of_box[~found.crowd], minlength=len(found.image_ids))
     keep = objects > 0
     if keep_empty:
         # An image with only crowd regions or bad boxes is not empty: it would teach that objects are background.

@@ -21,7 +21,7 @@ from horovod_megdet.data.annotations import Annotations
 from horovod_megdet.data.image_files import CheckedFiles, check_files, list_files
 from horovod_megdet.errors import UserError
 from horovod_megdet.files import sha256
-from horovod_megdet.printing import say
+from horovod_megdet.printing import say, warn
 
 T = TypeVar("T")
 
@@ -117,7 +117,7 @@ class _Reading:
         if path:
             say(f"{where} in {seconds:.1f} s; the next start finds the result in {path}.")
         else:
-            say(f"warning: {where} in {seconds:.1f} s, and at every start, because the result cannot be kept: {reason}")
+            warn(f"{where} in {seconds:.1f} s, and at every start, because the result cannot be kept: {reason}")
         return digest
 
 

@@ -47,8 +47,7 @@ class RepeatFactors:
 def repeat_factors(found: Annotations, threshold: float) -> RepeatFactors:
     """The repeat factors of the images of a training set, for t = ``threshold``. Crowd regions do not count."""
     images, classes = len(found.image_ids), len(found.category_ids)
-    image_of_box = np.repeat(np.arange(images), np.diff(found.first_box))
-    pairs = np.unique((image_of_box * classes + found.labels - 1)[~found.crowd])
+    pairs = np.unique((found.image_of_box * classes + found.labels - 1)[~found.crowd])
     image, of_class = pairs // classes, pairs % classes
     counts = np.bincount(of_class, minlength=classes)
     of_classes = np.sqrt(np.maximum(1, threshold * images / np.maximum(1, counts)))

@@ -27,7 +27,7 @@ from horovod_megdet.config import Config, SolverConfig
 from horovod_megdet.errors import NotSavedError, UserError
 from horovod_megdet.files import sha256
 from horovod_megdet.models.weights import MODEL_FILE
-from horovod_megdet.printing import say
+from horovod_megdet.printing import warn
 from horovod_megdet.run_files import CHECKPOINTS, DESCRIPTION_FILE, checkpoint_folders
 from horovod_megdet.solver.agvm import AGVM
 from horovod_megdet.solver.gradient_noise import NoiseAverages
@@ -206,11 +206,7 @@ def prune(run_dir: Path, keep: int, best: str | None, written: str) -> None:
             shutil.rmtree(path)
 
 
-def _warn(sentence: str) -> None:
-    say(f"warning: {sentence}")
-
-
-def read(path: str | Path, report: Callable[[str], None] = _warn) -> Checkpoint:
+def read(path: str | Path, report: Callable[[str], None] = warn) -> Checkpoint:
     """Checks a checkpoint folder, or a run directory's newest one, and reads its description.
 
     In a run directory, broken ones are reported and passed over. Raises :class:`UserError` when it is missing,
@@ -254,7 +250,7 @@ def _recorded_digests(path: Path, description: dict[str, Any]) -> dict[str, str]
     return digests
 
 
-def newest(run_dir: Path, report: Callable[[str], None] = _warn, remedy: str = "") -> Checkpoint:
+def newest(run_dir: Path, report: Callable[[str], None] = warn, remedy: str = "") -> Checkpoint:
     """Returns the newest whole checkpoint of a run; broken ones are reported and passed over.
 
     Raises :class:`UserError`, which ends with the ``remedy``, when there is none.

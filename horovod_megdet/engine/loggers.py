@@ -23,7 +23,7 @@ from PIL import Image
 
 from horovod_megdet.config import Config, by_dotted_key
 from horovod_megdet.files import atomic_write
-from horovod_megdet.printing import say
+from horovod_megdet.printing import warn
 from horovod_megdet.run_files import CONFIG_FILE
 
 LONGEST_QUEUE = 1000
@@ -246,7 +246,7 @@ class Background:
     def _give_up(self, sentence: str) -> None:
         if not self._given_up:
             self._given_up = True
-            say(f"warning: output.loggers: {self.name} {sentence.rstrip('.')}. Training goes on without it.")
+            warn(f"output.loggers: {self.name} {sentence.rstrip('.')}. Training goes on without it.")
 
 
 def _without_password(sentence: str) -> str:

@@ -16,7 +16,7 @@ from horovod_megdet import comm, launched
 from horovod_megdet.data.loader import Batch
 from horovod_megdet.errors import NotFiniteError, UserError
 from horovod_megdet.models.detector import COUNT_OF_LOSS, Losses
-from horovod_megdet.printing import say
+from horovod_megdet.printing import warn
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def weigh_losses(batch: Batch, losses: Losses) -> tuple[Tensor, PassReport]:
 
 
 @dataclass(frozen=True)
-class Agreement:
+class StepSummary:
     """What all ranks know of a step; the same on each."""
 
     losses: dict[str, float]
@@ -64,7 +64,7 @@ class Agreement:
     """Whether hosts came or went, in an elastic job."""
 
 
-def agree_on_step(reports: list[PassReport], stop_requested: bool, step: int, skip_unreadable: bool) -> Agreement:
+def agree_on_step(reports: list[PassReport], stop_requested: bool, step: int, skip_unreadable: bool) -> StepSummary:
     """Puts together what the ranks found out in the passes of a step, in one message. Collective.
 
     Raises a :class:`UserError` on all ranks if any of them could not read an image, unless those are skipped, and a
@@ -76,17 +76,17 @@ def agree_on_step(reports: list[PassReport], stop_requested: bool, step: int, sk
     mine, all_counts = fetched.chunk(2, dim=1)
     flags = torch.tensor([stop_requested, bool(errors), comm.hosts_changed()], dtype=torch.float64)
     message = comm.sum_(torch.cat([mine.flatten(), flags]), "losses")
-    sums, (stops, unreadable, news) = message[:-3].view_as(mine), message[-3:]
+    sums, (stops, unreadable, hosts_changed) = message[:-3].view_as(mine), message[-3:]
     if unreadable and not skip_unreadable:
         with comm.agreement("images"):
             if errors:
                 raise UserError("\n".join(errors))
     for error in errors:
-        say(f"warning: rank {comm.rank()} on {launched.host()} trains without an image: {error}")
+        warn(f"rank {comm.rank()} on {launched.host()} trains without an image: {error}")
     if not torch.isfinite(sums).all():
         _raise_not_finite(reports, step)
     means = (sums / all_counts).mean(0)
-    return Agreement(dict(zip(COUNT_OF_LOSS, means.tolist(), strict=True)), bool(stops), bool(news))
+    return StepSummary(dict(zip(COUNT_OF_LOSS, means.tolist(), strict=True)), bool(stops), bool(hosts_changed))
 
 
 def _raise_not_finite(reports: list[PassReport], step: int) -> None:

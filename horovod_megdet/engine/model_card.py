@@ -13,6 +13,7 @@ from horovod_megdet.engine.checkpoint import Position, RunDescription
 from horovod_megdet.evaluation.metrics import METRICS, percent
 from horovod_megdet.files import atomic_write
 from horovod_megdet.report.page import render
+from horovod_megdet.report.rows import finite
 from horovod_megdet.report.runs import Run, read_runs
 from horovod_megdet.run_files import CURVES_FILE
 from horovod_megdet.solver.schedule import Schedule
@@ -66,14 +67,14 @@ def _facts(
         "model": config.model,
         "data": config.data,
         "epoch": evaluation["epoch"],
-        "metrics": [(name, metric.meaning, _percent(evaluation.get(name))) for name, metric in METRICS.items()],
+        "metrics": [(name, metric.meaning, percent(finite(evaluation.get(name)))) for name, metric in METRICS.items()],
         "classes": [
             {
                 "name": name.replace("|", r"\|"),
                 "id": category_id,
                 "training": in_training,
                 "validation": in_validation,
-                "ap": _percent(evaluation["per_class"].get(name)),
+                "ap": percent(finite(evaluation["per_class"].get(name))),
             }
             for name, category_id, in_training, in_validation in zip(*columns, strict=True)
         ],
@@ -98,10 +99,6 @@ def _boxes(dataset: CocoDataset) -> list[int]:
     found = dataset.ground_truth
     counts = np.bincount(found.labels[~found.crowd], minlength=len(dataset.class_names) + 1)
     return counts[1:].tolist()
-
-
-def _percent(value: float | None) -> str:
-    return percent(float("nan") if value is None else value)
 
 
 def _copy(source: Path, target: Path) -> None:

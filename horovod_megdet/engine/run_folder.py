@@ -27,7 +27,7 @@ from horovod_megdet.errors import UserError
 from horovod_megdet.evaluation.coco import Evaluation
 from horovod_megdet.evaluation.table import render
 from horovod_megdet.files import atomic_write
-from horovod_megdet.printing import say
+from horovod_megdet.printing import warn
 from horovod_megdet.progress import progress
 from horovod_megdet.run_files import CONFIG_FILE, SUMMARY_FILE, checkpoint_folders
 from horovod_megdet.solver.schedule import Schedule
@@ -50,7 +50,7 @@ def find_checkpoint(run_dir: Path, resume: bool) -> checkpoint.Checkpoint | None
     except OSError as error:
         raise UserError(f"{run_dir}: the run directory cannot be used: {error.strerror or error}.") from None
     if resume and started and not saved:
-        say(f"warning: {run_dir}: the run has no checkpoint yet and starts from the beginning.")
+        warn(f"{run_dir}: the run has no checkpoint yet and starts from the beginning.")
         return None
     if resume:
         return checkpoint.newest(run_dir, remedy="Start without --resume, or check output.run_dir.")
@@ -79,8 +79,6 @@ class RunFolder:
     at the latest.
     """
 
-    # What draws takes a second to import, for which all other ranks would wait.
-
     def __init__(self, config: Config) -> None:
         self.path = Path(config.output.run_dir)
         self._config = config
@@ -97,6 +95,7 @@ class RunFolder:
         """
         with comm.agreement("metrics log"):
             if comm.is_main():
+                # As what draws below, they take a second to import, for which all other ranks would wait.
                 from horovod_megdet.engine.loggers import Loggers
                 from horovod_megdet.engine.metrics import MetricsLog
 
@@ -192,19 +191,19 @@ class RunFolder:
             with _warned("the model card"):
                 write_model_cards(self.path, description, position, schedule, train_set, val_set)
 
-    def close(self, last_words: str = "") -> None:
-        """Ends the progress bar, completes the files, and prints ``last_words``, which a run that is finished has.
+    def close(self, closing_line: str = "") -> None:
+        """Ends the progress bar, completes the files, and prints the ``closing_line`` of a run that is finished.
 
         Nothing is written from then on.
         """
         if self._log and self._loggers:
             self.wait()
-            if last_words:
-                self._log.console.print(last_words)
+            if closing_line:
+                self._log.console.print(closing_line)
             with _warned("metrics"):
                 self._log.close()
             progress.set("waiting for output.loggers")
-            self._loggers.close(finished=bool(last_words))
+            self._loggers.close(finished=bool(closing_line))
             self._log = self._loggers = None
 
 
@@ -215,4 +214,4 @@ def _warned(what: str) -> Iterator[None]:
         yield
     except (OSError, UserError) as error:
         reason = str(error).rstrip(".")
-        say(f"warning: {what} could not be written: {reason}. Training does not depend on it.")
+        warn(f"{what} could not be written: {reason}. Training does not depend on it.")

@@ -32,7 +32,7 @@ from horovod_megdet.evaluation.coco import Evaluation
 from horovod_megdet.layers.cross_gpu_bn import average_running_statistics
 from horovod_megdet.models.detector import Detector
 from horovod_megdet.models.weights import load_checkpoint
-from horovod_megdet.printing import say
+from horovod_megdet.printing import warn
 from horovod_megdet.progress import progress
 from horovod_megdet.solver.agvm import AGVM
 from horovod_megdet.solver.averaging import averaged_model
@@ -242,7 +242,7 @@ class Trainer:
         """Gathers the ranks' times and memory, and writes one row of metrics."""
         window = self.window
         mine = [window.step_seconds, window.work_seconds, window.data_seconds, hardware.memory_mb(self.device)]
-        gathered = comm.gather(torch.tensor(mine, dtype=torch.float64), "metrics")
+        gathered = comm.all_gather(torch.tensor(mine, dtype=torch.float64), "metrics")
         step_seconds, work_seconds, data_seconds, memory = gathered.unbind(1)
         row: dict[str, Any] = self.window.row() | {
             "data_seconds": data_seconds.mean().item(),
@@ -269,7 +269,7 @@ class Trainer:
         rank = self.slow_rank.rank
         hosts = comm.gather_objects(launched.host(), "hosts")
         if comm.is_main():
-            say(f"warning: {describe_slow_rank(rank, hosts[rank], work, data[rank])}")
+            warn(f"{describe_slow_rank(rank, hosts[rank], work, data[rank])}")
 
     def evaluate(self) -> tuple[Evaluation, bool]:
         """Evaluates on the validation set; returns the evaluation and whether it is the best of the run so far."""
@@ -308,7 +308,7 @@ class Trainer:
                 raise
             self.unsaved = True
             if comm.is_main():
-                say(f"warning: {error} Training goes on and tries again.")
+                warn(f"{error} Training goes on and tries again.")
 
     def state(self, random_states: list[dict[str, Any]]) -> TrainingState:
         """What training needs to go on, besides the weights of :attr:`evaluated_detector`."""
@@ -331,7 +331,7 @@ class Trainer:
         try:
             checkpoint.prune(run_dir, self.config.output.keep_checkpoints, self.position.best_checkpoint, saved.name)
         except OSError as error:
-            say(f"warning: older checkpoints could not be removed: {error}. Training goes on.")
+            warn(f"older checkpoints could not be removed: {error}. Training goes on.")
 
     def finish(self, evaluation: Evaluation | None) -> int:
         """Writes the report of a finished run, if it was evaluated; returns the exit code."""

@@ -17,7 +17,7 @@ from horovod_megdet.engine.checkpoint import Position
 from horovod_megdet.errors import UserError
 from horovod_megdet.evaluation.coco import Evaluation, evaluate
 from horovod_megdet.evaluation.loss import validation_losses
-from horovod_megdet.evaluation.metrics import METRICS
+from horovod_megdet.evaluation.metrics import METRICS, is_loss
 from horovod_megdet.evaluation.views import Views
 from horovod_megdet.models.detector import COUNT_OF_LOSS, Detector
 from horovod_megdet.wording import some
@@ -79,7 +79,7 @@ def note_evaluation(position: Position, evaluation: Evaluation) -> bool:
     All ranks have the same metrics and the same position, so that they agree without a message.
     """
     value = evaluation.values[position.best_metric]
-    lower_is_better = position.best_metric in LOSSES
+    lower_is_better = is_loss(position.best_metric)
     better = value < position.best_value if lower_is_better else value > position.best_value
     better = better or position.best_checkpoint is None or math.isnan(position.best_value)
     if better:

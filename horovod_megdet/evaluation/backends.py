@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 from horovod_megdet.data.annotations import Annotations
 from horovod_megdet.evaluation.detections import Detections
 from horovod_megdet.evaluation.metrics import METRICS, Metric
-from horovod_megdet.printing import say
+from horovod_megdet.printing import warn
 
 Backend = Literal["hotcoco", "pycocotools"]
 
@@ -53,7 +53,7 @@ def _hotcoco(ground_truth: Annotations, detections: Detections) -> Curves:
     try:
         import hotcoco  # here, because it is the one dependency that can be done without
     except ImportError as error:
-        say(f"warning: hotcoco cannot be imported ({error}); pycocotools computes the metrics, which takes longer.")
+        warn(f"hotcoco cannot be imported ({error}); pycocotools computes the metrics, which takes longer.")
         return _pycocotools(ground_truth, detections)
     # hotcoco takes no negative ids and passes those of detections through floats: both sets get the ids 1 to n here,
     # in the same order, which is all that decides between equal scores.

@@ -144,8 +144,8 @@ def _detect_views(detector: Detector, batch: Batch, views: Views) -> list[tuple[
 def collect_detections(shard: Detections) -> Detections | None:
     """The detections of all ranks' shards on rank 0; None on the other ranks. Collective."""
     images, found = shard.rows()
-    all_images = comm.collect(torch.from_numpy(images), "evaluate.images")
-    all_found = comm.collect(torch.from_numpy(found), "evaluate.detections")
+    all_images = comm.gather_to_main(torch.from_numpy(images), "evaluate.images")
+    all_found = comm.gather_to_main(torch.from_numpy(found), "evaluate.detections")
     if all_images is None or all_found is None:
         return None
     return Detections.from_rows(all_images.numpy(), all_found.numpy())

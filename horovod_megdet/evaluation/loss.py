@@ -35,7 +35,7 @@ def validation_losses(
     """
     with comm.agreement("validation loss"):
         shard = _of_shard(detector, dataset, loader, device, autocast)
-    images = comm.collect(shard, "validation_loss")
+    images = comm.gather_to_main(shard, "validation_loss")
     assert images is None or len(images) == len(dataset), "the ranks' shards are not exactly the data set"
     return comm.broadcast_object(None if images is None else _means(images), "validation_loss.means") or {}
 

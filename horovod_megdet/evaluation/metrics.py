@@ -47,6 +47,15 @@ DRAWN_METRICS = (MAIN_METRIC, "AP50")
 """Drawn over epochs."""
 
 
+DRAWN_SCORE = 0.5
+"""Lowest score of the detections in pictures, and of those that ``megdet predict`` finds."""
+
+
+def is_loss(name: str) -> bool:
+    """Whether a metric is ``loss`` or a part of it, such as ``loss_classifier``: better when it is lower."""
+    return name == "loss" or name.startswith("loss_")
+
+
 def percent(value: float) -> str:
     """A metric between 0 and 1 in percent, such as `43.2`; a dash for NaN."""
     return "–" if math.isnan(value) else f"{100 * value:.1f}"

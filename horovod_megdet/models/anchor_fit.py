@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
+from horovod_megdet.data.annotations import to_corners
 from horovod_megdet.data.coco import CocoDataset
 from horovod_megdet.data.transforms import fit_size
+from horovod_megdet.models.detector import SIZE_DIVISIBLE
 
 LEVELS = 5
 """P2 to P6."""
-
-SIZE_DIVISIBLE = 32
-"""The detector pads images to multiples of this."""
 
 SMALLEST, LARGEST, STEPS_PER_OCTAVE = 4, 256, 8
 """Sizes of P2's anchors that :func:`best_sizes` tries, in pixels, and how many there are per doubling."""
@@ -78,14 +77,12 @@ class ResizedBoxes:
 def resized_boxes(dataset: CocoDataset, shorter_sides: Sequence[int], longer_side: int) -> ResizedBoxes:
     """The objects of a data set in images of all these shorter sides; crowd regions are none."""
     found = dataset.ground_truth
-    of_image = np.repeat(np.arange(len(found.image_ids)), np.diff(found.first_box))
     objects = np.flatnonzero(~found.crowd)
     if len(objects) > ENOUGH:
         objects = objects[np.linspace(0, len(objects) - 1, ENOUGH).round().astype(int)]
-    of_image, boxes, labels = of_image[objects], found.boxes[objects], found.labels[objects]
-    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+    of_image, boxes, labels = found.image_of_box[objects], found.boxes[objects], found.labels[objects]
     sizes = found.sizes[of_image].astype(np.int64)
-    corners = corners.clip(0, sizes[:, [1, 0, 1, 0]])
+    corners = to_corners(boxes).clip(0, sizes[:, [1, 0, 1, 0]])
     all_boxes, all_sizes = [], []
     for side in shorter_sides:
         new = np.array([fit_size((height, width), side, longer_side) for height, width in found.sizes.tolist()])

@@ -30,6 +30,12 @@ IMAGE_STD = [0.229, 0.224, 0.225]
 
 Pool = TypeVar("Pool", bound=MultiScaleRoIAlign)
 
+SIZE_DIVISIBLE = 32
+"""The detector pads images to multiples of this, in pixels: the stride of P5."""
+
+COCO_CLASSES = 80
+"""Used where the size of a detector matters, which hardly depends on the number of classes."""
+
 COUNT_OF_LOSS = {
     "loss_objectness": SAMPLED_ANCHORS,
     "loss_rpn_box_reg": SAMPLED_ANCHORS,
@@ -205,7 +211,7 @@ class _Transform(GeneralizedRCNNTransform):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     def forward(self, images: list[Tensor], targets: Any = None) -> tuple[ImageList, Any]:
-        """The images as one batch, padded with 0 to a multiple of 32 pixels; the targets as they are."""
+        """The images as one batch, padded with 0 to a multiple of :data:`SIZE_DIVISIBLE`; the targets as they are."""
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         batch = self._normalized(self.batch_images(images, self.size_divisible))
         for image, (height, width) in zip(batch, sizes, strict=True):
@@ -213,7 +219,7 @@ class _Transform(GeneralizedRCNNTransform):
             image[:, :, width:] = 0
         return ImageList(batch, sizes), targets
 
-    def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
+    def batch_images(self, images: list[Tensor], size_divisible: int = SIZE_DIVISIBLE) -> Tensor:
         """The images in one tensor (n, 3, H, W) of their type."""
         height, width = (
             math.ceil(max(image.shape[side] for image in images) / size_divisible) * size_divisible for side in (1, 2)

@@ -16,6 +16,7 @@ from horovod_megdet.config import Config
 from horovod_megdet.data.coco import CocoDataset
 from horovod_megdet.files import atomic_write
 from horovod_megdet.models.anchor_fit import ResizedBoxes, best_sizes, resized_boxes
+from horovod_megdet.models.detector import SIZE_DIVISIBLE
 from horovod_megdet.report.curves import BLUE, INK, ORANGE, style
 
 THIN = 8
@@ -50,7 +51,7 @@ class Fit:
         """With images larger by a factor, and the best sizes of anchors if none are given."""
         sides, longer = config.data.shorter_side_train, config.data.longer_side_train
         if factor > 1:
-            sides, longer = tuple(_multiple_of_32(factor * side) for side in sides), _multiple_of_32(factor * longer)
+            sides, longer = tuple(_padded(factor * side) for side in sides), _padded(factor * longer)
         ratios = config.model.anchor_aspect_ratios
         objects = resized_boxes(dataset, sides, longer)
         sizes = tuple(anchor_sizes or best_sizes(objects, ratios))
@@ -197,8 +198,8 @@ def fit_anchors(config: Config, dataset: CocoDataset) -> AnchorReport:
     return AnchorReport(configured, suggested, ratios)
 
 
-def _multiple_of_32(side: float) -> int:
-    return int(np.ceil(side / 32)) * 32
+def _padded(side: float) -> int:
+    return int(np.ceil(side / SIZE_DIVISIBLE)) * SIZE_DIVISIBLE
 
 
 def _thin(objects: ResizedBoxes) -> float:

@@ -11,10 +11,9 @@ from urllib.parse import quote
 
 import numpy as np
 
-from horovod_megdet.evaluation.metrics import MAIN_METRIC, METRICS, percent
+from horovod_megdet.evaluation.metrics import MAIN_METRIC, METRICS, is_loss, percent
 from horovod_megdet.files import atomic_write
 from horovod_megdet.report.charts import GEOMETRY, Chart, Line, chart, number
-from horovod_megdet.report.curves import LOSSES
 from horovod_megdet.report.page import VALIDATION_PAGE, render
 from horovod_megdet.report.rows import column, finite, noise_at_full_rate, smoothed
 from horovod_megdet.report.runs import Run, read_runs
@@ -193,7 +192,7 @@ def _best(run: Run, metric: str) -> Cell:
     if best is None:
         return Cell(NONE)
     value, row = best
-    text = number(value) if metric in LOSSES else percent(value)
+    text = number(value) if is_loss(metric) else percent(value)
     return Cell(f"{'' if metric == MAIN_METRIC else f'{metric} '}{text} (epoch {row['epoch']:.1f})")
 
 

@@ -17,7 +17,7 @@ from horovod_megdet.run_files import CURVES_FILE, METRICS_FILE
 # Colors of Okabe and Ito, which color-blind readers can tell apart.
 INK, BLUE, ORANGE, GREEN, PURPLE = "#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
-LOSSES = {
+LOSS_STYLES = {
     "loss": ("sum", INK),
     "loss_classifier": ("class", BLUE),
     "loss_box_reg": ("box", ORANGE),
@@ -71,7 +71,7 @@ def _draw_losses(panel: Axes, train: Rows, evaluations: Rows) -> None:
     panel.set_title("Loss")
     epochs = column(train, "epoch")
     top = 0.0
-    for key, (name, color) in LOSSES.items():
+    for key, (name, color) in LOSS_STYLES.items():
         values = column(train, key)
         if not np.isfinite(values).any():
             continue

@@ -67,8 +67,7 @@ def write_dataset_page(path: Path, parts: Parts, *, count: int, title: str, summ
 
 def _of_class(found: Annotations, label: int) -> str:
     of_class = (found.labels == label) & ~found.crowd
-    image_of_box = np.repeat(np.arange(len(found.image_ids)), np.diff(found.first_box))
-    return f"{int(of_class.sum())} in {len(np.unique(image_of_box[of_class]))} images"
+    return f"{int(of_class.sum())} in {len(np.unique(found.image_of_box[of_class]))} images"
 
 
 def _quantiles(values: np.ndarray) -> str:

@@ -7,10 +7,11 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from horovod_megdet.data.annotations import to_corners
 from horovod_megdet.data.coco import CocoDataset
 from horovod_megdet.evaluation.coco import Evaluation
 from horovod_megdet.evaluation.detections import Arrays
-from horovod_megdet.evaluation.metrics import DRAWN_METRICS, percent
+from horovod_megdet.evaluation.metrics import DRAWN_METRICS, DRAWN_SCORE, percent
 from horovod_megdet.files import atomic_write
 from horovod_megdet.report.drawing import GRAY, Mark, class_color, draw_marks
 from horovod_megdet.report.matching import CORRECT, IGNORED, WRONG, GroundTruth, match
@@ -46,15 +47,14 @@ def write_validation_page(
     *,
     count: int,
     title: str,
-    score_threshold: float = 0.5,
 ) -> list[Card]:
     """Writes a self-contained HTML page: ``count`` validation images, ground truth beside detections. Returns them.
 
     The images are spread evenly over the data set and are the same for every run. Only detections with a score of at
-    least ``score_threshold`` are drawn. Rank 0 only: it holds the detections.
+    least :data:`DRAWN_SCORE` are drawn. Rank 0 only: it holds the detections.
     """
     assert evaluation.detections is not None, "only rank 0 holds the detections"
-    drawn = evaluation.detections.above(score_threshold)
+    drawn = evaluation.detections.above(DRAWN_SCORE)
     detections = dict(drawn.per_image())
     indices = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)).tolist()
     cards, labels = [], set()
@@ -66,7 +66,7 @@ def write_validation_page(
     classes = [(dataset.class_names[label - 1], class_color(label - 1)) for label in sorted(labels)]
     values = ", ".join(f"{name} {percent(evaluation.metrics[name])}" for name in DRAWN_METRICS)
     summary = f"{values} on all {evaluation.images} validation images. "
-    summary += f"The pictures show detections with a score of at least {score_threshold:g}"
+    summary += f"The pictures show detections with a score of at least {DRAWN_SCORE:g}"
     if not len(drawn.scores):
         summary += f": none of the {len(evaluation.detections.scores)} has one"
     with atomic_write(path) as file:
@@ -112,10 +112,8 @@ def _card(dataset: CocoDataset, index: int, truth: GroundTruth, detections: Arra
 
 def _ground_truth(dataset: CocoDataset, index: int) -> GroundTruth:
     found = dataset.ground_truth
-    rows = slice(found.first_box[index], found.first_box[index + 1])
-    corners = found.boxes[rows, :2]
-    boxes = np.concatenate([corners, corners + found.boxes[rows, 2:]], axis=1)
-    return GroundTruth(boxes, found.labels[rows], found.crowd[rows])
+    rows = found.boxes_of(index)
+    return GroundTruth(to_corners(found.boxes[rows]), found.labels[rows], found.crowd[rows])
 
 
 def _object_mark(box: list[float], label: int, crowd: bool, found: bool, names: Sequence[str]) -> Mark:

@@ -12,8 +12,7 @@ import yaml
 
 from horovod_megdet.config import Config, by_dotted_key
 from horovod_megdet.errors import UserError
-from horovod_megdet.evaluation.metrics import MAIN_METRIC
-from horovod_megdet.report.curves import LOSSES
+from horovod_megdet.evaluation.metrics import MAIN_METRIC, is_loss
 from horovod_megdet.report.rows import Rows, column, read_metrics
 from horovod_megdet.run_files import CONFIG_FILE, DESCRIPTION_FILE, METRICS_FILE, checkpoint_folders
 
@@ -61,7 +60,7 @@ class Run:
             values = column([row.get("per_class", {}) for row in self.evaluations], class_name)
         if not np.isfinite(values).any():
             return None
-        best = int(np.nanargmin(values) if metric in LOSSES else np.nanargmax(values))
+        best = int(np.nanargmin(values) if is_loss(metric) else np.nanargmax(values))
         return float(values[best]), self.evaluations[best]
 
     def checkpoint_of(self, row: dict[str, Any]) -> Path | None:

@@ -20,7 +20,7 @@ LAYERS = (
     {"report"},
     {"engine"},
     {"cluster", "import_data", "inference"},
-    {"export", "predict", "training"},
+    {"export", "plan", "predict", "training"},
     {"run", "__init__"},
     {"cli"},
 )

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from horovod_megdet.errors import UserError
-from horovod_megdet.report.curves import LOSSES, draw_curves, write_curves
+from horovod_megdet.report.curves import LOSS_STYLES, draw_curves, write_curves
 from horovod_megdet.report.rows import read_metrics, running_mean
 from horovod_megdet.run_files import METRICS_FILE
 
 
 def train_row(step: int, **values: Any) -> dict[str, Any]:
-    losses = {key: (number + 1) / step for number, key in enumerate(LOSSES)}
+    losses = {key: (number + 1) / step for number, key in enumerate(LOSS_STYLES)}
     return {
         "kind": "train",
         "step": step,
@@ -102,7 +102,7 @@ def test_the_picture_is_written_whole_and_replaced(tmp_path: Path) -> None:
 def test_each_panel_shows_the_numbers_of_the_rows() -> None:
     losses, precision, rate, speed = draw_curves(ROWS, "run").axes
     train, evaluations = ROWS[:30], ROWS[30:]
-    for row_key, line in zip(LOSSES, losses.lines[::2], strict=True):
+    for row_key, line in zip(LOSS_STYLES, losses.lines[::2], strict=True):
         np.testing.assert_allclose(line.get_xydata(), [[row["epoch"], row[row_key]] for row in train])
     shown = {line.get_label(): line.get_xydata() for line in precision.lines}
     for key in ("AP", "AP50"):
@@ -123,7 +123,7 @@ def test_the_noise_scale_is_drawn_beside_the_mini_batch_if_measured() -> None:
     [
         [train_row(1)],
         [evaluation_row(1)],
-        [train_row(1, lr=0.0, **dict.fromkeys(LOSSES, 0.0))],
+        [train_row(1, lr=0.0, **dict.fromkeys(LOSS_STYLES, 0.0))],
         [train_row(step, loss=math.nan, loss_classifier=math.inf) for step in range(1, 9)],
         [train_row(step, images_per_second=None) for step in range(1, 9)],
         [train_row(1), evaluation_row(1, AP=None, AP50=None)],

@@ -90,7 +90,7 @@ def test_the_batch_script_starts_with_a_configuration_for_any_number_of_ranks() 
 def test_a_process_moves_to_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {"HOROVOD_RANK": "5", "HOROVOD_SIZE": "12", "HOROVOD_ELASTIC": "1"})
     assert launched.elastic()
-    launched.move(3, 8, 1, 2, 0, 4)
+    launched.set_place(3, 8, 1, 2, 0, 4)
     assert (launched.rank(), launched.size()) == (3, 8)
     assert os.environ["HOROVOD_CROSS_SIZE"] == "4"
 

@@ -18,7 +18,7 @@ from experiments.outcomes import NOISE_EPOCHS, Outcomes, between, clearly_above,
 from experiments.page import write_page
 from experiments.pretraining import SIDE, crops
 from experiments.results import Results, Row
-from experiments.training import Laboratory, Stop, describe, prune
+from experiments.training import Laboratory, ProcessRunner, describe, prune
 from experiments.verdicts import KS, NOT_REPRODUCED, REPRODUCED, UNDECIDED, cgbn, frozen, half_rate, no_warmup
 from horovod_megdet.config import load_config
 from horovod_megdet.data.synthetic import CLASSES
@@ -256,7 +256,7 @@ def test_a_run_that_has_its_line_by_now_is_not_made_again(tmp_path: Path, run: R
     assert Laboratory(tmp_path, _NeverRuns(), print).make(run, results, lambda row: None) is None
 
 
-class _NeverRuns(Stop):
+class _NeverRuns(ProcessRunner):
     def __init__(self) -> None:
         pass
 

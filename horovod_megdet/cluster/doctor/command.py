@@ -32,7 +32,7 @@ from horovod_megdet.config import Config
 from horovod_megdet.engine import checkpoint, hardware
 from horovod_megdet.errors import EXIT_CRASHED, UserError
 from horovod_megdet.files import atomic_write
-from horovod_megdet.models.detector import build_detector
+from horovod_megdet.models.detector import COCO_CLASSES, build_detector
 from horovod_megdet.printing import say
 from horovod_megdet.report.tables import console
 from horovod_megdet.solver.optimizer import state_bytes
@@ -40,9 +40,6 @@ from horovod_megdet.wording import some
 
 START_LIMIT = 180
 """Seconds within which the ranks must find each other; large jobs start their hosts a minute apart."""
-
-COCO_CLASSES = 80
-"""Used where the size of the detector matters, which hardly depends on the number of classes."""
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:

@@ -69,7 +69,7 @@ def compare_clocks() -> list[Clock]:
         comm.barrier()
         before = time.time()
         comm.broadcast_(empty, "doctor.ping")
-        noted = comm.gather(torch.tensor([time.time()], dtype=torch.float64), "doctor.pong")[:, 0].tolist()
+        noted = comm.all_gather(torch.tensor([time.time()], dtype=torch.float64), "doctor.pong")[:, 0].tolist()
         after = time.time()
         rounds.append((after - before, (before + after) / 2, noted))
     round_trip, middle, noted = comm.broadcast_object(min(rounds), "doctor.clocks")
@@ -133,4 +133,4 @@ def _median_time(message: Callable[[], None], repetitions: int) -> float:
 
 
 def _slowest(seconds: float) -> float:
-    return float(comm.gather(torch.tensor([seconds], dtype=torch.float64), "doctor.seconds").max())
+    return float(comm.all_gather(torch.tensor([seconds], dtype=torch.float64), "doctor.seconds").max())

@@ -25,7 +25,7 @@ from horovod_megdet.cluster.watchdog.diagnosis import StallTimer, find_lost_rank
 from horovod_megdet.cluster.watchdog.heartbeats import Heartbeat, Heartbeats, LastWords
 from horovod_megdet.cluster.watchdog.launcher_watch import LauncherWatch
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_STALLED
-from horovod_megdet.printing import say
+from horovod_megdet.printing import say, warn
 from horovod_megdet.progress import progress
 
 CHECK_EVERY = 1.0
@@ -125,7 +125,7 @@ class Watchdog:
         try:
             lost = find_lost_ranks(heartbeats.read())
         except (OSError, ValueError) as error:
-            say(f"warning: it is unknown which rank was lost, because the heartbeats cannot be read: {error}")
+            warn(f"it is unknown which rank was lost, because the heartbeats cannot be read: {error}")
             lost = None
         if lost is None:
             heartbeats.drop_claim(host)
@@ -167,8 +167,8 @@ class Watchdog:
             except OSError as error:
                 if self.rank == 0 and not self._warned:
                     self._warned = True
-                    say(
-                        f"warning: heartbeats cannot be written: {error}. Training continues; without heartbeats, "
+                    warn(
+                        f"heartbeats cannot be written: {error}. Training continues; without heartbeats, "
                         "nobody can tell which rank is stuck or lost."
                     )
 
@@ -229,7 +229,7 @@ class Watchdog:
             try:
                 return self.heartbeats.read() or [self._heartbeat()]
             except (OSError, ValueError) as error:
-                say(f"warning: the heartbeats of the other ranks cannot be read: {error}")
+                warn(f"the heartbeats of the other ranks cannot be read: {error}")
         return [self._heartbeat()]
 
     def _print_stacks(self) -> None:

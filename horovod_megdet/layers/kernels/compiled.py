@@ -91,10 +91,10 @@ class CompiledKernels(PlainKernels):
         x = dense(x)
         dz, dx = laid_out_like(dz, x), torch.empty_like(x)
         bias = None if rectifier is None else _float(rectifier.bias)
-        still_to_stop = rectifier is not None and not rectifier.shortcut
+        apply_relu_backward = rectifier is not None and not rectifier.shortcut
         call(
-            "input_gradient", dz, x, TYPES[x.dtype], statistics.values, _float(weight), bias, still_to_stop, total,
-            *_extents(x), dx,
+            "input_gradient", dz, x, TYPES[x.dtype], statistics.values, _float(weight), bias, apply_relu_backward,
+            total, *_extents(x), dx,
         )  # fmt: skip
         return dx
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from horovod_megdet.layers.kernels import channels
 from horovod_megdet.layers.kernels.layout import dense
-from horovod_megdet.layers.kernels.plain import PlainKernels, activate, stop
+from horovod_megdet.layers.kernels.plain import PlainKernels, activate, relu_backward
 from horovod_megdet.layers.kernels.rectifier import Rectifier
 from horovod_megdet.layers.kernels.statistics import Statistics
 
@@ -42,7 +42,7 @@ class CUDAKernels(PlainKernels):
     def gradient_sums(
         self, dy: Tensor, x: Tensor, statistics: Statistics, rectifier: Rectifier | None = None
     ) -> tuple[Tensor, Tensor]:
-        dz = dy if rectifier is None else stop(dy, rectifier)
+        dz = dy if rectifier is None else relu_backward(dy, rectifier)
         dense_dz, dense_x = dense(dz), dense(x)
         if not (_channels_are_last(dense_dz) and _channels_are_last(dense_x)):
             # In other layouts, and only there, the kernel adds 16-bit values up in their own type.

@@ -63,7 +63,7 @@ class PlainKernels:
         The sums are the gradients of bias and weight; xhat is (x - mean) * invstd, x normalized before weight and bias.
         dz is the gradient of the shortcut. Kernels may return dy in its place if there is no shortcut.
         """
-        dz = dy if rectifier is None else stop(dy, rectifier)
+        dz = dy if rectifier is None else relu_backward(dy, rectifier)
         dimensions = _all_but_channels(x)
         products = dz * (x - per_channel(statistics.mean, x))
         return dz, torch.stack([dz.double().sum(dimensions), products.sum(dimensions) * statistics.invstd])
@@ -94,7 +94,7 @@ def activate(y: Tensor, shortcut: Tensor | None, relu: bool) -> Tensor:
     return y.relu_() if relu else y
 
 
-def stop(dy: Tensor, rectifier: Rectifier) -> Tensor:
+def relu_backward(dy: Tensor, rectifier: Rectifier) -> Tensor:
     """The gradient before the ReLU, from that behind it."""
     return torch.ops.aten.threshold_backward(dy, rectifier.y, 0)
 
