@@ -152,7 +152,7 @@ def exchange_objects(values: list[T], name: str) -> list[T]:
 def gather_to_main(rows: Tensor, name: str) -> Tensor | None:
     """Returns the ranks' rows below each other, in rank order, on rank 0; None on the other ranks.
 
-    ``rows`` (n, ...) may have another n on each rank, alx :func:`all_gather`.
+    ``rows`` (n, ...) may have another n on each rank, also 0.
     """
     if size() == 1:
         return rows.clone()

@@ -2,15 +2,8 @@
 
 import math
 import mmap
-import multiprocessing
-import multiprocessing.connection
-import multiprocessing.forkserver
-import multiprocessing.resource_tracker
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.reduction import DupFd
 from typing import Any
@@ -27,12 +20,10 @@ from horovod_megdet.data.images import ImageFileError
 from horovod_megdet.data.repeat_factors import repeat_factors
 from horovod_megdet.data.sampler import GroupedBatchSampler, ImageStream, PlannedImage, evaluation_shard
 from horovod_megdet.data.transforms import DetectionTransform, evaluation_transforms, training_transform
+from horovod_megdet.data.workers import start_fork_server, start_worker
 
 PREFETCH = 2
 """Batches that each worker prepares ahead."""
-
-WORKER_SIGNALS = {signal.SIGINT, signal.SIGUSR1}
-"""Signals that reach the whole process group and that only the main process handles."""
 
 
 @dataclass
@@ -268,7 +259,7 @@ def _build_loader(reader: Dataset[Batch], sampler: Any, data: DataConfig, pin_me
     generator = torch.Generator().manual_seed(0)
     if data.workers == 0:
         return DataLoader(reader, batch_size=None, sampler=sampler, generator=generator, pin_memory=pin_memory)
-    _start_fork_server()
+    start_fork_server(__name__)
     return DataLoader(
         reader,
         batch_size=None,
@@ -278,45 +269,7 @@ def _build_loader(reader: Dataset[Batch], sampler: Any, data: DataConfig, pin_me
         num_workers=data.workers,
         # Workers forked from this process could crash: MPI does not survive a fork.
         multiprocessing_context="forkserver",
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         prefetch_factor=PREFETCH,
         persistent_workers=True,
     )
-
-
-def _start_worker(_: int) -> None:
-    """Leaves signals to the main process, and other cores to other workers."""
-    for number in WORKER_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_main_process, daemon=True).start()
-
-
-def _end_with_main_process() -> None:
-    """Ends a worker whose main process was killed.
-
-    torch's own watchdog checks the worker's parent, but that is the fork server, which waits for its workers.
-    """
-    main_process = multiprocessing.parent_process()
-    assert main_process is not None
-    multiprocessing.connection.wait([main_process.sentinel])
-    os._exit(1)
-
-
-def _start_fork_server() -> None:
-    """Starts the process that forks the workers, with this module imported and the workers' signals blocked."""
-    multiprocessing.set_forkserver_preload([__name__])
-    # First: starting the tracker, which the fork server needs, ends with SIGINT unblocked.
-    multiprocessing.resource_tracker.ensure_running()
-    with _blocked(WORKER_SIGNALS):
-        multiprocessing.forkserver.ensure_running()
-
-
-@contextmanager
-def _blocked(signals: set[signal.Signals]) -> Iterator[None]:
-    """Blocks signals: processes started meanwhile inherit the mask; this process gets the signals afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -22,7 +22,6 @@ from horovod_megdet.config import DataConfig
 from horovod_megdet.data.coco import CocoDataset, load_dataset
 from horovod_megdet.data.images import ImageFileError
 from horovod_megdet.data.loader import (
-    WORKER_SIGNALS,
     Batch,
     ViewsReader,
     build_eval_loader,
@@ -31,6 +30,7 @@ from horovod_megdet.data.loader import (
 )
 from horovod_megdet.data.sampler import PlannedImage
 from horovod_megdet.data.synthetic import ensure_synthetic
+from horovod_megdet.data.workers import WORKER_SIGNALS
 
 
 @pytest.fixture(scope="module")

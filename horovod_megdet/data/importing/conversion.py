@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from horovod_megdet.data.annotation_json import MINIMUM_SIDE
+from horovod_megdet.data.annotation_entries import MINIMUM_SIDE
 from horovod_megdet.data.image_files import check_files
 from horovod_megdet.data.importing.classes import Classes
 from horovod_megdet.data.importing.formats import NOT_A_BOX, AnnotationReader, Bad, Record
