@@ -228,7 +228,7 @@ def _last_before(training: list[Row], evaluations: list[Row]) -> list[Row]:
 
 
 def _diverged_at(log: Path) -> int | None:
-    found = re.findall(r"not finite (?:at|after) step (\d+)", log.read_text(errors="replace"))
+    found = re.findall(r"not finite .*?step (\d+)", log.read_text(errors="replace"))
     return int(found[-1]) if found else None
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from horovod_megdet.config import DEMO, Config, load_config
 
 EXIT_CODES = (
-    "Exit codes: 0 done, 1 crashed, 2 bad input, 3 loss not finite, 4 checkpoint not written, 5 no rank made "
-    "progress for runtime.stall_timeout seconds, 85 stopped by SIGUSR1, SIGTERM or Ctrl-C after writing a checkpoint, "
-    "130 stopped at once by a second Ctrl-C. --resume goes on from the newest checkpoint; after 3, lower the learning "
-    "rate first."
+    "Exit codes: 0 done, 1 crashed, 2 bad input, 3 loss, weights or gradients not finite, 4 checkpoint not written, "
+    "5 no rank made progress for runtime.stall_timeout seconds, 85 stopped by SIGUSR1, SIGTERM or Ctrl-C after writing "
+    "a checkpoint, 130 stopped at once by a second Ctrl-C. --resume goes on from the newest checkpoint; after 3, lower "
+    "the learning rate first."
 )
 """The end of the help about training."""
 

@@ -280,7 +280,8 @@ def _add_doctor(commands: Commands) -> None:
         type=positive,
         default=600,
         metavar="SECONDS",
-        help="give up after waiting this long for other ranks (default: %(default)s)",
+        help="give up after waiting this long for other ranks, of which the first reads the data before those of other "
+        "hosts do (default: %(default)s)",
     )
     parser.set_defaults(run=_doctor)
 

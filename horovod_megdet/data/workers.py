@@ -36,7 +36,7 @@ def _end_with_main_process() -> None:
 
 
 def start_fork_server(preload: str) -> None:
-    """Starts the process that forks the workers, with the module ``preload`` imported and their signals blocked."""
+    """Starts the process that forks the workers, with a module imported and the workers' signals blocked."""
     multiprocessing.set_forkserver_preload([preload])
     # First: starting the tracker, which the fork server needs, ends with SIGINT unblocked.
     multiprocessing.resource_tracker.ensure_running()

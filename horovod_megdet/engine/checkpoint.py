@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from horovod_megdet.config import Config, SolverConfig
-from horovod_megdet.errors import NotSavedError, UserError
+from horovod_megdet.errors import NotFiniteError, NotSavedError, UserError
 from horovod_megdet.files import sha256
 from horovod_megdet.models.weights import MODEL_FILE
 from horovod_megdet.printing import warn
@@ -154,9 +154,12 @@ def expected_bytes(detector: nn.Module, solver: SolverConfig) -> int:
 def save(run_dir: Path, weights: dict[str, Tensor], state: TrainingState, run: RunDescription, epoch: float) -> Path:
     """Writes a checkpoint atomically and returns its folder.
 
-    Raises :class:`NotSavedError` when the disk is full or not writable; nothing is left behind then.
+    Raises :class:`NotSavedError` when the disk is full or not writable; nothing is left behind then. Raises as
+    :func:`check_finite`, too.
     """
     position = state.position
+    for values in (weights, state.weights or {}):
+        check_finite(values, position.step)
     final = folder(run_dir) / name(position.step)
     temporary = folder(run_dir) / f"{_TEMPORARY}{uuid.uuid4().hex}"
     replaced = temporary.with_name(f"{temporary.name}.old")
@@ -189,6 +192,15 @@ def save(run_dir: Path, weights: dict[str, Tensor], state: TrainingState, run: R
             "older checkpoints are kept, and --resume goes on from the newest."
         ) from error
     return final
+
+
+def check_finite(weights: dict[str, Tensor], step: int) -> None:
+    """Raises :class:`NotFiniteError` if a weight or statistic is not finite after ``step``.
+
+    The update may have made it so, after a loss that was finite; from such a checkpoint nobody could go on.
+    """
+    if not all(bool(value.isfinite().all()) for value in weights.values()):
+        raise NotFiniteError(f"The weights are not finite after step {step}")
 
 
 def prune(run_dir: Path, keep: int, best: str | None, written: str) -> None:

@@ -123,12 +123,9 @@ class Trainer:
         evaluation = None
         log_due = due(output.log_every_images)
         save_due = self.stopping or due(schedule.images(output.checkpoint_every_epochs))
-        evaluation_due = due(schedule.images(output.evaluate_every_epochs))
         if log_due and self.window.steps:
             self.write_metrics()
-        if evaluation_due or save_due:
-            self.check_weights()
-        if evaluation_due:
+        if due(schedule.images(output.evaluate_every_epochs)):
             evaluation, is_best = self.evaluate()
             save_due = save_due or is_best or self.done
         if save_due or (self.unsaved and log_due):
@@ -163,14 +160,6 @@ class Trainer:
         self.update_solver(images_before)
         seconds, collective_seconds = time.perf_counter() - began, progress.waited_seconds - collectives_before
         self.window.add_step(lr, self.schedule.mini_batch, seconds, collective_seconds, data_seconds)
-
-    def check_weights(self) -> None:
-        """Raises :class:`NotFiniteError` on all ranks, which have the same weights, if those are not finite.
-
-        The last update may have made them so, after a loss that was finite: nobody can go on from their checkpoint.
-        """
-        if not torch.stack([weight.isfinite().all() for weight in self.detector.parameters()]).all():
-            raise NotFiniteError(f"The weights are not finite after step {self.position.step}")
 
     def forward(self, batch: Batch) -> tuple[Tensor, PassReport]:
         """A forward pass: this rank's part of the loss, and what all ranks agree on at the end of the step."""
@@ -256,7 +245,7 @@ class Trainer:
         if self.noise.enabled:  # a run that measures no longer has averages from its checkpoint
             row |= self.noise.averages.row()
         if self.scaler.is_enabled():
-            row["loss_scale"] = self.scaler.get_scale()
+            row["amp_scale"] = self.scaler.get_scale()
         if self.config.solver.lr_modulation == "agvm":
             row |= {f"lr_factor_{module}": factor for module, factor in self.agvm.factors.items()}
         self.run_folder.log_training(self._where() | row)
@@ -269,12 +258,13 @@ class Trainer:
         rank = self.slow_rank.rank
         hosts = comm.gather_objects(launched.host(), "hosts")
         if comm.is_main():
-            warn(f"{describe_slow_rank(rank, hosts[rank], work, data[rank])}")
+            warn(describe_slow_rank(rank, hosts[rank], work, data[rank]))
 
     def evaluate(self) -> tuple[Evaluation, bool]:
         """Evaluates on the validation set; returns the evaluation and whether it is the best of the run so far."""
         progress.set("evaluating")
         average_running_statistics(self.evaluated_detector)
+        checkpoint.check_finite(self.evaluated_detector.state_dict(), self.position.step)  # equal on all ranks
         config = in_one_view(self.config)
         evaluation = evaluate_detector(config, self.evaluated_detector, self.val_set, self.device)
         is_best = note_evaluation(self.position, evaluation)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ import yaml
 from horovod_megdet.config import Config
 from horovod_megdet.engine import checkpoint, random_state, run_folder, startup
 from horovod_megdet.engine.checkpoint import Position, RunDescription, TrainingState
-from horovod_megdet.errors import EXIT_NOT_SAVED, NotSavedError, UserError
+from horovod_megdet.errors import EXIT_NOT_SAVED, NotFiniteError, NotSavedError, UserError
 from horovod_megdet.models.detector import build_detector
 from horovod_megdet.run_files import DESCRIPTION_FILE
 from horovod_megdet.solver.gradient_noise import NoiseAverages
@@ -217,6 +219,18 @@ def test_a_failure_while_writing_leaves_nothing_behind(
     assert caught.value.exit_code == EXIT_NOT_SAVED
     assert list((tmp_path / "checkpoints").iterdir()) == [old]
     checkpoint.read(old)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path, value: float) -> None:
+    """Neither those that are evaluated, nor with averaged weights those that train."""
+    old = write(tmp_path, 1, weights=WEIGHTS)
+    bad = {"layer.weight": torch.tensor([1.0, value])}
+    with pytest.raises(NotFiniteError, match="The weights are not finite after step 2"):
+        write(tmp_path, 2, weights=bad)
+    with mock.patch.dict(WEIGHTS, bad), pytest.raises(NotFiniteError):
+        write(tmp_path, 2)
+    assert list((tmp_path / "checkpoints").iterdir()) == [old]
 
 
 def test_prune_keeps_the_newest_and_the_best_and_clears_what_a_kill_left(tmp_path: Path) -> None:

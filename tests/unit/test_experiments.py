@@ -187,7 +187,12 @@ def run(tmp_path: Path) -> Run:
 
 
 @pytest.mark.parametrize(
-    "error", ["The loss is not finite at step 24: rank 1", "The weights are not finite after step 24."]
+    "error",
+    [
+        "The loss is not finite at step 24: rank 1",
+        "The weights are not finite after step 24.",
+        "The gradients are not finite in 33 steps in a row, up to step 24",
+    ],
 )
 def test_a_diverged_run_is_described_with_its_step(tmp_path: Path, run: Run, error: str) -> None:
     (tmp_path / "log.txt").write_text(f"step 20\nerror: {error}\n")

@@ -372,6 +372,19 @@ def test_one_rank_reads_the_heartbeats_of_all_and_reports(
     assert Heartbeats(tmp_path).is_reported() == is_lost
 
 
+def test_an_old_report_of_an_elastic_job_does_not_end_a_rank_that_is_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_of_two: None
+) -> None:
+    """An elastic job goes on after it has lost a rank."""
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    heartbeats = Heartbeats(tmp_path)
+    heartbeats.write(beat(0, size=2, last_words=LastWords.WAITED))
+    heartbeats.write(beat(1, size=2, received_sigterm=True))
+    assert heartbeats.claim_report()
+    heartbeats.report("rank 1 on node0 lost at step 3.")
+    assert not Watchdog(tmp_path, stall_timeout=20.0).report_lost_ranks()
+
+
 def test_a_full_disk_is_a_warning_once(tmp_path: Path, capfd: pytest.CaptureFixture[str], ended: list[int]) -> None:
     (tmp_path / "heartbeats").write_text("in the way")
     dog = Watchdog(tmp_path, stall_timeout=1.0)

@@ -105,6 +105,7 @@ class Heartbeats:
         """True for the first rank that asks, or the first of a host: that one finds out what happened, and reports it.
 
         Of hundreds of ranks that each read the heartbeats of all, none might be done before the launcher kills them.
+        (If the one that asked first is killed in the middle of it, nobody reports.)
         """
         try:
             self._report(host).touch(exist_ok=False)
@@ -130,7 +131,8 @@ class Heartbeats:
     def is_reported(self, host: str = "") -> bool:
         """Whether the rank that claimed the report has reported."""
         try:
-            return self._report(host).stat().st_size > 0
+            with self._report(host).open("rb") as file:  # NFS may answer stat() from memory
+                return bool(file.read(1))
         except OSError:
             return False
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from horovod_megdet import comm, launched
 from horovod_megdet.cluster.parent_death import end_with_parent
-from horovod_megdet.cluster.watchdog.diagnosis import StallTimer, find_lost_ranks, find_stall
+from horovod_megdet.cluster.watchdog.diagnosis import LostRanks, StallTimer, find_lost_ranks, find_stall
 from horovod_megdet.cluster.watchdog.heartbeats import Heartbeat, Heartbeats, LastWords
 from horovod_megdet.cluster.watchdog.launcher_watch import LauncherWatch
 from horovod_megdet.errors import EXIT_CRASHED, EXIT_STALLED
@@ -117,22 +117,30 @@ class Watchdog:
             if self.heartbeats.claim_report(host):
                 return self._report_lost_ranks(self.heartbeats, host)
             if self.heartbeats.is_reported(host):
-                return True  # the rank that reports has survived
+                # The rank that reported has survived. An elastic job goes on, though: there it may be an old report.
+                return not launched.elastic() or self._others_survived(self._lost_ranks(self.heartbeats))
             time.sleep(LOOK / 2)
         return False
 
     def _report_lost_ranks(self, heartbeats: Heartbeats, host: str) -> bool:
+        lost = self._lost_ranks(heartbeats)
+        if lost:
+            heartbeats.report(lost.sentence, host)
+            say(f"error: {lost.sentence}")
+        else:
+            heartbeats.drop_claim(host)
+        return self._others_survived(lost)
+
+    @staticmethod
+    def _lost_ranks(heartbeats: Heartbeats) -> LostRanks | None:
         try:
-            lost = find_lost_ranks(heartbeats.read())
+            return find_lost_ranks(heartbeats.read())
         except (OSError, ValueError) as error:
             warn(f"it is unknown which rank was lost, because the heartbeats cannot be read: {error}")
-            lost = None
-        if lost is None:
-            heartbeats.drop_claim(host)
-            return False
-        heartbeats.report(lost.sentence, host)
-        say(f"error: {lost.sentence}")
-        return bool(lost.survivors - {self.rank})
+            return None
+
+    def _others_survived(self, lost: LostRanks | None) -> bool:
+        return lost is not None and bool(lost.survivors - {self.rank})
 
     def _watch(self) -> None:
         self._beat()  # at once: a rank may be lost in its first second
