@@ -186,8 +186,12 @@ class Vectors(nn.Module):
             yield loss
 
 
-def against_known_covariance(passes: int, seeds: int = 8, steps: int = 100) -> dict[str, list[float]]:
-    """By module: the errors of both mean estimates in standard errors, and these relative to tr(Sigma) + |g|^2."""
+def against_known_covariance(passes: int, seeds: int = 8, freedom: int = 100) -> dict[str, list[float]]:
+    """By module: the errors of both mean estimates in standard errors, and these relative to tr(Sigma) + |g|^2.
+
+    A step has a degree of freedom less than gradients; each seed takes as many steps as have ``freedom`` in all.
+    """
+    steps = math.ceil(freedom / (comm.size() * passes - 1))
     module = Vectors()
     measured = Measured(module, images=3, passes=passes)
     found = []
